@@ -1,0 +1,30 @@
+"""dsv2-local: DeepSeek-V2 on one's own workstation.
+
+    import dsv2_local
+
+    llm = dsv2_local.load()  # the small model that ships with the package
+    for chunk in llm.chat([{"role": "user", "content": "What is a violin?"}]):
+        print(chunk.text, end="")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Dsv2Error", "load"]
+
+if TYPE_CHECKING:
+    from dsv2_local.errors import Dsv2Error
+    from dsv2_local.llm import LLM, load
+
+
+def __getattr__(name: str) -> Any:
+    """Import the API on first use, so that `dsv2 --help` never waits for torch."""
+    if name in ("load", "LLM"):
+        from dsv2_local import llm
+
+        return getattr(llm, name)
+    if name == "Dsv2Error":
+        from dsv2_local.errors import Dsv2Error
+
+        return Dsv2Error
+    raise AttributeError(f"module 'dsv2_local' has no attribute {name!r}")

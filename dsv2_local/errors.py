@@ -1,0 +1,65 @@
+"""Every error a user can meet; each says what is wrong, where, and what to do.
+
+    Dsv2Error                    exit code 1
+    ├── ConfigError              config.json is missing a value or has a wrong one
+    │   └── UnsupportedModelError    a sound model of a kind that is not supported, refused by name
+    ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
+    ├── ConversionError          `dsv2 quantize` cannot start or go on
+    ├── HubError                 a repository cannot be reached or read
+    ├── TemplateError            the chat template is missing or refuses the messages
+    └── InputError               exit code 2: the request itself is wrong
+        └── ContextLengthError       more tokens than the context holds; carries both numbers
+"""
+
+
+class Dsv2Error(Exception):
+    """Base of all errors raised on purpose; the command line prints its text in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(Dsv2Error):
+    """config.json lacks a value or holds an impossible one."""
+
+
+class UnsupportedModelError(ConfigError):
+    """The model is sound but uses something that this runtime does not implement."""
+
+
+class CheckpointError(Dsv2Error):
+    """A checkpoint's file or tensor is missing, truncated, corrupt or unknown."""
+
+
+class ConversionError(Dsv2Error):
+    """A conversion cannot start or go on: no space, destination in use, another source."""
+
+
+class HubError(Dsv2Error):
+    """A hub repository cannot be reached, found or read."""
+
+
+class TemplateError(Dsv2Error):
+    """The checkpoint has no chat template, or the template refuses these messages."""
+
+
+class InputError(Dsv2Error):
+    """The request is wrong: a parameter out of range, an empty prompt."""
+
+    exit_code = 2
+
+
+class ContextLengthError(InputError):
+    """The prompt (and at least one new token) does not fit in the context.
+
+    Attributes:
+        prompt_tokens: tokens in the prompt.
+        context: tokens the loaded context holds.
+    """
+
+    def __init__(self, prompt_tokens: int, context: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+        super().__init__(
+            f"the prompt has {prompt_tokens:,} tokens and the context holds {context:,} "
+            "(one more is needed for the answer); shorten it or raise --context"
+        )
