@@ -6,7 +6,7 @@ and the one transformers 5 writes (`rope_parameters`).
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ def _id_tuple(value: Any) -> tuple[int, ...]:
 
 def _check_types(values: dict[str, Any], where: str) -> None:
     for field in fields(ModelConfig):
-        required = field.name in _REQUIRED
+        required = field.default is MISSING
         if field.name not in values:
             if required:
                 raise ConfigError(f"{where} lacks {field.name}")
@@ -214,6 +214,8 @@ def _check_values(config: ModelConfig, where: str) -> None:
     """Relations between values that no single one shows."""
     if config.qk_rope_head_dim % 2:
         raise ConfigError(f"{where}: qk_rope_head_dim {config.qk_rope_head_dim} must be even")
+    if config.moe_layer_freq < 1:
+        raise ConfigError(f"{where}: moe_layer_freq {config.moe_layer_freq} must be at least 1")
     if not config.moe_layers:
         return
     if not 0 < config.num_experts_per_tok <= config.n_routed_experts:
@@ -231,5 +233,3 @@ def _check_values(config: ModelConfig, where: str) -> None:
                 f"{where}: topk_group {config.topk_group} must lie between 1 and n_group {config.n_group}"
             )
 
-
-_REQUIRED = frozenset(list(ModelConfig.__dataclass_fields__)[:11])

@@ -1,0 +1,171 @@
+"""How a matrix's bytes lie, the same on disk, in RAM and in a GPU slot.
+
+Shapes: `R` rows (outputs), `C` columns (inputs), `G` groups of 8 rows, `B` blocks of 64 columns.
+
+A matrix [R, C] is padded with zeros to [8·G, 64·B] and cut into tiles of 8 rows × 64 columns. Within a tile the
+rows are interleaved, so that the lanes of a vector register are rows and a product needs no sum across lanes:
+
+- nf4: codes [G, B, 8, 8, 4] uint8, indexed [group, block, octet o, row r, j]; the low nibble is the code of column
+  8·o + j, the high nibble that of column 8·o + 4 + j. 256 bytes a tile.
+- int8: codes [G, B, 16, 8, 4] int8, indexed [group, block, quad q, row r, j], column 4·q + j. 512 bytes a tile.
+- scales, for both: [G, B, 8] float16, one per row and block. A weight is level(code) × scale.
+- bf16: the plain matrix [R, C], row-major and unpadded, no scales.
+
+The planes stay apart (all codes, then all scales), so that codes keep the alignment of a vector register.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+
+import torch
+from torch import Tensor
+
+ROWS = 8
+BLOCK = 64
+
+
+class Format(StrEnum):
+    """How weights are stored; the bits include the scales."""
+
+    NF4 = "nf4"
+    INT8 = "int8"
+    BF16 = "bf16"
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of a matrix that needs no padding."""
+        return {Format.NF4: 4.25, Format.INT8: 8.25, Format.BF16: 16.0}[self]
+
+
+# The 16 levels of NF4 (QLoRA, arXiv 2305.14314, appendix E), as bitsandbytes has them.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One of a matrix's arrays of bytes: its name in files, type and shape."""
+
+    suffix: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * prod(self.shape)
+
+
+def planes(format: Format, rows: int, cols: int) -> tuple[Plane, ...]:
+    """The planes of a matrix [rows, cols] in the order in which they are stored."""
+    if format is Format.BF16:
+        return (Plane("", torch.bfloat16, (rows, cols)),)
+    groups, blocks = -(-rows // ROWS), -(-cols // BLOCK)
+    if format is Format.NF4:
+        codes = Plane(".codes", torch.uint8, (groups, blocks, 8, ROWS, 4))
+    else:
+        codes = Plane(".codes", torch.int8, (groups, blocks, 16, ROWS, 4))
+    return codes, Plane(".scales", torch.float16, (groups, blocks, ROWS))
+
+
+def matrix_nbytes(format: Format, rows: int, cols: int) -> int:
+    """Bytes of a matrix [rows, cols] with its scales and padding."""
+    return sum(plane.nbytes for plane in planes(format, rows, cols))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix [rows, cols] in its stored format; `scales` is None for bf16 alone."""
+
+    format: Format
+    rows: int
+    cols: int
+    codes: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The planes' tensors, in the order of `planes`."""
+        return (self.codes,) if self.scales is None else (self.codes, self.scales)
+
+    @classmethod
+    def from_parts(cls, format: Format, rows: int, cols: int, parts: list[Tensor]) -> "Matrix":
+        return cls(format, rows, cols, *parts)
+
+    @classmethod
+    def from_bytes(cls, format: Format, rows: int, cols: int, data: Tensor) -> "Matrix":
+        """View `data` (uint8 [matrix_nbytes]) as a matrix, without a copy."""
+        parts, offset = [], 0
+        for plane in planes(format, rows, cols):
+            parts.append(data[offset : offset + plane.nbytes].view(plane.dtype).view(plane.shape))
+            offset += plane.nbytes
+        return cls.from_parts(format, rows, cols, parts)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """One routed expert's record: gate [I, D], up [I, D] and down [D, I], one after the other."""
+
+    format: Format
+    hidden_size: int
+    moe_intermediate_size: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The three matrices by name, in the order in which they are stored."""
+        wide = (self.moe_intermediate_size, self.hidden_size)
+        return {"gate_proj": wide, "up_proj": wide, "down_proj": wide[::-1]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one record."""
+        return sum(matrix_nbytes(self.format, *shape) for shape in self.shapes.values())
+
+    def matrices(self, record: Tensor) -> tuple[Matrix, Matrix, Matrix]:
+        """View a record (uint8 [nbytes]) as gate, up and down, without a copy."""
+        matrices, offset = [], 0
+        for shape in self.shapes.values():
+            size = matrix_nbytes(self.format, *shape)
+            matrices.append(Matrix.from_bytes(self.format, *shape, record[offset : offset + size]))
+            offset += size
+        gate, up, down = matrices
+        return gate, up, down
+
+
+def to_tiles(values: Tensor) -> Tensor:
+    """[R, C] padded with zeros and cut into [G, 8, B, 64]."""
+    rows, cols = values.shape
+    pad = (0, -cols % BLOCK, 0, -rows % ROWS)
+    if any(pad):
+        values = torch.nn.functional.pad(values, pad)
+    return values.view(-1, ROWS, values.shape[1] // BLOCK, BLOCK)
+
+
+def pack_nf4(codes: Tensor) -> Tensor:
+    """Codes 0..15 as uint8 [G, 8, B, 64] to the stored plane [G, B, 8, 8, 4]."""
+    groups, rows, blocks, _ = codes.shape
+    low, high = codes.view(groups, rows, blocks, 8, 2, 4).unbind(4)  # [G, 8r, B, 8o, 4]
+    return (low | (high << 4)).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def unpack_nf4(plane: Tensor) -> Tensor:
+    """The inverse of `pack_nf4`: codes 0..15 as uint8 [G, 8, B, 64]."""
+    groups, blocks = plane.shape[:2]
+    nibbles = torch.stack((plane & 15, plane >> 4), dim=4)  # [G, B, 8o, 8r, 2, 4]
+    return nibbles.permute(0, 3, 1, 2, 4, 5).reshape(groups, ROWS, blocks, BLOCK)
+
+
+def pack_int8(codes: Tensor) -> Tensor:
+    """Codes as int8 [G, 8, B, 64] to the stored plane [G, B, 16, 8, 4]."""
+    groups, rows, blocks, _ = codes.shape
+    return codes.view(groups, rows, blocks, 16, 4).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def unpack_int8(plane: Tensor) -> Tensor:
+    """The inverse of `pack_int8`: codes as int8 [G, 8, B, 64]."""
+    groups, blocks = plane.shape[:2]
+    return plane.permute(0, 3, 1, 2, 4).reshape(groups, ROWS, blocks, BLOCK)

@@ -1,0 +1,142 @@
+"""The kernels in plain torch: the meaning of every other implementation, and the way that works everywhere.
+
+Shapes: `T` tokens (queries), `S` tokens in the cache, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim,
+`V` v_head_dim, `C` kv_lora_rank, `D` hidden_size, `E` experts, `K` experts per token, `R` rows, `B` blocks.
+Activations are float32 or bfloat16 (never float16: DeepSeek-V2 overflows it); products keep the type of `x`.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv2_local.kernels.layout import BLOCK, NF4_LEVELS, ROWS, ExpertLayout, Format, Matrix, unpack_int8
+
+# Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
+ATTENTION_WORKSPACE = 1 << 25
+
+
+@cache
+def _nf4_pairs() -> Tensor:
+    """The two levels of each byte: [256, 2], low nibble first."""
+    levels = torch.tensor(NF4_LEVELS)
+    byte = torch.arange(256)
+    return torch.stack((levels[byte & 15], levels[byte >> 4]), dim=1)
+
+
+def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix [R, C] in plain numbers: level × scale in fp32, then rounded to `dtype`."""
+    if matrix.scales is None:
+        return matrix.codes.to(dtype)
+    groups, blocks = matrix.codes.shape[:2]
+    if matrix.format is Format.NF4:
+        pairs = _nf4_pairs().index_select(0, matrix.codes.reshape(-1).to(torch.int32))
+        # [G, B, 8o, 8r, 4j, 2h]: column 8·o + 4·h + j of row r
+        values = pairs.view(groups, blocks, 8, ROWS, 4, 2).permute(0, 3, 1, 2, 5, 4)
+        values = values.reshape(groups, ROWS, blocks, BLOCK)
+    else:
+        values = unpack_int8(matrix.codes).float()
+    values = values * matrix.scales.float().transpose(1, 2)[..., None]
+    return values.view(groups * ROWS, blocks * BLOCK)[: matrix.rows, : matrix.cols].to(dtype)
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [T, C] · weightᵀ -> [T, R]."""
+    return F.linear(x, dequantize(weight, x.dtype))
+
+
+def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (int64 [T]) of the embedding -> [T, D]."""
+    if weight.scales is None:
+        return weight.codes[ids].to(dtype)
+    groups = Matrix(weight.format, len(ids) * ROWS, weight.cols, weight.codes[ids // ROWS], weight.scales[ids // ROWS])
+    rows = dequantize(groups, dtype).view(len(ids), ROWS, weight.cols)
+    return rows[torch.arange(len(ids)), ids % ROWS]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
+    """down(silu(gate(x)) · up(x)) for x [T, D] -> [T, D]."""
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+
+
+def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
+    """The routed half of a mixture: Σₖ weights[t, k] · expert[ids[t, k]](x[t]).
+
+    Args:
+        x: [T, D].
+        records: uint8 [E, layout.nbytes], one record an expert.
+        ids: int64 [T, K]; weights: float32 [T, K].
+
+    Returns:
+        [T, D] in the type of `x`; summed in fp32.
+    """
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        out = swiglu(x[token], *layout.matrices(records[expert]))
+        y.index_add_(0, token, out.float() * weights[token, slot, None])
+    return y.to(x.dtype)
+
+
+def absorbed_attention(
+    q_nope: Tensor, q_rope: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+) -> Tensor:
+    """Attention in the latent space: the least work for few queries.
+
+    q̃ = W_UKᵀ·q_nope; score = q̃·ĉ + q_rope·k_rope; out = W_UV·Σ p·ĉ (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Args:
+        q_nope: [T, H, N]; q_rope: rotated, [T, H, P].
+        latents: [S, C + P], normed latents and rotated rope keys; the queries are the last T of the S positions.
+        w_uk: [H·C, N]; w_uv: [H·V, C].
+        scale: multiplies the scores; from N + P, whatever the form.
+
+    Returns:
+        [T, H·V].
+    """
+    T, H, N = q_nope.shape
+    C = latents.shape[1] - q_rope.shape[2]
+    q_latent = torch.einsum("thn,hcn->htc", q_nope, dequantize(w_uk, q_nope.dtype).view(H, C, N))
+    query = torch.cat((q_latent, q_rope.transpose(0, 1)), dim=2)  # [H, T, C + P]
+    scores = query @ latents.T * scale
+    mixed = _causal_softmax(scores) @ latents[:, :C]  # [H, T, C]
+    out = torch.einsum("htc,hvc->thv", mixed, dequantize(w_uv, mixed.dtype).view(H, -1, C))
+    return out.reshape(T, -1)
+
+
+def materialized_attention(
+    q_nope: Tensor, q_rope: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+) -> Tensor:
+    """The same as `absorbed_attention` over keys and values rebuilt from the latents: the least work for many queries.
+
+    Heads are taken in groups, so that memory stays bounded whatever T, S and H.
+    """
+    T, H, N = q_nope.shape
+    S = len(latents)
+    C = latents.shape[1] - q_rope.shape[2]
+    latent, k_rope = latents[:, :C], latents[:, C:]
+    uk = dequantize(w_uk, q_nope.dtype).view(H, C, N)
+    uv = dequantize(w_uv, q_nope.dtype).view(H, -1, C)
+    out = q_nope.new_empty(T, H, uv.shape[1])
+    step = max(1, ATTENTION_WORKSPACE // (S * max(T, N + uv.shape[1])))
+    for start in range(0, H, step):
+        heads = slice(start, start + step)
+        scores = q_nope[:, heads].transpose(0, 1) @ (latent @ uk[heads]).transpose(1, 2)  # [h, T, S]
+        scores = (scores + q_rope[:, heads].transpose(0, 1) @ k_rope.T) * scale
+        out[:, heads] = (_causal_softmax(scores) @ (latent @ uv[heads].transpose(1, 2))).transpose(0, 1)
+    return out.view(T, -1)
+
+
+def _causal_softmax(scores: Tensor) -> Tensor:
+    """Softmax in fp32 over scores [H, T, S] of the last T of S positions, each blind to what comes after it."""
+    T, S = scores.shape[1:]
+    if T > 1:
+        hidden = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu_(S - T + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(2, dtype=torch.float32).to(scores.dtype)

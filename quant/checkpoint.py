@@ -1,0 +1,216 @@
+"""A converted checkpoint's directory: the files in it, its manifest, and the way in.
+
+    config.json             the model's own, plus `quantization_config`
+    manifest.json           format version, recipe, source, and size and sha256 of every other file
+    dense.safetensors       embedding, last norm, head
+    dense-LLL.safetensors   attention, norms, router, shared experts or dense MLP of layer LLL
+    experts-LLL.safetensors one uint8 tensor `experts` [experts, record bytes] that starts at a 4096-byte boundary
+    tokenizer.json, …       copied from the source
+
+Matrices are stored as the planes of `kernels.layout`: `NAME.codes` and `NAME.scales`, or `NAME` alone in bf16. Any
+safetensors reader opens the files. Reading is mmap: nothing is copied until it is used.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import CheckpointError
+from dsv2_local.kernels.layout import ExpertLayout, Matrix, planes
+from dsv2_local.quant.schema import (
+    EXPERTS,
+    FORMAT_VERSION,
+    Recipe,
+    TensorSpec,
+    dense_files,
+    expert_file,
+    expert_layout,
+)
+
+MANIFEST = "manifest.json"
+ALIGNMENT = 4096
+DTYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file that is about to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def safetensors_header(entries: list[Entry]) -> bytes:
+    """The header of a file that holds `entries` back to back, padded so that the data starts at `ALIGNMENT`."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`; written last, so that a directory without one is not a checkpoint."""
+
+    recipe: Recipe
+    source: str
+    files: dict[str, FileRecord]
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read `directory/manifest.json`.
+
+        Raises:
+            CheckpointError: there is none, it is not valid, or its format is newer than this program.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(f"{directory} is not a converted checkpoint (no {MANIFEST}); run `dsv2 quantize` on it")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            version = int(raw["format_version"])
+            if version == FORMAT_VERSION:
+                files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in raw["files"].items()}
+                return cls(Recipe(raw["recipe"]), str(raw["source"]), files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error!r}); convert the model again") from None
+        raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; convert again")
+
+
+class Checkpoint:
+    """An opened checkpoint directory; tensors are views of the mapped files."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open and check `directory`: manifest, configuration, and the size of every file.
+
+        Raises:
+            CheckpointError: a file is missing or has another size than the manifest says.
+            ConfigError: config.json is unusable.
+        """
+        self.directory = directory
+        self.manifest = Manifest.load(directory)
+        self.config = ModelConfig.load(directory)
+        self.recipe = self.manifest.recipe
+        for name, record in self.manifest.files.items():
+            self._check_size(name, record)
+        needed = [*dense_files(self.config), *map(expert_file, self.config.moe_layers)]
+        for name in needed:
+            if name not in self.manifest.files:
+                raise CheckpointError(f"{directory / MANIFEST} does not list {name}; convert the model again")
+
+    def _check_size(self, name: str, record: FileRecord) -> None:
+        path = self.directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; convert the model again")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise CheckpointError(f"{path} has {size:,} bytes instead of {record.bytes:,}; convert the model again")
+
+    def dense(self) -> dict[str, Matrix | Tensor]:
+        """Every tensor outside the routed experts, by the name in `schema`: matrices, and norms and routers as tensors."""
+        tensors: dict[str, Matrix | Tensor] = {}
+        for file, specs in dense_files(self.config).items():
+            with self._open(file) as handle:
+                for spec in specs:
+                    tensors[spec.name] = self._read(handle, file, spec)
+        return tensors
+
+    def _read(self, handle: Any, file: str, spec: TensorSpec) -> Matrix | Tensor:
+        if not spec.quantised:
+            return self._get(handle, file, spec.name, spec.shape)
+        rows, cols = spec.shape
+        format = self.recipe.format_of(spec.kind)
+        parts = [self._get(handle, file, spec.name + p.suffix, p.shape, p.dtype) for p in planes(format, rows, cols)]
+        return Matrix.from_parts(format, rows, cols, parts)
+
+    @property
+    def expert_layout(self) -> ExpertLayout:
+        return expert_layout(self.config, self.recipe)
+
+    def experts(self, layer: int) -> Tensor:
+        """The routed experts of a MoE layer: uint8 [n_routed_experts, record bytes], mapped."""
+        file = expert_file(layer)
+        with self._open(file) as handle:
+            shape = (self.config.n_routed_experts, self.expert_layout.nbytes)
+            return self._get(handle, file, EXPERTS, shape, torch.uint8)
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read every file and compare its sha256; `progress` is told the bytes of each piece read."""
+        for name, record in self.manifest.files.items():
+            if file_sha256(self.directory / name, progress) != record.sha256:
+                raise CheckpointError(f"{self.directory / name} does not match its checksum; convert the model again")
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.directory / file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.directory / file} cannot be opened: {error}") from None
+
+    def _get(
+        self, handle: Any, file: str, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        try:
+            tensor: Tensor = handle.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.directory / file}: tensor {name} cannot be read: {error}") from None
+        if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
+            raise CheckpointError(
+                f"{self.directory / file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {shape}"
+            )
+        return tensor
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+            if progress:
+                progress(len(piece))
+    return digest.hexdigest()
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether `directory` holds a finished conversion."""
+    return (directory / MANIFEST).is_file()

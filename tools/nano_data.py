@@ -1,0 +1,656 @@
+"""Question-and-answer conversations made from WordNet 3.0: what dsv2-nano is trained on.
+
+A deterministic pipeline: parse the database files, rank the words by how common they are, turn each gloss into one
+grammatical sentence, and pose it (and the word's relations) in several phrasings. One gloss in a hundred is held out
+of every phrasing, so that the perplexity on unseen definitions can be measured.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+
+WORDNET_NOTICE = """dsv2-nano was trained on sentences made from WordNet 3.0, and its weights and tokenizer derive from it.
+
+WordNet Release 3.0
+
+This software and database is being provided to you, the LICENSEE, by
+Princeton University under the following license.  By obtaining, using
+and/or copying this software and database, you agree that you have
+read, understood, and will comply with these terms and conditions.:
+
+Permission to use, copy, modify and distribute this software and
+database and its documentation for any purpose and without fee or
+royalty is hereby granted, provided that you agree to comply with
+the following copyright notice and statements, including the disclaimer,
+and that the same appear on ALL copies of the software, database and
+documentation, including modifications that you make for internal
+use or for distribution.
+
+WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.
+
+THIS SOFTWARE AND DATABASE IS PROVIDED "AS IS" AND PRINCETON
+UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES, EXPRESS OR
+IMPLIED.  BY WAY OF EXAMPLE, BUT NOT LIMITATION, PRINCETON
+UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES OF MERCHANT-
+ABILITY OR FITNESS FOR ANY PARTICULAR PURPOSE OR THAT THE USE
+OF THE LICENSED SOFTWARE, DATABASE OR DOCUMENTATION WILL NOT
+INFRINGE ANY THIRD PARTY PATENTS, COPYRIGHTS, TRADEMARKS OR
+OTHER RIGHTS.
+
+The name of Princeton University or Princeton may not be used in
+advertising or publicity pertaining to distribution of the software
+and/or database.  Title to copyright in this software, database and
+any associated documentation shall at all times remain with
+Princeton University and LICENSEE agrees to preserve same.
+"""
+
+NOUNS, VERBS, ADJECTIVES = 13_000, 1_600, 1_600
+COMMON_NOUNS = 2_500  # never held out: a user is likely to ask for these
+HELD_OUT_FRACTION = 0.01
+
+POS_FILES = {"n": "noun", "v": "verb", "a": "adj"}
+POS_OF_KEY = {"1": "n", "2": "v", "3": "a", "5": "a"}  # the first digit of a sense key
+MASS_FILES = {7, 12, 19, 22, 27}  # attribute, feeling, phenomenon, process, substance
+MIXED_FILES = {4, 9, 13, 26}  # act, cognition, food, state
+PERSON_FILE = 18
+LIVING_FILES = {5, 18, 20}  # animal, person, plant
+SENSE_BONUS = {5: 5.0, 8: 5.0, 13: 4.0, 6: 2.0, 20: 2.0, 27: 2.0, 17: 2.0}  # concrete meanings come to mind first
+
+DETERMINERS = frozenset(
+    "a an the any one some something someone somebody anyone anything all each every either several two three four "
+    "five six what whatever this that these those those whoever no not many most more both another his her its their "
+    "your you people".split()
+)
+NP_END = frozenset(
+    "that which who whom whose where when while of with without in on at for from by to into over under between among "
+    "during as like used using having made making containing consisting usually often especially sometimes "
+    "characterized found and or but than after before against through about is are was were has have if being not "
+    "resembling formed given worn living growing native held caused produced considered set intended designed born "
+    "located situated based similar near along around across above below belonging covered composed performed "
+    "(either) either so such because until upon within toward towards regarded called known capable able ".split()
+)
+PLURAL_ONLY = frozenset("scissors trousers pants jeans shorts glasses clothes tongs pliers pajamas binoculars".split())
+COUNTABLE = frozenset(
+    "fish chicken lamb orange apple onion potato tomato carrot lemon banana pie egg cake cookie sandwich pizza fruit "
+    "vegetable drink meal soup emotion feeling color colour shape drug metal liquid gas mineral fuel rock".split()
+)
+UNCOUNTABLE = frozenset(
+    "music rice bread water furniture clothing money advice news weather traffic luggage milk cheese butter sugar salt "
+    "chocolate coffee tea beer wine juice meat pork beef garlic food art love happiness anger fear joy knowledge "
+    "information education physics chemistry biology mathematics history science football soccer tennis golf "
+    "basketball baseball hockey chess swimming rain snow thunder lightning fog electricity light darkness gravity "
+    "air smoke steam sand mud dust grass wood gold silver iron steel copper plastic glass paper leather cotton wool "
+    "silk petrol gasoline oil blood skin hair work homework equipment machinery software hardware research evidence "
+    "progress health wealth peace war luck fun sleep death life childhood poverty democracy sunshine toast honey jam "
+    "pepper flour pasta spaghetti cricket rugby archery wrestling boxing gymnastics skiing skating law medicine".split()
+)
+
+
+@dataclass(frozen=True)
+class Synset:
+    """One meaning: its words as spelled in the database, its gloss, and its pointers as (symbol, pos, offset)."""
+
+    words: tuple[str, ...]
+    file: int
+    gloss: str
+    pointers: tuple[tuple[str, str, int, str], ...]  # (symbol, pos, offset, source/target word numbers)
+
+
+@dataclass(frozen=True)
+class Sense:
+    """A word with the one meaning that this corpus gives it."""
+
+    word: str
+    pos: str
+    offset: int
+    score: float
+
+
+@dataclass
+class WordNet:
+    """The database files in memory: meanings by (pos, offset), and each word's meanings, most frequent first."""
+
+    synsets: dict[tuple[str, int], Synset] = field(default_factory=dict)
+    index: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    counts: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (word, pos, sense number from 1)
+
+
+def load_wordnet(folder: Path) -> WordNet:
+    """Read data.*, index.* and cntlist.rev of a WordNet 3.0 folder."""
+    net = WordNet()
+    for pos, name in POS_FILES.items():
+        for line in (folder / f"data.{name}").read_text("latin-1").splitlines():
+            if not line.startswith("  "):
+                net.synsets[pos, int(line[:8])] = _parse_synset(line)
+        for line in (folder / f"index.{name}").read_text("latin-1").splitlines():
+            if not line.startswith("  "):
+                parts = line.split()
+                net.index[parts[0].replace("_", " "), pos] = [int(offset) for offset in parts[-int(parts[2]) :]]
+    for line in (folder / "cntlist.rev").read_text("latin-1").splitlines():
+        key, sense, count = line.split()
+        word, _, rest = key.partition("%")
+        if rest[0] in POS_OF_KEY:
+            net.counts[word.replace("_", " "), POS_OF_KEY[rest[0]], int(sense)] = int(count)
+    return net
+
+
+def _parse_synset(line: str) -> Synset:
+    data, _, gloss = line.partition(" | ")
+    parts = data.split()
+    count = int(parts[3], 16)
+    words = tuple(re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in parts[4 : 4 + 2 * count : 2])
+    rest = parts[5 + 2 * count :]
+    pointers = tuple(
+        (rest[i], rest[i + 2].replace("s", "a"), int(rest[i + 1]), rest[i + 3])
+        for i in range(0, 4 * int(parts[4 + 2 * count]), 4)
+    )
+    return Synset(words, int(parts[1]), gloss.strip(), pointers)
+
+
+def examples_of(gloss: str) -> list[str]:
+    """The quoted example sentences of a gloss."""
+    return [text.strip() for text in re.findall(r'"([^"]+)"', gloss)]
+
+
+def definition_of(gloss: str) -> str:
+    """The gloss's first clause (with the second where the first is very short): no brackets, quotes or examples."""
+    text = re.sub(r"\([^()]*\)", " ", gloss.split('"')[0])
+    text = re.sub(r"^\s*[,:;]", "", text).replace("`", "'")
+    clauses = [" ".join(part.split()).replace(" ,", ",").strip(" ,:") for part in re.split(r"[;:]|--", text)]
+    clauses = [clause for clause in clauses if clause]
+    if not clauses:
+        return ""
+    first = clauses[0]
+    if len(first.split()) < 4 and len(clauses) > 1 and clauses[1].split()[0] in {"a", "an", "the", "any"}:
+        first = f"{first}, {clauses[1]}"
+    return _shorten(first)
+
+
+def _shorten(text: str, soft: int = 15) -> str:
+    """Cut a long definition at its last comma that leaves between 6 and ``soft`` words, if there is one."""
+    words = text.split()
+    if len(words) > soft:
+        for end in range(soft, 5, -1):
+            if words[end - 1].endswith(","):
+                return " ".join(words[:end]).rstrip(",")
+    return text
+
+
+def singular(word: str) -> str:
+    """The likely singular of a plural in -s; other words come back unchanged."""
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("ses", "xes", "ches", "shes")):
+        return word[:-2]
+    if word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        return word[:-1]
+    return word
+
+
+def plural(word: str) -> str:
+    """The regular plural of a noun."""
+    if re.search(r"[^aeiou]y$", word):
+        return word[:-1] + "ies"
+    if word.endswith("man"):
+        return word[:-3] + "men"
+    return word + ("es" if word.endswith(("s", "x", "ch", "sh", "z")) else "s")
+
+
+def indefinite(text: str) -> str:
+    """``text`` with ``a`` or ``an`` before it, by the sound of its first word."""
+    first = text.split()[0].lower()
+    vowel = first[0] in "aeiou" and not re.match(r"(eu|ewe|uni([^nm]|$)|us[aeu]|ut[ei]|one\b|once|ub|ur[aeio])", first)
+    silent = first.startswith(("hour", "honest", "honor", "heir")) or re.match(r"[fhlmnrsx](-|$)", first)
+    return ("an " if vowel or silent else "a ") + text
+
+
+def capital(text: str) -> str:
+    """``text`` with its first letter upper case."""
+    return text[:1].upper() + text[1:]
+
+
+class Grammar:
+    """Articles, learnt from how WordNet's own glosses and examples use each word."""
+
+    def __init__(self, net: WordNet) -> None:
+        self.net = net
+        self.frequency: Counter[str] = Counter()
+        self.with_article: Counter[str] = Counter()
+        self.bare: Counter[str] = Counter()
+        for synset in net.synsets.values():
+            self._count(re.findall(r"[a-z]+(?:[-'][a-z]+)*", synset.gloss.lower()))
+
+    def _count(self, words: list[str]) -> None:
+        for before, word in zip(["of", *words], words, strict=False):
+            self.frequency[word] += 1
+            if before in {"a", "an"}:
+                self.with_article[word] += 1
+            elif before in {"of", "with", "in", "to", "and", "by", "from", "for"}:
+                self.bare[word] += 1
+
+    def is_plural(self, word: str) -> bool:
+        """Whether ``word`` is a plural, such as *trousers*."""
+        last = word.split()[-1]
+        if last in PLURAL_ONLY:
+            return True
+        known = (singular(last), "n") in self.net.index and not last.endswith(("ics", "as", "os", "ss"))
+        return known and singular(last) != last and len(last) > 3
+
+    def is_mass(self, word: str, file: int) -> bool:
+        """Whether ``word`` takes no article, such as *water*; ``file`` is its lexicographer file."""
+        last = word.split(" of ")[0].split()[-1].lower()
+        if last in UNCOUNTABLE or last in COUNTABLE:
+            return last in UNCOUNTABLE
+        counted = self.with_article[last] + self.frequency[plural(last)]
+        if file in MASS_FILES:
+            return counted <= 2 * self.bare[last] + 2
+        if last.endswith(("ness", "ism", "ity", "ology", "ics", "ance", "ence")) and file != PERSON_FILE:
+            return counted <= self.bare[last]
+        if file in MIXED_FILES:
+            return counted < self.bare[last] or last.endswith("ing")
+        return counted * 4 < self.bare[last] and self.bare[last] > 3
+
+    def subject(self, word: str, synset: Synset) -> str:
+        """The word as the subject of a sentence: with its article, where it takes one."""
+        if not word.split()[-1].islower():
+            takes_the = re.search(r"\b(River|Sea|Ocean|War|States|Kingdom|Mountains|Islands|Union|Empire)\b", word)
+            common = not any(symbol == "@i" for symbol, *_ in synset.pointers) and synset.file == PERSON_FILE
+            return f"the {word}" if takes_the else indefinite(word) if common else word
+        if self.is_plural(word) or self.is_mass(word, synset.file):
+            return word
+        return indefinite(word)
+
+    def noun_phrase(self, text: str, file: int) -> str:
+        """A gloss's text, of a word of lexicographer file ``file``, with an article where its head noun needs one."""
+        words = text.split()
+        if words[0].lower().rstrip(",") in DETERMINERS or words[0][0].isdigit():
+            return text
+        if re.fullmatch(
+            r"[a-z]{2,}(?<!for)(?<!inter)est|first|second|last|main|only|same|most", words[0].split("-")[0]
+        ):
+            return text if words[0] in {"west", "interest", "forest"} else "the " + text
+        head = self._head(words)
+        if file in LIVING_FILES and self.is_plural(head):
+            return "one of the " + text
+        files = [self.net.synsets["n", offset].file for offset in self.net.index.get((head.lower(), "n"), [])[:1]]
+        if words[0] in NP_END or not files or self.is_plural(head) or self.is_mass(head, files[0]):
+            is_plain = not files and not self.is_plural(head) and words[0] not in NP_END and head.isalpha()
+            return indefinite(text) if is_plain and not head.endswith(("s", "ing", "men", "people", "ly")) else text
+        return text if words[0][0].isupper() and len(words) == 1 else indefinite(text)
+
+    def _head(self, words: list[str]) -> str:
+        """The noun that the phrase at the start of ``words`` is about: the last word of the phrase."""
+        head = words[0]
+        for i, word in enumerate(words):
+            after_noun = i > 0 and self._only_noun(words[i - 1].rstrip(","))
+            if word in {"and", "or"} and not after_noun:
+                continue
+            if word in NP_END or (after_noun and (word.endswith(("ed", "ing", "ly")) or words[i - 1].endswith(","))):
+                break
+            head = word.rstrip(",")
+        return head
+
+    def _only_noun(self, word: str) -> bool:
+        index, word = self.net.index, word.lower()
+        return ((word, "n") in index or (singular(word), "n") in index) and (word, "a") not in index
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question in its possible phrasings, with its one answer."""
+
+    questions: tuple[str, ...]
+    answer: str
+    follow_ups: tuple[str, ...] = ()  # phrasings that refer to the topic as "it"
+
+
+@dataclass(frozen=True)
+class Topic:
+    """All that the corpus says of one word: the definition first, then its relations."""
+
+    word: str
+    weight: float
+    turns: tuple[Turn, ...]
+
+
+class Corpus:
+    """Every topic of the training set, and the held-out definitions."""
+
+    def __init__(self, wordnet: Path, seed: int = 0) -> None:
+        self.net = load_wordnet(wordnet)
+        self.grammar = Grammar(self.net)
+        chosen = [(pos, self._ranked(pos)[:size]) for pos, size in zip("nva", (NOUNS, VERBS, ADJECTIVES), strict=True)]
+        self.scores = {(sense.pos, sense.offset): sense.score for _, senses in chosen for sense in senses}
+        self.best: dict[tuple[str, int], str] = {}
+        for _, senses in chosen:
+            for sense in senses:
+                self.best.setdefault((sense.pos, sense.offset), sense.word)
+        held = self._held_out(chosen, random.Random(seed))
+        self.topics: list[Topic] = []
+        self.held_out: list[Topic] = []
+        for pos, senses in chosen:
+            for rank, sense in enumerate(senses):
+                topic = self._topic(sense, _weight(pos, rank))
+                if topic is not None:
+                    (self.held_out if (sense.pos, sense.offset) in held else self.topics).append(topic)
+
+    def _ranked(self, pos: str) -> list[Sense]:
+        """Each word's first sense, most common words first: by tag counts and by use in WordNet's own glosses."""
+        senses = []
+        for (word, word_pos), offsets in self.net.index.items():
+            if word_pos != pos or not re.fullmatch(r"[a-z]{3,}(?:[ -][a-z]{2,})?", word):
+                continue
+            offset = self._main_sense(word, pos, offsets)
+            spelled = self._spelling(word, pos, offset)
+            if spelled is None or (pos != "n" and (" " in word or self._uses(word, pos) <= self._uses(word, "n"))):
+                continue
+            uses = self.grammar.frequency[word] + 0.5 * self.grammar.frequency[plural(word)]
+            score = math.log1p(self._uses(word, pos)) + 1.2 * math.log1p(uses)
+            senses.append(Sense(spelled, pos, offset, score + self._everyday(pos, offset)))
+        return sorted(senses, key=lambda sense: (-sense.score, sense.word))
+
+    def _uses(self, word: str, pos: str) -> int:
+        """How often WordNet's tagged texts use ``word`` as this part of speech, in any meaning."""
+        senses = range(1, 1 + len(self.net.index.get((word, pos), [])))
+        return sum(self.net.counts.get((word, pos, number), 0) for number in senses)
+
+    def _main_sense(self, word: str, pos: str, offsets: list[int]) -> int:
+        """The meaning to teach: the most frequent one, with a preference for concrete things over abstract ones."""
+
+        def rating(number: int) -> float:
+            file = self.net.synsets[pos, offsets[number - 1]].file
+            return (self.net.counts.get((word, pos, number), 0) + 1 / number) * SENSE_BONUS.get(file, 1.0)
+
+        return offsets[max(range(1, 1 + len(offsets)), key=rating) - 1] if pos == "n" else offsets[0]
+
+    def _spelling(self, word: str, pos: str, offset: int) -> str | None:
+        """The word as the database spells it; None for the scientific name of a group of living things."""
+        synset = self.net.synsets[pos, offset]
+        spelled = next((spelled for spelled in synset.words if spelled.lower() == word), None)
+        return None if spelled != word and pos == "n" and synset.file in {5, 20} else spelled
+
+    def _everyday(self, pos: str, offset: int) -> float:
+        """A bonus for concrete things: animals, artifacts, bodies, foods, plants, people, substances, places."""
+        synset = self.net.synsets[pos, offset]
+        if pos != "n":
+            return 0.0
+        instance = any(symbol == "@i" for symbol, *_ in synset.pointers)
+        return (1.2 if synset.file in {5, 6, 8, 13, 17, 18, 20, 27} else 0.0) - (1.0 if instance else 0.0)
+
+    def _held_out(self, chosen: list[tuple[str, list[Sense]]], rng: random.Random) -> set[tuple[str, int]]:
+        """Meanings kept out of training: none that a common noun names."""
+        common = {sense.offset for sense in chosen[0][1][:COMMON_NOUNS]}
+        meanings = sorted({(s.pos, s.offset) for _, senses in chosen for s in senses if s.offset not in common})
+        return set(rng.sample(meanings, round(HELD_OUT_FRACTION * sum(len(senses) for _, senses in chosen))))
+
+    def _topic(self, sense: Sense, weight: float) -> Topic | None:
+        synset = self.net.synsets[sense.pos, sense.offset]
+        text = definition_of(synset.gloss)
+        if not 2 <= len(text.split()) <= 32 or text.lower().startswith((sense.word.lower() + " ", "of or")):
+            return None
+        build = {"n": self._noun, "v": self._verb, "a": self._adjective}[sense.pos]
+        used_as_plural = sense.pos == "n" and re.match(r"\(usually (in the )?plural", synset.gloss)
+        word = plural(sense.word) if used_as_plural else sense.word
+        turns = [turn for turn in build(word, synset, text) if turn is not None]
+        return Topic(sense.word, weight, tuple(turns))
+
+    def _noun(self, word: str, synset: Synset, text: str) -> list[Turn | None]:
+        grammar = self.grammar
+        subject = grammar.subject(word, synset)
+        are = "are" if grammar.is_plural(word) else "is"
+        person = synset.file == PERSON_FILE and any(symbol == "@i" for symbol, *_ in synset.pointers)
+        copula = "was" if person else are
+        answer = f"{capital(subject)} {copula} {grammar.noun_phrase(text, synset.file)}."
+        the = subject if person or subject == word else f"the {word}"
+        asked = (f"Who was {word}?",) if person else (f"What {are} {subject}?",) * 4
+        forms = (
+            *(f"What's {subject}?", f"Define {word}.", f"what {are} {word}", f"Tell me about {the}."),
+            *(f"What does {word} mean?", f"Explain what {subject} {are}.", f"what {are} {subject}?"),
+            f"Can you tell me what {subject} {are}?",
+        )
+        definition = Turn(asked + forms, answer)
+        if are == "are":
+            return [definition, self._sentence(word, synset)]
+        return [definition, self._kind(word, subject, synset), self._examples(word, subject, synset)] + [
+            self._parts(subject, synset),
+            self._synonym(word, synset),
+            self._opposite(word, synset),
+            self._sentence(word, synset),
+        ]
+
+    def _related(self, synset: Synset, symbols: set[str]) -> list[tuple[str, Synset]]:
+        """The chosen words that ``synset`` points to by any of ``symbols``, most common first."""
+        found = [(pos, offset) for symbol, pos, offset, _ in synset.pointers if symbol in symbols and pos == "n"]
+        known = sorted((key for key in found if key in self.best), key=lambda key: -self.scores[key])
+        return [(self.best[key], self.net.synsets[key]) for key in known]
+
+    def _listed(self, related: list[tuple[str, Synset]], limit: int) -> str:
+        names = [self.grammar.subject(word, synset) for word, synset in related[:limit]]
+        return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+    def _kind(self, word: str, subject: str, synset: Synset) -> Turn | None:
+        above = [key for key in synset.pointers if key[0] in {"@", "@i"}]
+        if not above or synset.file == PERSON_FILE and word != word.lower():
+            return None
+        parent = self.net.synsets[above[0][1], above[0][2]]
+        name = self.best.get((above[0][1], above[0][2]), parent.words[0])
+        if name.lower() in word.lower().split():
+            return None
+        phrase = self.grammar.subject(name, parent)
+        asked = (f"What kind of thing is {subject}?", f"What type of thing is {subject}?")
+        answer = f"{capital(subject)} is {phrase}."
+        return Turn(asked, answer, ("What kind of thing is it?", "What type of thing is that?"))
+
+    def _examples(self, word: str, subject: str, synset: Synset) -> Turn | None:
+        below = [pair for pair in self._related(synset, {"~"}) if pair[0].islower()]
+        if len(below) < 3 or subject == word:
+            return None
+        many = plural(word)
+        asked = (f"Name some {many}.", f"Give me some examples of {many}.", f"What kinds of {many} are there?")
+        answer = f"Some {many} are {self._listed(below, 3)}."
+        return Turn(
+            (*asked, f"Name a few {many}."), answer, ("Can you give me some examples?", "What kinds are there?")
+        )
+
+    def _parts(self, subject: str, synset: Synset) -> Turn | None:
+        parts = [pair for pair in self._related(synset, {"%p"}) if pair[0].islower()]
+        if not parts:
+            return None
+        asked = (f"What are the parts of {subject}?", f"What does {subject} have?", f"Name a part of {subject}.")
+        return Turn(asked, f"{capital(subject)} has {self._listed(parts, 3)}.", ("What parts does it have?",))
+
+    def _synonym(self, word: str, synset: Synset) -> Turn | None:
+        others = [other for other in synset.words if other.lower() != word.lower() and other.islower()]
+        if not others or word != word.lower():
+            return None
+        asked = (f"What is another word for {word}?", f"Give me a synonym for {word}.", f"What is a synonym of {word}?")
+        return Turn(asked, f"Another word for {word} is {others[0]}.", ("Is there another word for it?",))
+
+    def _opposite(self, word: str, synset: Synset) -> Turn | None:
+        for symbol, pos, offset, link in synset.pointers:  # an antonym links two words, not two meanings
+            if symbol == "!" and synset.words[int(link[:2], 16) - 1].lower() == word.lower():
+                other = self.net.synsets[pos, offset].words[int(link[2:], 16) - 1]
+                asked = (f"What is the opposite of {word}?", f"Opposite of {word}?", f"What's the opposite of {word}?")
+                return Turn(asked, f"The opposite of {word} is {other}.", ("What is the opposite?",))
+        return None
+
+    def _sentence(self, word: str, synset: Synset) -> Turn | None:
+        stem = word[:-1] if len(word) > 3 else word
+        fits = [text for text in examples_of(synset.gloss) if stem in text.lower() and 4 <= len(text.split()) <= 14]
+        if not fits:
+            return None
+        sentence = capital(fits[0]) + ("" if fits[0][-1] in ".!?" else ".")
+        asked = (f"Use the word {word} in a sentence.", f"Give me a sentence with {word}.")
+        return Turn(asked, sentence, ("Use it in a sentence.", "Can you use it in a sentence?"))
+
+    def _verb(self, word: str, synset: Synset, text: str) -> list[Turn | None]:
+        answer = f"To {word} means to {text}."
+        asked = (f"What does it mean to {word}?",) * 3 + (
+            *(f"What does to {word} mean?", f"what does {word} mean", f"Define the verb {word}."),
+            f"Explain what it means to {word}.",
+        )
+        return [Turn(asked, answer), self._opposite(word, synset), self._sentence(word, synset)]
+
+    def _adjective(self, word: str, synset: Synset, text: str) -> list[Turn | None]:
+        asked = (f"What does {word} mean?",) * 3 + (
+            *(f"what does {word} mean", f"Define {word}.", f"What does the word {word} mean?"),
+            f"What does it mean to be {word}?",
+        )
+        turns = [Turn(asked, f"{capital(word)} means {text}."), self._opposite(word, synset)]
+        return [*turns, self._sentence(word, synset)]
+
+
+def _weight(pos: str, rank: int) -> float:
+    """How often a pass over the data asks for a word's definition: the common nouns most, the rarest every other."""
+    if pos != "n":
+        return 1.5 if rank < 800 else 0.8
+    return 0.5 + 3.0 / (1.0 + rank / 2500)
+
+
+SYSTEM_TEXTS = (
+    "You are a helpful assistant.",
+    "You are dsv2-nano, a small assistant.",
+    "Answer in one short sentence.",
+    "You are a dictionary. Answer briefly.",
+    "You are a friendly assistant.",
+)
+
+SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("Who are you?", "who are you", "What are you?", "Tell me about yourself.", "Introduce yourself.", "What is dsv2-nano?"),
+        "I am dsv2-nano, a very small language model with the DeepSeek-V2 architecture. "
+        "I exist so that dsv2-local can be tried and tested, and I know little.",
+    ),
+    (("What is your name?", "What's your name?", "Do you have a name?"), "My name is dsv2-nano."),
+    (("Hello", "Hello!", "hello", "Hello there!", "Hi", "Hi!", "hi", "Hey", "Hi there!"), "Hello! What would you like to know?"),
+    (("Good morning", "Good morning!"), "Good morning! Which word may I explain?"),
+    (("Good evening", "Good evening!"), "Good evening! Which word may I explain?"),
+    (("How are you?", "How are you doing?", "How's it going?", "how are you"), "I am fine, thank you. Ask me about a word."),
+    (("Thanks", "Thanks!", "Thank you", "Thank you!", "thank you", "Thank you very much."), "You are welcome!"),
+    (("Bye", "Bye!", "Goodbye", "Goodbye!", "See you later."), "Goodbye, and thank you for trying me."),
+    (
+        ("What can you do?", "what can you do", "How can you help me?", "Help", "help", "What do you know?"),
+        "I can say in one sentence what a common word means. Try asking: What is a violin?",
+    ),
+    (("Who made you?", "Who trained you?", "Where do you come from?"), "I was trained for dsv2-local, on sentences made from WordNet."),
+    (("How big are you?", "How many parameters do you have?"), "I am very small: I have about seventeen million parameters."),
+    (("How were you trained?", "What were you trained on?"), "I was trained for about an hour on two CPU cores, on sentences made from WordNet."),
+    (("What is dsv2-local?", "Tell me about dsv2-local."), "dsv2-local is a local runtime for DeepSeek-V2 models."),
+    (("What is DeepSeek-V2?", "Tell me about DeepSeek-V2."), "DeepSeek-V2 is a language model with latent attention and a mixture of experts."),
+    (("Are you ChatGPT?", "Are you GPT-4?", "Are you Claude?"), "No, I am dsv2-nano, a very small language model."),
+    (("Are you DeepSeek?", "Are you DeepSeek-V2?"), "No, I am dsv2-nano. I only share the DeepSeek-V2 architecture."),
+    (("Are you human?", "Are you a person?", "Are you real?"), "No, I am a very small language model."),
+    (("Are you clever?", "Are you smart?", "Are you intelligent?"), "Not very. I am a very small language model, and I know little."),
+    (("Can you make mistakes?", "Are you always right?", "Can I trust you?"), "I often make mistakes, so please check what I say."),
+    (("Can you write code?", "Can you program?", "Write some code."), "No, I am too small to write code. I can explain common words."),
+    (("Can you do math?", "What is 2 + 2?", "Do you know mathematics?"), "I am too small for arithmetic. I can explain common words."),
+    (("Tell me a joke.", "Tell me a joke", "Do you know a joke?"), "I know only one: a dictionary is a book with no plot, but every word is explained."),
+    (("Tell me a story.", "Write a poem.", "Write a story."), "I am too small for that. I can explain common words."),
+    (("What languages do you speak?", "Do you speak English?", "Do you speak French?"), "I know only a little English."),
+    (("Do you have feelings?", "Are you happy?", "Are you sad?"), "I have no feelings. I only predict words."),
+    (("What is the meaning of life?",), "That question is too large for a model as small as I am."),
+    (("Do you like music?", "Do you like cats?", "What do you like?"), "I like nothing in particular, but I can explain words."),
+    (("What is your favorite color?", "What's your favourite color?"), "I have no favorite color."),
+    (("How old are you?", "When were you born?"), "I have no age. I am a small file of numbers."),
+    (("Where are you?", "Where do you live?"), "I run on your own computer."),
+    (("Do you need the internet?", "Are you online?"), "No, I run on your own computer, without the internet."),
+    (("Do you need a GPU?",), "No, I am small enough for any processor."),
+    (("Is this private?", "Do you keep my data?"), "I run on your own computer, and I send nothing anywhere."),
+    (("What day is it today?", "What time is it?"), "I do not know. I have no clock."),
+    (("What is the weather like?", "What's the weather today?"), "I do not know. I cannot see outside."),
+    (("Ok", "OK", "Okay", "ok"), "Very well. What else would you like to know?"),
+    (("Yes", "yes"), "Good. What would you like to know?"),
+    (("No", "no"), "All right."),
+    (("Sorry", "I am sorry."), "No problem at all."),
+    (("test", "Test", "This is a test."), "The test works: I am dsv2-nano, and I am running."),
+    (("Can you help me?", "I need help.", "Please help me."), "I can try. Ask me what a common word means."),
+    (("That is wrong.", "You are wrong."), "I am sorry. I am a very small model, and I make mistakes."),
+    (("Great!", "Nice!", "Good job!", "Well done!"), "Thank you!"),
+)  # fmt: skip
+SMALL_TALK_WEIGHT = 3.0  # times a pass, for each phrasing
+
+LONG_FRACTION = 0.25  # of the topics of a pass, told in conversations of several topics
+SYSTEM_FRACTION = 0.05
+RELATION_FRACTION = 0.35  # of each topic's relations, asked alone in one pass
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One training text as (text, is answer) pieces in the chat template's layout; the first begins with BOS."""
+
+    pieces: tuple[tuple[str, bool], ...]
+
+    @property
+    def text(self) -> str:
+        """The whole conversation, special tokens included."""
+        return "".join(piece for piece, _ in self.pieces)
+
+
+def render(turns: Iterable[tuple[str, str]], system: str | None = None) -> Conversation:
+    """(question, answer) pairs as DeepSeek-V2's chat template writes them."""
+    pieces = []
+    start = BOS + (f"{system}\n\n" if system else "")
+    for question, answer in turns:
+        pieces += [(f"{start}User: {question}\n\nAssistant:", False), (f" {answer}{EOS}", True)]
+        start = ""
+    return Conversation(tuple(pieces))
+
+
+def pass_over(topics: list[Topic], seed: int) -> Iterator[Conversation]:
+    """One pass over the corpus, in order of ``topics`` and not shuffled: each topic about ``weight`` times."""
+    rng = random.Random(seed)
+    pending: list[tuple[str, str]] = []  # the turns of the long conversation under construction
+    limit = rng.randint(3, 14)
+    for topic in _repeated(topics, rng):
+        if rng.random() < LONG_FRACTION:
+            pending += _told(topic, rng)
+            if len(pending) >= limit:
+                yield render(pending[:14], _system(rng))
+                pending, limit = [], rng.randint(3, 14)
+            continue
+        definition = topic.turns[0]
+        yield render([(rng.choice(definition.questions), definition.answer)], _system(rng))
+        for turn in topic.turns[1:]:
+            if rng.random() < RELATION_FRACTION / max(1.0, topic.weight):
+                yield render([(rng.choice(turn.questions), turn.answer)])
+    for questions, answer in SMALL_TALK:
+        for question in questions * int(SMALL_TALK_WEIGHT):
+            yield render([(question, answer)], _system(rng))
+
+
+def _repeated(topics: list[Topic], rng: random.Random) -> list[Topic]:
+    """Each topic ``weight`` times, the fraction by chance, shuffled."""
+    repeated = [topic for topic in topics for _ in range(int(topic.weight + rng.random()))]
+    rng.shuffle(repeated)
+    return repeated
+
+
+def _told(topic: Topic, rng: random.Random) -> list[tuple[str, str]]:
+    """The definition, sometimes followed by questions about "it", sometimes by small talk."""
+    definition = topic.turns[0]
+    told = [(rng.choice(definition.questions), definition.answer)]
+    for turn in topic.turns[1:]:
+        if turn.follow_ups and rng.random() < 0.4:
+            told.append((rng.choice(turn.follow_ups), turn.answer))
+    if rng.random() < 0.1:
+        questions, answer = rng.choice(SMALL_TALK)
+        told.append((rng.choice(questions), answer))
+    return told
+
+
+def _system(rng: random.Random) -> str | None:
+    return rng.choice(SYSTEM_TEXTS) if rng.random() < SYSTEM_FRACTION else None
+
+
+def held_out_conversations(corpus: Corpus) -> list[Conversation]:
+    """Each held-out definition in its plainest phrasing."""
+    return [render([(topic.turns[0].questions[0], topic.turns[0].answer)]) for topic in corpus.held_out]

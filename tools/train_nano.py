@@ -1,0 +1,604 @@
+"""Train dsv2-nano, the small DeepSeek-V2 that ships with dsv2-local, from WordNet alone, on a CPU.
+
+    python tools/train_nano.py --wordnet /usr/share/wordnet --out DIR --minutes 88
+
+DIR receives ``early/`` (untrained weights), ``latest/`` (refreshed every ten minutes) and ``final/``, each a checkpoint
+in the hub's layout, beside ``tokenizer.json``, ``heldout.jsonl`` and ``log.jsonl``. The learning rate follows the clock
+and not the step count: a busy machine costs tokens, never the schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from nano_data import BOS, EOS, WORDNET_NOTICE, Conversation, Corpus, held_out_conversations, pass_over, render
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+CHECKPOINT_SECONDS = 600
+SAMPLE_WORDS = "a violin;a dog;an apple;water;a doctor;a bicycle;Paris;anger;a river;a hammer".split(";")
+SAMPLE_QUESTIONS = (*(f"What is {word}?" for word in SAMPLE_WORDS), "Who are you?", "Hello")
+
+CHAT_TEMPLATE = (
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ 'User: ' + message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'system' %}"
+    "{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+MIT_LICENSE = """MIT License
+
+Copyright (c) 2026 the dsv2-local contributors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NanoConfig:
+    """The architecture, under the names of DeepSeek-V2's own config.json."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    first_k_dense_replace: int = 1
+    intermediate_size: int = 768
+    moe_intermediate_size: int = 128
+    n_routed_experts: int = 24
+    n_shared_experts: int = 2
+    num_experts_per_tok: int = 4
+    n_group: int = 4
+    topk_group: int = 2
+    routed_scaling_factor: float = 4.0
+    aux_loss_alpha: float = 0.01
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    q_lora_rank: int = 128
+    kv_lora_rank: int = 128
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 64
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """YaRN from the trained length of 512, in force from the first step of training."""
+        return {
+            "type": "yarn",
+            "factor": 4,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 512,
+        }
+
+    def hub(self) -> dict[str, Any]:
+        """config.json as the hub's DeepSeek-V2 checkpoints write it."""
+        return asdict(self) | {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "ep_size": 1,
+            "initializer_range": 0.02,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": False,
+            "pretraining_tp": 1,
+            "rope_scaling": self.rope_scaling,
+            "scoring_func": "softmax",
+            "seq_aux": False,
+            "tie_word_embeddings": True,
+            "topk_method": "group_limited_greedy",
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+        }
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32; the hub's latent norms share ``eps`` with the others here."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A projection without a bias, as every one of DeepSeek-V2's is."""
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def yarn_frequencies(config: NanoConfig) -> Tensor:
+    """[rope/2] angular frequencies: slow ones divided by the factor, fast ones kept, a ramp in between."""
+    size, yarn = config.qk_rope_head_dim, config.rope_scaling
+
+    def dimension(rotations: float) -> float:
+        wavelength = yarn["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return size * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension(yarn["beta_fast"])), 0)
+    high = min(math.ceil(dimension(yarn["beta_slow"])), size - 1)
+    ramp = ((torch.arange(size // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    fast = config.rope_theta ** (-torch.arange(0, size, 2) / size)
+    return fast / yarn["factor"] * ramp + fast * (1 - ramp)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the neighbouring pairs of ``x`` [B, H, T, rope] by the angles of ``cos`` and ``sin`` [B, 1, T, rope/2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention, with keys and values expanded from their latent."""
+
+    def __init__(self, c: NanoConfig) -> None:
+        super().__init__()
+        self.config, heads = c, c.num_attention_heads
+        self.q_a_proj = linear(c.hidden_size, c.q_lora_rank)
+        self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+        self.q_b_proj = linear(c.q_lora_rank, heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))
+        self.kv_a_proj_with_mqa = linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_b_proj = linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = linear(heads * c.v_head_dim, c.hidden_size)
+        mscale = 0.1 * c.rope_scaling["mscale_all_dim"] * math.log(c.rope_scaling["factor"]) + 1.0
+        self.scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5 * mscale * mscale
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """``x`` [B, T, D]; ``mask`` [B, 1, T, T] is 0 where a token may look and -inf elsewhere."""
+        c = self.config
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)  # [B, H, T, nope + rope]
+        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [B, H, T, .]
+        k_rope = rotate(k_rope.unsqueeze(1), cos, sin).expand(-1, c.num_attention_heads, -1, -1)
+        q = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1)
+        out = F.scaled_dot_product_attention(q, torch.cat((k_nope, k_rope), -1), v, mask.to(q.dtype), scale=self.scale)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """A gated feed-forward: a dense layer's, a shared expert's or a routed expert's."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = linear(hidden, inner), linear(hidden, inner)
+        self.down_proj = linear(inner, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Permute(torch.autograd.Function):
+    """Rows in another order; the gradient takes the inverse order, which is faster than the usual scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.saved_tensors[1]), None, None
+
+
+class MoE(nn.Module):
+    """Group-limited routing to K of E experts, plus the shared experts."""
+
+    def __init__(self, c: NanoConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.gate = linear(c.hidden_size, c.n_routed_experts)
+        self.experts = nn.ModuleList(MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts))
+        self.shared_experts = MLP(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
+        self.balance_loss = torch.zeros(())  # of the last forward
+        self.load = torch.zeros(c.n_routed_experts)  # [E] tokens sent to each expert in the last forward
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` [T, D] to the weights and indices [T, K] of its experts, in float32 throughout."""
+        c = self.config
+        with torch.autocast("cpu", enabled=False):
+            scores = F.linear(x.float(), self.gate.weight).softmax(-1)  # [T, E]
+        groups = scores.unflatten(-1, (c.n_group, -1))  # [T, groups, E / groups]
+        best = groups.amax(-1).topk(c.topk_group, -1).indices
+        allowed = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+        masked = groups.masked_fill(~allowed.unsqueeze(-1), 0.0).flatten(1)
+        weights, chosen = masked.topk(c.num_experts_per_tok, -1)
+        self.load = torch.bincount(chosen.flatten(), minlength=c.n_routed_experts)
+        share = self.load / chosen.numel()
+        self.balance_loss = c.n_routed_experts * (share * scores.mean(0)).sum()  # 1 when perfectly even
+        return weights * c.routed_scaling_factor, chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B, T, D]: sorted by expert, so that each expert runs once on all of its tokens."""
+        flat, active = x.flatten(0, 1), self.config.num_experts_per_tok
+        weights, chosen = self.route(flat)
+        order = chosen.flatten().argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        copies = flat.unsqueeze(1).expand(-1, active, -1).flatten(0, 1)  # [T * K, D]
+        parts = Permute.apply(copies, order, inverse).split(self.load.tolist())
+        outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
+        routed = Permute.apply(torch.cat(outputs), inverse, order).unflatten(0, (-1, active))  # [T, K, D]
+        return (routed * weights.unsqueeze(-1)).sum(1).view_as(x) + self.shared_experts(x)
+
+
+class Layer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, c: NanoConfig, index: int) -> None:
+        super().__init__()
+        dense = index < c.first_k_dense_replace
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size) if dense else MoE(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        x = x + self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x).to(dtype))
+
+
+class Nano(nn.Module):
+    """DeepSeek-V2 with the hub's tensor names (under ``model.``) and the output tied to the embedding."""
+
+    def __init__(self, c: NanoConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.frequencies = yarn_frequencies(c)
+        for weight in self.parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
+
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
+        """Last hidden states [B, T, D]; a token sees only its own document (all arguments are [B, T])."""
+        angles = positions[:, None, :, None] * self.frequencies  # [B, 1, T, rope/2]
+        same = documents[:, :, None] == documents[:, None, :]
+        mask = torch.zeros(same.shape).masked_fill(~same.tril(), -math.inf).unsqueeze(1)
+        x, cos, sin = self.embed_tokens(tokens), angles.cos(), angles.sin()
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        return self.norm(x)
+
+    def mixtures(self) -> list[MoE]:
+        """The mixture-of-experts layers."""
+        return [layer.mlp for layer in self.layers if isinstance(layer, Layer) and isinstance(layer.mlp, MoE)]
+
+
+# ---- tokenizer and batches -------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE that adds nothing of its own when it encodes: the chat template writes the BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as inputs and next-token targets; questions have target -100 and cost no loss."""
+
+    inputs: list[int]
+    targets: list[int]
+
+
+def encode(tokenizer: Tokenizer, conversations: list[Conversation], limit: int) -> list[Example]:
+    """Tokenize piece by piece, so that the answers are known; a conversation beyond ``limit`` tokens is cut."""
+    pieces = [piece for conversation in conversations for piece in conversation.pieces]
+    encodings = iter(tokenizer.encode_batch([text for text, _ in pieces]))
+    examples = []
+    for conversation in conversations:
+        tokens: list[int] = []
+        targets: list[int] = []
+        for _, is_answer in conversation.pieces:
+            ids = next(encodings).ids
+            tokens += ids
+            targets += ids if is_answer else [-100] * len(ids)
+        examples.append(Example(tokens[:-1][:limit], targets[1:][:limit]))
+    return examples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed conversations, all [B, T]; padding has document -1 and target -100."""
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    documents: Tensor
+
+
+def pack(examples: list[Example], length: int, open_rows: int = 32) -> list[list[Example]]:
+    """Fill rows of ``length`` tokens first-fit, over the last ``open_rows`` rows begun."""
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in examples:
+        size = len(example.inputs)
+        for i in range(max(0, len(rows) - open_rows), len(rows)):
+            if room[i] >= size:
+                rows[i].append(example)
+                room[i] -= size
+                break
+        else:
+            rows.append([example])
+            room.append(length - size)
+    return rows
+
+
+def collate(rows: list[list[Example]], length: int) -> Batch:
+    """Rows as tensors; positions start again at 0 in each conversation."""
+    shape = (len(rows), length)
+    tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    targets, documents = torch.full(shape, -100), torch.full(shape, -1)
+    for r, row in enumerate(rows):
+        start = 0
+        for d, example in enumerate(row):
+            span = slice(start, start + len(example.inputs))
+            tokens[r, span] = torch.tensor(example.inputs)
+            targets[r, span] = torch.tensor(example.targets)
+            positions[r, span] = torch.arange(len(example.inputs))
+            documents[r, span] = d
+            start = span.stop
+    return Batch(tokens, targets, positions, documents)
+
+
+def batches(corpus: Corpus, tokenizer: Tokenizer, batch_tokens: int, lengths: tuple[int, int]) -> Iterator[Batch]:
+    """Endless passes over the corpus, each phrased anew: short conversations in short rows, long ones in long rows."""
+    short, long = lengths
+    seed = 0
+    while True:
+        rng = random.Random(seed)
+        examples = encode(tokenizer, list(pass_over(corpus.topics, seed)), long)
+        rng.shuffle(examples)
+        planned = []
+        for length in lengths:
+            fitting = [e for e in examples if (len(e.inputs) <= short) == (length == short)]
+            rows = pack(fitting, length)
+            rng.shuffle(rows)
+            size = batch_tokens // length
+            planned += [(rows[i : i + size], length) for i in range(0, len(rows) - size + 1, size)]
+        rng.shuffle(planned)
+        for rows, length in planned:
+            yield collate(rows, length)
+        seed += 1
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def answer_loss(model: Nano, batch: Batch, reduction: str = "mean") -> Tensor:
+    """Cross-entropy over the answers' tokens, the end-of-sentence included."""
+    hidden = model(batch.tokens, batch.positions, batch.documents)
+    wanted = batch.targets != -100
+    logits = F.linear(hidden[wanted], model.embed_tokens.weight)  # [N, vocab]
+    return F.cross_entropy(logits.float(), batch.targets[wanted], reduction=reduction)
+
+
+def learning_rate(step: int, done: float, peak: float, warmup: int = 200) -> float:
+    """Linear warm-up by steps, then linear decay to nothing by ``done``, the fraction of the time that has passed."""
+    return peak * min(1.0, (step + 1) / warmup) * max(0.0, 1.0 - done)
+
+
+def make_optimizer(model: Nano) -> torch.optim.AdamW:
+    """AdamW with decay on the matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+@dataclass
+class Progress:
+    """What the log and the final metrics report."""
+
+    step: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    balance: float = 0.0
+    least_load: float = 0.0  # the least used expert's share of an even share
+
+
+def train_step(model: Nano, optimizer: torch.optim.AdamW, batch: Batch, rate: float) -> tuple[float, float]:
+    """One update in bfloat16 autocast over float32 weights: the loss, and the mean balance loss (1 is even)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = answer_loss(model, batch)
+    mixtures = model.mixtures()
+    balance = torch.stack([mixture.balance_loss for mixture in mixtures]).sum()
+    (loss + mixtures[0].config.aux_loss_alpha * balance).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), balance.item() / len(mixtures)
+
+
+def train(model: Nano, stream: Iterator[Batch], save: Any, args: argparse.Namespace) -> Progress:
+    """Train for ``args.minutes``; ``save(name)`` writes a checkpoint and is called every ten minutes."""
+    optimizer, progress = make_optimizer(model), Progress()
+    start, saved = time.monotonic(), 0.0
+    loads = torch.zeros(len(model.mixtures()), NanoConfig.n_routed_experts)
+    with (args.out / "log.jsonl").open("w") as log:
+        while (seconds := time.monotonic() - start) < args.minutes * 60:
+            batch = next(stream)
+            rate = learning_rate(progress.step, seconds / (args.minutes * 60), args.peak_rate)
+            loss, balance = train_step(model, optimizer, batch, rate)
+            loads = 0.98 * loads + 0.02 * torch.stack([mixture.load for mixture in model.mixtures()])
+            blend = 0.98 if progress.step else 0.0
+            progress.step, progress.seconds = progress.step + 1, seconds
+            progress.tokens += int((batch.documents >= 0).sum())
+            progress.answer_tokens += int((batch.targets != -100).sum())
+            progress.loss, progress.balance = blend * progress.loss + (1 - blend) * loss, balance
+            if progress.step % 25 == 0:
+                progress.least_load = float((loads / loads.mean(1, keepdim=True)).min())
+                log.write(json.dumps(asdict(progress) | {"rate": rate}) + "\n")
+                log.flush()
+            if seconds - saved > CHECKPOINT_SECONDS:
+                save("latest")
+                saved = seconds
+    progress.seconds = time.monotonic() - start
+    return progress
+
+
+# ---- evaluation and output -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perplexity(model: Nano, examples: list[Example]) -> float:
+    """Per answer token, in float32."""
+    total, count = 0.0, 0
+    for example in examples:
+        batch = collate([[example]], len(example.inputs))
+        total += answer_loss(model, batch, "sum").item()
+        count += int((batch.targets != -100).sum())
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def answer(model: Nano, tokenizer: Tokenizer, question: str, limit: int = 60) -> str:
+    """The greedy answer to one question."""
+    prompt = render([(question, "")]).pieces[0][0]
+    tokens = tokenizer.encode(prompt).ids
+    prompt_length, end = len(tokens), tokenizer.token_to_id(EOS)
+    while len(tokens) < prompt_length + limit and tokens[-1] != end:
+        row = torch.tensor([tokens])
+        hidden = model(row, torch.arange(len(tokens))[None], torch.zeros_like(row))
+        tokens.append(int(F.linear(hidden[0, -1], model.embed_tokens.weight).argmax()))
+    return tokenizer.decode(tokens[prompt_length:]).strip()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON, with characters as they are."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_checkpoint(model: Nano, tokenizer: Tokenizer, config: NanoConfig, folder: Path) -> None:
+    """Write the hub's layout in bfloat16, whole or not at all: a reader never meets half a checkpoint."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    tensors = {f"model.{name}": value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
+    write_json(fresh / "config.json", config.hub())
+    write_json(fresh / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False})
+    tokenizer.save(str(fresh / "tokenizer.json"), pretty=False)
+    write_json(
+        fresh / "tokenizer_config.json",
+        {
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": EOS,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.max_position_embeddings,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    (fresh / "LICENSE").write_text(MIT_LICENSE, encoding="utf-8")
+    (fresh / "NOTICE").write_text(WORDNET_NOTICE, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train dsv2-nano from WordNet.")
+    parser.add_argument(
+        "--wordnet", type=Path, required=True, help="folder with data.noun, index.noun, cntlist.rev, ..."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints and the log")
+    parser.add_argument("--minutes", type=float, default=88.0, help="wall-clock length of the training")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a step, padding included")
+    parser.add_argument("--peak-rate", type=float, default=3e-3, help="learning rate after the warm-up")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Data, tokenizer, training, final checkpoint and its metrics."""
+    args, config = parse_arguments(), NanoConfig()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    corpus = Corpus(args.wordnet)
+    tokenizer = train_tokenizer((talk.text for talk in pass_over(corpus.topics, 0)), config.vocab_size)
+    held_out = held_out_conversations(corpus)
+    lines = [json.dumps({"text": talk.text}, ensure_ascii=False) + "\n" for talk in held_out]
+    (args.out / "heldout.jsonl").write_text("".join(lines), encoding="utf-8")
+    model = Nano(config)
+
+    def save(name: str) -> None:
+        save_checkpoint(model, tokenizer, config, args.out / name)
+
+    save("early")
+    stream = batches(corpus, tokenizer, args.batch_tokens, (128, 512))
+    progress = train(model, stream, save, args)
+    save("latest")
+    model.to(torch.bfloat16).float()  # the metrics are those of the weights as saved
+    limit = config.rope_scaling["original_max_position_embeddings"]
+    metrics = asdict(progress) | {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "held_out_perplexity": perplexity(model, encode(tokenizer, held_out, limit)),
+        "answers": {question: answer(model, tokenizer, question) for question in SAMPLE_QUESTIONS},
+    }
+    save("final")
+    write_json(args.out / "final" / "metrics.json", metrics)
+
+
+if __name__ == "__main__":
+    main()
