@@ -1,10 +1,10 @@
 """dsv2-local: DeepSeek-V2 on one's own workstation.
 
-    import dsv2_local
+import dsv2_local
 
-    llm = dsv2_local.load()  # the small model that ships with the package
-    for chunk in llm.chat([{"role": "user", "content": "What is a violin?"}]):
-        print(chunk.text, end="")
+llm = dsv2_local.load()  # the small model that ships with the package
+for chunk in llm.chat([{"role": "user", "content": "What is a violin?"}]):
+    print(chunk.text, end="")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -34,7 +34,7 @@ class LatentCache:
         return self._latents.nbytes
 
     def write(self, layer: int, latent: Tensor, k_rope: Tensor) -> Tensor:
-        """Store latent [T, C] and rotated k_rope [T, P] after `length`; return the layer's latents [length + T, C + P]."""
+        """Store latent [T, C] and rotated k_rope [T, P] after `length`; return the layer's [length + T, C + P]."""
         end = self.length + len(latent)
         rows = self._latents[layer, self.length : end]
         rows[:, : latent.shape[1]] = latent

@@ -90,15 +90,11 @@ class ModelConfig:
     @cached_property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5 times YaRN's m(mscale_all_dim)²; the same for absorbed attention."""
-        return self.qk_head_dim**-0.5 * (self.yarn.softmax_scale if self.yarn else 1.0)
+        return float(self.qk_head_dim**-0.5) * (self.yarn.softmax_scale if self.yarn else 1.0)
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer's MLP is a mixture of experts."""
-        return (
-            self.n_routed_experts > 0
-            and layer >= self.first_k_dense_replace
-            and layer % self.moe_layer_freq == 0
-        )
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
@@ -121,7 +117,7 @@ class ModelConfig:
         values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
         values["yarn"], rope_theta = _rope(raw, where)
         values["rope_theta"] = rope_theta
-        values["eos_token_id"] = _id_tuple(raw.get("eos_token_id"))
+        values["eos_token_id"] = id_tuple(raw.get("eos_token_id"))
         _check_types(values, where)
         config = cls(**values)
         _check_values(config, where)
@@ -187,7 +183,7 @@ def _rope(raw: dict[str, Any], where: str) -> tuple[Yarn | None, float]:
     return Yarn(**given), float(theta)
 
 
-def _id_tuple(value: Any) -> tuple[int, ...]:
+def id_tuple(value: Any) -> tuple[int, ...]:
     """Token ids written as nothing, one number or a list."""
     if value is None:
         return ()
@@ -232,4 +228,3 @@ def _check_values(config: ModelConfig, where: str) -> None:
             raise ConfigError(
                 f"{where}: topk_group {config.topk_group} must lie between 1 and n_group {config.n_group}"
             )
-

@@ -1,14 +1,14 @@
 """Every error a user can meet; each says what is wrong, where, and what to do.
 
-    Dsv2Error                    exit code 1
-    ├── ConfigError              config.json is missing a value or has a wrong one
-    │   └── UnsupportedModelError    a sound model of a kind that is not supported, refused by name
-    ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
-    ├── ConversionError          `dsv2 quantize` cannot start or go on
-    ├── HubError                 a repository cannot be reached or read
-    ├── TemplateError            the chat template is missing or refuses the messages
-    └── InputError               exit code 2: the request itself is wrong
-        └── ContextLengthError       more tokens than the context holds; carries both numbers
+Dsv2Error                    exit code 1
+├── ConfigError              config.json is missing a value or has a wrong one
+│   └── UnsupportedModelError    a sound model of a kind that is not supported, refused by name
+├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
+├── ConversionError          `dsv2 quantize` cannot start or go on
+├── HubError                 a repository cannot be reached or read
+├── TemplateError            the chat template is missing or refuses the messages
+└── InputError               exit code 2: the request itself is wrong
+    └── ContextLengthError       more tokens than the context holds; carries both numbers
 """
 
 

@@ -8,8 +8,8 @@ Activations are float32 or bfloat16 (never float16: DeepSeek-V2 overflows it); p
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from dsv2_local.kernels.layout import BLOCK, NF4_LEVELS, ROWS, ExpertLayout, Format, Matrix, unpack_int8
 
@@ -77,7 +77,7 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
         [T, D] in the type of `x`; summed in fp32.
     """
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in ids.unique().tolist():
+    for expert in torch.unique(ids).tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
         out = swiglu(x[token], *layout.matrices(records[expert]))
         y.index_add_(0, token, out.float() * weights[token, slot, None])

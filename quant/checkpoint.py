@@ -105,7 +105,7 @@ class Manifest:
         """
         path = directory / MANIFEST
         if not path.is_file():
-            raise CheckpointError(f"{directory} is not a converted checkpoint (no {MANIFEST}); run `dsv2 quantize` on it")
+            raise CheckpointError(f"{directory} is not a converted checkpoint (no {MANIFEST}); run `dsv2 quantize`")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             version = int(raw["format_version"])
@@ -114,7 +114,7 @@ class Manifest:
                 return cls(Recipe(raw["recipe"]), str(raw["source"]), files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}); convert the model again") from None
-        raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; convert again")
+        raise CheckpointError(f"{path} has format {version}, this program reads {FORMAT_VERSION}; convert again")
 
 
 class Checkpoint:
@@ -147,7 +147,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} has {size:,} bytes instead of {record.bytes:,}; convert the model again")
 
     def dense(self) -> dict[str, Matrix | Tensor]:
-        """Every tensor outside the routed experts, by the name in `schema`: matrices, and norms and routers as tensors."""
+        """Every tensor outside the routed experts by its name in `schema`; norms and routers are plain tensors."""
         tensors: dict[str, Matrix | Tensor] = {}
         for file, specs in dense_files(self.config).items():
             with self._open(file) as handle:

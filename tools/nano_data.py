@@ -18,7 +18,7 @@ from pathlib import Path
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 
-WORDNET_NOTICE = """dsv2-nano was trained on sentences made from WordNet 3.0, and its weights and tokenizer derive from it.
+WORDNET_NOTICE = """dsv2-nano was trained on sentences made from WordNet 3.0; its weights and tokenizer derive from it.
 
 WordNet Release 3.0
 
@@ -53,8 +53,8 @@ any associated documentation shall at all times remain with
 Princeton University and LICENSEE agrees to preserve same.
 """
 
-NOUNS, VERBS, ADJECTIVES = 13_000, 1_600, 1_600
-COMMON_NOUNS = 2_500  # never held out: a user is likely to ask for these
+NOUNS, VERBS, ADJECTIVES = 8_500, 800, 800
+COMMON_NOUNS = 4_500  # never held out: a user is likely to ask for these
 HELD_OUT_FRACTION = 0.01
 
 POS_FILES = {"n": "noun", "v": "verb", "a": "adj"}
@@ -62,7 +62,7 @@ POS_OF_KEY = {"1": "n", "2": "v", "3": "a", "5": "a"}  # the first digit of a se
 MASS_FILES = {7, 12, 19, 22, 27}  # attribute, feeling, phenomenon, process, substance
 MIXED_FILES = {4, 9, 13, 26}  # act, cognition, food, state
 PERSON_FILE = 18
-LIVING_FILES = {5, 18, 20}  # animal, person, plant
+NATURAL_FILES = {5, 8, 18, 20}  # animal, body, person, plant: a plural in the gloss means one of a group
 SENSE_BONUS = {5: 5.0, 8: 5.0, 13: 4.0, 6: 2.0, 20: 2.0, 27: 2.0, 17: 2.0}  # concrete meanings come to mind first
 
 DETERMINERS = frozenset(
@@ -72,13 +72,22 @@ DETERMINERS = frozenset(
 )
 NP_END = frozenset(
     "that which who whom whose where when while of with without in on at for from by to into over under between among "
-    "during as like used using having made making containing consisting usually often especially sometimes "
+    "during as like used using having made making containing consisting frozen seen kept shown grown "
     "characterized found and or but than after before against through about is are was were has have if being not "
     "resembling formed given worn living growing native held caused produced considered set intended designed born "
     "located situated based similar near along around across above below belonging covered composed performed "
-    "(either) either so such because until upon within toward towards regarded called known capable able ".split()
+    "either so such because until upon within toward towards regarded called known capable able".split()
 )
 PLURAL_ONLY = frozenset("scissors trousers pants jeans shorts glasses clothes tongs pliers pajamas binoculars".split())
+MAIN_GLOSS = {  # words from the gloss of the meaning to teach, where the counts point to another
+    "table": "furniture", "hammer": "hand tool", "gold": "soft yellow malleable", "chess": "board game", "queen": "female sovereign",
+    "bank": "financial institution", "cake": "baked goods", "plate": "dish", "glove": "covering for the hand",
+    "television": "electronic device", "nail": "pointed", "moon": "natural satellite of the Earth", "ruler": "measuring",
+    "nurse": "caring for", "horn": "brass", "organ": "keyboard instrument", "bat": "nocturnal", "seal": "marine mammal",
+    "crane": "lifts", "mole": "insectivore", "tie": "neckwear", "ring": "jewelry", "saw": "hand tool",
+    "drill": "tool with", "screw": "fastener", "duck": "swimming bird", "train": "railroad", "dress": "one-piece",
+}  # fmt: skip
+UNSUITABLE = re.compile(r"sex\b|sexual|offensive|disparag|obscen|vulgar|slur|derogat|prostitut|genital|\brap(e|ing)|excrem")
 COUNTABLE = frozenset(
     "fish chicken lamb orange apple onion potato tomato carrot lemon banana pie egg cake cookie sandwich pizza fruit "
     "vegetable drink meal soup emotion feeling color colour shape drug metal liquid gas mineral fuel rock".split()
@@ -172,7 +181,7 @@ def definition_of(gloss: str) -> str:
     first = clauses[0]
     if len(first.split()) < 4 and len(clauses) > 1 and clauses[1].split()[0] in {"a", "an", "the", "any"}:
         first = f"{first}, {clauses[1]}"
-    return _shorten(first)
+    return _shorten(first).removeprefix("to ").rstrip(".")
 
 
 def _shorten(text: str, soft: int = 15) -> str:
@@ -216,6 +225,11 @@ def indefinite(text: str) -> str:
 def capital(text: str) -> str:
     """``text`` with its first letter upper case."""
     return text[:1].upper() + text[1:]
+
+
+def _opens_clause(word: str) -> bool:
+    """Whether ``word``, after a noun, ends the noun's phrase: a participle or an adverb."""
+    return word.endswith(("ed", "ing", "ly")) or word in {"often", "sometimes"}
 
 
 class Grammar:
@@ -279,7 +293,7 @@ class Grammar:
         ):
             return text if words[0] in {"west", "interest", "forest"} else "the " + text
         head = self._head(words)
-        if file in LIVING_FILES and self.is_plural(head):
+        if file in NATURAL_FILES and self.is_plural(head):
             return "one of the " + text
         files = [self.net.synsets["n", offset].file for offset in self.net.index.get((head.lower(), "n"), [])[:1]]
         if words[0] in NP_END or not files or self.is_plural(head) or self.is_mass(head, files[0]):
@@ -294,7 +308,7 @@ class Grammar:
             after_noun = i > 0 and self._only_noun(words[i - 1].rstrip(","))
             if word in {"and", "or"} and not after_noun:
                 continue
-            if word in NP_END or (after_noun and (word.endswith(("ed", "ing", "ly")) or words[i - 1].endswith(","))):
+            if word in NP_END or (after_noun and (_opens_clause(word) or words[i - 1].endswith(","))):
                 break
             head = word.rstrip(",")
         return head
@@ -366,6 +380,11 @@ class Corpus:
     def _main_sense(self, word: str, pos: str, offsets: list[int]) -> int:
         """The meaning to teach: the most frequent one, with a preference for concrete things over abstract ones."""
 
+        hint = MAIN_GLOSS.get(word) if pos == "n" else None
+        for offset in offsets:
+            if hint and hint in self.net.synsets[pos, offset].gloss:
+                return offset
+
         def rating(number: int) -> float:
             file = self.net.synsets[pos, offsets[number - 1]].file
             return (self.net.counts.get((word, pos, number), 0) + 1 / number) * SENSE_BONUS.get(file, 1.0)
@@ -375,7 +394,7 @@ class Corpus:
     def _spelling(self, word: str, pos: str, offset: int) -> str | None:
         """The word as the database spells it; None for the scientific name of a group of living things."""
         synset = self.net.synsets[pos, offset]
-        spelled = next((spelled for spelled in synset.words if spelled.lower() == word), None)
+        spelled = next((spelled for spelled in sorted(synset.words, reverse=True) if spelled.lower() == word), None)
         return None if spelled != word and pos == "n" and synset.file in {5, 20} else spelled
 
     def _everyday(self, pos: str, offset: int) -> float:
@@ -395,7 +414,7 @@ class Corpus:
     def _topic(self, sense: Sense, weight: float) -> Topic | None:
         synset = self.net.synsets[sense.pos, sense.offset]
         text = definition_of(synset.gloss)
-        if not 2 <= len(text.split()) <= 32 or text.lower().startswith((sense.word.lower() + " ", "of or")):
+        if not 2 <= len(text.split()) <= 32 or UNSUITABLE.search(synset.gloss) or text.lower().startswith((sense.word.lower() + " ", "of or")):
             return None
         build = {"n": self._noun, "v": self._verb, "a": self._adjective}[sense.pos]
         used_as_plural = sense.pos == "n" and re.match(r"\(usually (in the )?plural", synset.gloss)
@@ -495,7 +514,7 @@ class Corpus:
     def _verb(self, word: str, synset: Synset, text: str) -> list[Turn | None]:
         answer = f"To {word} means to {text}."
         asked = (f"What does it mean to {word}?",) * 3 + (
-            *(f"What does to {word} mean?", f"what does {word} mean", f"Define the verb {word}."),
+            *(f"What does to {word} mean?", f"what does it mean to {word}", f"Define the verb {word}."),
             f"Explain what it means to {word}.",
         )
         return [Turn(asked, answer), self._opposite(word, synset), self._sentence(word, synset)]
@@ -510,10 +529,8 @@ class Corpus:
 
 
 def _weight(pos: str, rank: int) -> float:
-    """How often a pass over the data asks for a word's definition: the common nouns most, the rarest every other."""
-    if pos != "n":
-        return 1.5 if rank < 800 else 0.8
-    return 0.5 + 3.0 / (1.0 + rank / 2500)
+    """How often a pass over the data asks for a word's definition: the common nouns most."""
+    return 1.0 + 4.0 / (1.0 + (rank / 1300) ** 2) if pos == "n" else 2.0
 
 
 SYSTEM_TEXTS = (
@@ -578,9 +595,9 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 )  # fmt: skip
 SMALL_TALK_WEIGHT = 3.0  # times a pass, for each phrasing
 
-LONG_FRACTION = 0.25  # of the topics of a pass, told in conversations of several topics
+LONG_FRACTION = 0.15  # of the topics of a pass, told in conversations of several topics
 SYSTEM_FRACTION = 0.05
-RELATION_FRACTION = 0.35  # of each topic's relations, asked alone in one pass
+RELATION_FRACTION = 0.8  # of each topic's relations, asked alone in one pass
 
 
 @dataclass(frozen=True)

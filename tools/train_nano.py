@@ -559,13 +559,13 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train dsv2-nano from WordNet.")
     parser.add_argument(
-        "--wordnet", type=Path, required=True, help="folder with data.noun, index.noun, cntlist.rev, ..."
+        "--wordnet", type=Path, required=True, help="folder with WordNet's database files"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints and the log")
     parser.add_argument("--minutes", type=float, default=88.0, help="wall-clock length of the training")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a step, padding included")
-    parser.add_argument("--peak-rate", type=float, default=3e-3, help="learning rate after the warm-up")
+    parser.add_argument("--peak-rate", type=float, default=2e-3, help="learning rate after the warm-up")
     return parser.parse_args()
 
 

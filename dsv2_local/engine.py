@@ -1,0 +1,173 @@
+"""One sequence through the model: chunked prefill, decode, and the figures of both.
+
+The engine knows token ids and nothing of text. It keeps what the cache holds, so that a prompt that begins like the
+last one computes only what differs.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from dsv2_local.cache import LatentCache
+from dsv2_local.errors import ContextLengthError, InputError
+from dsv2_local.model import Transformer
+from dsv2_local.sampling import Sampler, SamplingParams
+
+# Tokens of one prefill step: enough for full-rate matrix products, few enough to report and stop every second or so.
+PREFILL_CHUNK = 512
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Stats:
+    """The figures of one generation, kept current while it runs. Times are the model's own, in seconds."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    completion_tokens: int = 0
+    decode_seconds: float = 0.0
+    context_used: int = 0
+    context: int = 0
+    finish_reason: str | None = None
+    """"stop" (end token or stop string), "length" (max_tokens or context), None while running or interrupted."""
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second after the first, which is prefill's."""
+        return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token; `logprob` and `top_logprobs` (most likely first) only when asked for."""
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Engine:
+    """A model with its cache. It runs one generation at a time; a new one ends the last."""
+
+    def __init__(self, model: Transformer, context: int, chunk: int = PREFILL_CHUNK) -> None:
+        """Allocate a cache of `context` tokens in the model's activation type; prefill in steps of `chunk`."""
+        self.model = model
+        self.chunk = chunk
+        self.cache = LatentCache(model.config, context, model.dtype)
+        self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
+        self._generation = 0
+
+    @property
+    def context(self) -> int:
+        return self.cache.context
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """fp32 logits [T, vocab_size] after every token, by the same chunked prefill, from an empty cache."""
+        self._check(ids)
+        if len(ids) > self.context:
+            raise ContextLengthError(len(ids), self.context)
+        self._generation += 1
+        self.cache.truncate(0)
+        return torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, None)])
+
+    def generate(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        stats: Stats,
+        *,
+        max_tokens: int | None = None,
+        end_tokens: frozenset[int] = frozenset(),
+        logprobs: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Step]:
+        """Prefill `prompt` and yield tokens until an end token (yielded too), max_tokens or a full context.
+
+        Raises:
+            ContextLengthError: the prompt and one token more do not fit.
+            InputError: an id is outside the vocabulary, or a newer generation has taken the cache.
+        """
+        self._check(prompt)
+        if len(prompt) >= self.context:
+            raise ContextLengthError(len(prompt), self.context)
+        self._generation += 1
+        generation = self._generation
+        sampler = Sampler(params, prompt)
+        stats.context = self.context
+        logits = self._start(prompt, stats, progress)
+        while True:
+            token = sampler.choose(logits)
+            stats.completion_tokens += 1
+            stats.finish_reason = self._finish_reason(token, stats.completion_tokens, max_tokens, end_tokens)
+            yield _step(token, logits, logprobs)
+            if stats.finish_reason:
+                return
+            if generation != self._generation:
+                raise InputError("a newer generation has taken this model's cache; finish one before the next")
+            logits = self._decode(token, stats)
+
+    def _check(self, ids: list[int]) -> None:
+        if not ids:
+            raise InputError("the prompt is empty")
+        vocab = self.model.config.vocab_size
+        if wrong := [id for id in ids if not 0 <= id < vocab]:
+            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {vocab:,}")
+
+    def _start(self, prompt: list[int], stats: Stats, progress: Progress | None) -> Tensor:
+        """Prefill what the cache lacks of the prompt; the logits after its last token, [vocab]."""
+        start = time.perf_counter()
+        cached = self._tokens[: self.cache.length]
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt, strict=False)))
+        self.cache.truncate(min(common, len(prompt) - 1))  # one token at least must run, to have logits
+        stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
+        for hidden in self._prefill(prompt, progress):
+            last = hidden[-1:]
+            stats.context_used = self.cache.length
+        logits = self.model.logits(last)[0]
+        stats.prefill_seconds = time.perf_counter() - start
+        return logits
+
+    def _prefill(self, ids: list[int], progress: Progress | None) -> Iterator[Tensor]:
+        """Run what follows the cached tokens chunk by chunk; yields each chunk's hidden states [t, D]."""
+        while (done := self.cache.length) < len(ids):
+            if progress:
+                progress(done, len(ids))
+            yield self._run(ids[done : done + self.chunk])
+        if progress:
+            progress(len(ids), len(ids))
+
+    def _decode(self, token: int, stats: Stats) -> Tensor:
+        start = time.perf_counter()
+        logits = self.model.logits(self._run([token]))[0]
+        stats.decode_seconds += time.perf_counter() - start
+        stats.context_used = self.cache.length
+        return logits
+
+    def _run(self, ids: list[int]) -> Tensor:
+        """One step; noted before it runs, so that an interrupt never leaves the cache with unknown tokens."""
+        self._tokens[self.cache.length :] = ids
+        return self.model.forward(torch.tensor(ids), self.cache)
+
+    def _finish_reason(self, token: int, count: int, max_tokens: int | None, end: frozenset[int]) -> str | None:
+        if token in end:
+            return "stop"
+        full = self.cache.length >= self.context
+        return "length" if full or (max_tokens is not None and count >= max_tokens) else None
+
+
+def _step(token: int, logits: Tensor, logprobs: int | None) -> Step:
+    if logprobs is None:
+        return Step(token)
+    all_logprobs = logits.log_softmax(0)
+    values, ids = all_logprobs.topk(min(logprobs, len(logits)))
+    return Step(token, float(all_logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,237 @@
+"""The Python API: load a model, and generate or chat in text."""
+
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator as PyGenerator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.engine import Engine, Progress, Stats, Step
+from dsv2_local.errors import CheckpointError, InputError
+from dsv2_local.model import Transformer
+from dsv2_local.offload.store import MappedExperts
+from dsv2_local.quant import hub
+from dsv2_local.quant.checkpoint import Checkpoint
+from dsv2_local.sampling import GenerationConfig
+from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
+
+DEFAULT_CONTEXT = 8192
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the answer: the text that one token made certain (often a word, sometimes nothing).
+
+    `token_id` is None for text that was held back until the end. `logprob` is the natural logarithm of the token's
+    probability before temperature and truncation; it and `top_logprobs` are there only when asked for.
+    """
+
+    text: str
+    token_id: int | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Generation(Iterator[Chunk]):
+    """An answer while it is made: iterate for its chunks. Nothing runs before the first one is asked for.
+
+    Attributes:
+        text: everything yielded so far.
+        stats: the figures so far; complete after the last chunk.
+    """
+
+    def __init__(self, steps: Callable[[Stats], Iterator[Step]], text: "_TextStream") -> None:
+        self.stats = Stats()
+        self.text = ""
+        self._chunks = self._run(steps, text)
+
+    def __next__(self) -> Chunk:
+        chunk = next(self._chunks)
+        self.text += chunk.text
+        return chunk
+
+    def close(self) -> None:
+        """Stop generating; what was yielded stays in `text`, and the cache keeps what was computed."""
+        self._chunks.close()
+
+    def _run(self, steps: Callable[[Stats], Iterator[Step]], text: "_TextStream") -> PyGenerator[Chunk, None, None]:
+        for step in steps(self.stats):
+            yield Chunk(text.push(step.token), step.token, step.logprob, step.top_logprobs)
+            if text.stopped:
+                self.stats.finish_reason = "stop"
+                return
+        if rest := text.flush():
+            yield Chunk(rest)
+
+
+class LLM:
+    """A loaded model. It holds one sequence: a new generation ends the one before."""
+
+    def __init__(self, directory: Path, *, dtype: torch.dtype, context: int | None) -> None:
+        """See `load`."""
+        checkpoint = Checkpoint(directory)
+        self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
+        self.directory = directory
+        self.config: ModelConfig = checkpoint.config
+        self.recipe = checkpoint.recipe
+        generation_config = GenerationConfig.load(directory)
+        self.defaults = generation_config.params
+        self._tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+        self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
+        if self._tokenizer and self._tokenizer.eos_id is not None:
+            self._end_tokens |= {self._tokenizer.eos_id}
+        model = Transformer(self.config, checkpoint.dense(), MappedExperts(checkpoint), dtype)
+        self.engine = Engine(model, _context(context, self.config))
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.engine.context
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; CheckpointError where it has none (token ids still work)."""
+        if self._tokenizer is None:
+            raise CheckpointError(f"{self.directory} has no tokenizer.json; copy it from the model's release")
+        return self._tokenizer
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Prefill `token_ids` as generation would, from an empty cache -> fp32 logits [T, vocab_size]."""
+        return self.engine.logits(list(token_ids))
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """Continue `prompt`: text (BOS is added, special tokens are honoured) or token ids as they are.
+
+        Options, each None for the model's own default:
+            max_tokens: at most this many; else until an end token or the context is full.
+            temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                seed: see `SamplingParams`.
+            stop: a string or several; the answer ends before the first that appears.
+            logprobs: how many likeliest tokens to tell at each step (0: only the chosen one's).
+            progress: called with (tokens done, tokens in all) before every chunk of the prompt.
+
+        Raises (at the first chunk, or at once for options):
+            ContextLengthError: the prompt does not fit.
+            InputError: an option is out of its range.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._generation(ids, strip=False, **options)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+        """Answer a conversation of messages with `role` (system, user, assistant) and `content`.
+
+        The options are those of `generate`. White space before the answer's first word is left out: the template
+        writes it itself when the answer is sent back.
+        """
+        return self._generation(self.tokenizer.encode_chat(messages), strip=True, **options)
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of the prompt that `chat` would make of these messages."""
+        return len(self.tokenizer.encode_chat(messages))
+
+    def _generation(
+        self,
+        ids: list[int],
+        *,
+        strip: bool,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: int | None = None,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
+        if logprobs is not None and logprobs < 0:
+            raise InputError(f"logprobs must be at least 0, not {logprobs}")
+        steps = partial(
+            self.engine.generate,
+            ids,
+            self.defaults.override(**sampling),
+            max_tokens=max_tokens,
+            end_tokens=self._end_tokens,
+            logprobs=logprobs,
+            progress=progress,
+        )
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        return Generation(steps, _TextStream(self._tokenizer, self._end_tokens, stops, strip))
+
+
+class _TextStream:
+    """Tokens to the text that is shown: detokenised, cut at stop strings, without end tokens."""
+
+    def __init__(self, tokenizer: Tokenizer | None, end: frozenset[int], stops: list[str], strip: bool) -> None:
+        if stops and tokenizer is None:
+            raise InputError("stop strings need a tokenizer, and this checkpoint has none")
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self._filter = StopFilter(stops)
+        self._end = end
+        self._at_start = strip
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._filter.stopped
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; always empty without a tokenizer."""
+        if self._detokenizer is None or token in self._end:
+            return ""
+        return self._strip(self._filter.push(self._detokenizer.push(token)))
+
+    def flush(self) -> str:
+        """What was held back when the tokens ended."""
+        if self._detokenizer is None:
+            return ""
+        return self._strip(self._filter.push(self._detokenizer.flush()) + self._filter.flush())
+
+    def _strip(self, text: str) -> str:
+        """Leave out white space until the first visible character."""
+        if self._at_start:
+            text = text.lstrip()
+            self._at_start = not text
+        return text
+
+
+def load(
+    model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto", context: int | None = None
+) -> LLM:
+    """Load a converted checkpoint; its experts are mapped, not copied.
+
+    Args:
+        model: a directory, a hub repository that holds a converted checkpoint, or None for the bundled dsv2-nano.
+        device: "auto" or "cpu".
+        dtype: activations and cache, "float32" or "bfloat16"; "auto" is float32 on the CPU.
+        context: tokens that prompt and answer may have together; None: 8,192, or the model's own limit if that is less.
+
+    Raises:
+        CheckpointError: not a converted checkpoint, or a damaged one.
+        InputError: an option that this model or machine cannot meet.
+        HubError: the repository cannot be fetched.
+    """
+    if device not in ("auto", "cpu"):
+        raise InputError(f"device {device!r} is not available in this version; use 'auto' or 'cpu'")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
+    directory = bundled_model() if model is None else hub.resolve(str(model))
+    return LLM(directory, dtype=DTYPES[dtype], context=context)
+
+
+def bundled_model() -> Path:
+    """The directory of dsv2-nano, the small model that ships with the package."""
+    return Path(__file__).parent / "nano"
+
+
+def _context(requested: int | None, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if requested is None:
+        return min(DEFAULT_CONTEXT, limit)
+    if not 2 <= requested <= limit:
+        raise InputError(f"context must lie between 2 and the model's {limit:,} tokens, not {requested:,}")
+    return requested

@@ -1,0 +1,27 @@
+"""The routed experts in RAM: each layer's records mapped from its file, computed where they lie.
+
+This is the regime without a GPU, "all on the CPU". The model knows only the method `experts`, so that the other
+regimes (GPU slots, streamed or split misses) take this one's place without the model noticing.
+"""
+
+from torch import Tensor
+
+from dsv2_local.kernels import ops
+from dsv2_local.quant.checkpoint import Checkpoint
+
+
+class MappedExperts:
+    """Every expert from the page cache; pages are read from disk when first used and never written."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._layout = checkpoint.expert_layout
+        self._records = {layer: checkpoint.experts(layer) for layer in checkpoint.config.moe_layers}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return sum(records.nbytes for records in self._records.values())
+
+    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Σₖ weights[t, k] · expert[ids[t, k]](x[t]): x [T, D], ids and weights [T, K] -> [T, D]."""
+        return ops.experts(x, self._records[layer], self._layout, ids, weights)

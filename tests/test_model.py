@@ -1,0 +1,172 @@
+"""The whole model in fp32 against transformers, and against a naive one where transformers leaves an option out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dsv2_local
+from dsv2_local.config import ModelConfig
+from dsv2_local.kernels import ops, reference
+from dsv2_local.kernels.layout import Format, Matrix
+from dsv2_local.model import route
+from dsv2_local.quant.convert import convert
+from dsv2_local.quant.schema import Recipe
+from tests.models import TINY, Naive, rewrite_config, save_random, transformers_logits, yarn
+
+GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "low-rank query, greedy, plain rope": {},
+    "plain query, one shared expert": {"q_lora_rank": None, "n_shared_experts": 1, "first_k_dense_replace": 0},
+    "groups, yarn 0.707, hub's config": {**GROUPS, "rope_parameters": yarn(0.707, 0.707), "hub_shape": True},
+    "groups, yarn 1.0": {**GROUPS, "rope_parameters": yarn(1.0, 1.0), "num_experts_per_tok": 4},
+    "yarn without mscale": {"rope_parameters": yarn(None, None), "num_experts_per_tok": 1, "hub_shape": True},
+    "yarn of unequal mscales": {"rope_parameters": yarn(1.0, 0.5, factor=4.0, original=128)},
+    "tied, two dense layers, scaled": {
+        "tie_word_embeddings": True, "first_k_dense_replace": 2, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5,
+    },
+    "odd sizes that need padding": {
+        "hidden_size": 100, "moe_intermediate_size": 44, "kv_lora_rank": 36, "q_lora_rank": 28, "v_head_dim": 20,
+        "intermediate_size": 76, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "n_shared_experts": 3,
+    },
+}  # fmt: skip
+
+
+def ids_of(length: int, seed: int = 1) -> list[int]:
+    return torch.randint(0, TINY["vocab_size"], (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def loaded(source: Path, tmp_path: Path, recipe: Recipe = Recipe.BF16, **options: Any) -> dsv2_local.LLM:
+    convert(source, tmp_path / "converted", recipe=recipe)
+    return dsv2_local.load(tmp_path / "converted", dtype="float32", **options)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    """Relative norm at every position, so that no single token may be off."""
+    errors = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    assert errors.max() < tolerance, f"position {int(errors.argmax())} is off by {float(errors.max()):.2e}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_transformers(name, tmp_path):
+    source = save_random(tmp_path / "source", **CONFIGS[name])
+    ids = ids_of(300)
+    assert_close(loaded(source, tmp_path).logits(ids), transformers_logits(source, ids))
+
+
+def test_logits_equal_those_of_transformers_far_beyond_the_original_context(tmp_path):
+    changes = {**GROUPS, "rope_parameters": yarn(0.707, 0.707), "num_hidden_layers": 2, "num_attention_heads": 2}
+    source = save_random(tmp_path / "source", num_key_value_heads=2, **{"hub_shape": True, **changes})
+    ids = ids_of(4400)
+    assert_close(loaded(source, tmp_path).logits(ids)[-300:], transformers_logits(source, ids)[-300:])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_topk_prob": True, "routed_scaling_factor": 9.0},
+        {"norm_topk_prob": True, "num_experts_per_tok": 4, **GROUPS},
+        {"n_shared_experts": 0},
+        {"moe_layer_freq": 2, "num_hidden_layers": 4, "first_k_dense_replace": 1},
+        {},
+    ],
+)
+def test_logits_equal_the_naive_form(changes, tmp_path):
+    source = save_random(tmp_path / "source", **{**changes, "n_shared_experts": 2})
+    _fit_source(source, changes)
+    ids = ids_of(60)
+    assert_close(loaded(source, tmp_path).logits(ids), Naive(source).logits(ids))
+
+
+def _fit_source(source: Path, changes: dict[str, Any]) -> None:
+    """Make what transformers cannot: layers without shared experts, mixtures in every other layer only."""
+    rewrite_config(source, lambda raw: raw.update(changes))
+    tensors = load_file(source / "model.safetensors")
+    config = ModelConfig.load(source)
+    for layer in range(config.num_hidden_layers):
+        mlp = f"model.layers.{layer}.mlp."
+        if config.n_shared_experts == 0:
+            tensors = {name: t for name, t in tensors.items() if ".shared_experts." not in name}
+        if not config.is_moe(layer) and mlp + "gate.weight" in tensors:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(mlp)}
+            shape = (config.intermediate_size, config.hidden_size)
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                size = shape[::-1] if name == "down_proj" else shape
+                tensors[f"{mlp}{name}.weight"] = (torch.randn(size) * 0.1).bfloat16()
+    save_file(tensors, source / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory) -> dsv2_local.LLM:
+    directory = tmp_path_factory.mktemp("model")
+    source = save_random(directory / "source", **{**GROUPS, "rope_parameters": yarn(0.707, 0.707)})
+    return loaded(source, directory, Recipe.NF4)
+
+
+def test_chunked_equals_whole(llm):
+    ids = ids_of(700)
+    llm.engine.chunk = 1024
+    whole = llm.logits(ids)
+    for chunk in (1, 64, 333):
+        llm.engine.chunk = chunk
+        length = 200 if chunk == 1 else 700
+        assert_close(llm.logits(ids[:length]), whole[:length], 2e-5)
+
+
+def test_cached_equals_uncached(llm):
+    prompt = ids_of(40)
+    tokens = [chunk.token_id for chunk in llm.generate(prompt, max_tokens=30, temperature=0)]
+    uncached = []
+    for _ in range(30):
+        uncached.append(int(llm.logits(prompt + uncached)[-1].argmax()))
+    assert tokens == uncached
+
+
+def test_a_shared_prefix_is_reused_and_changes_nothing(llm):
+    first, second = ids_of(50), ids_of(30) + ids_of(40, seed=2)
+    fresh = [chunk.token_id for chunk in llm.generate(second, max_tokens=12, temperature=0)]
+    list(llm.generate(first, max_tokens=12, temperature=0))
+    generation = llm.generate(second, max_tokens=12, temperature=0)
+    assert [chunk.token_id for chunk in generation] == fresh
+    assert generation.stats.reused_tokens == 30
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("queries", [1, 5, 40])
+def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypatch):
+    torch.manual_seed(heads + queries)
+    N, P, V, C, S = 32, 16, 24, 64, 90
+    uk, uv = torch.randn(heads, C, N) / 6, torch.randn(heads, V, C) / 8
+    matrices = (
+        Matrix(Format.BF16, heads * C, N, uk.view(-1, N)), Matrix(Format.BF16, heads * V, C, uv.view(-1, C)),
+    )  # fmt: skip
+    q_nope, q_rope, latents = torch.randn(queries, heads, N), torch.randn(queries, heads, P), torch.randn(S, C + P)
+    args = (q_nope, q_rope, latents, *matrices, 0.11)
+    keys = torch.einsum("sc,hcn->shn", latents[:, :C], uk)
+    scores = torch.einsum("thn,shn->hts", q_nope, keys) + torch.einsum("thp,sp->hts", q_rope, latents[:, C:])
+    visible = torch.arange(S)[None] <= torch.arange(S - queries, S)[:, None]
+    weights = (scores * 0.11).masked_fill(~visible, float("-inf")).softmax(2)
+    values = torch.einsum("sc,hvc->shv", latents[:, :C], uv)
+    naive = torch.einsum("hts,shv->thv", weights, values).flatten(1)
+    monkeypatch.setattr(reference, "ATTENTION_WORKSPACE", 5 * S * 56)  # several groups of heads
+    for form in (reference.absorbed_attention, reference.materialized_attention, ops.attention):
+        assert_close(form(*args), naive, 1e-5)
+
+
+def test_router_scores_a_group_by_its_maximum():
+    config = ModelConfig.from_dict({**TINY, "model_type": "deepseek_v2", **GROUPS, "num_experts_per_tok": 2})
+    scores = torch.tensor([[0.30, 0.0, 0.20, 0.19, 0.0, 0.25, 0.03, 0.03]])  # by sums, group 1 would win over 2
+    ids, weights = route(scores, config)
+    assert ids.tolist() == [[0, 5]]
+    assert weights[0].tolist() == pytest.approx([4.8, 4.0])
+
+
+def test_bfloat16_activations_stay_close(tmp_path):
+    source = save_random(tmp_path / "source", **CONFIGS["groups, yarn 0.707, hub's config"])
+    exact = loaded(source, tmp_path).logits(ids_of(50))
+    rough = dsv2_local.load(tmp_path / "converted", dtype="bfloat16").logits(ids_of(50))
+    errors = (rough - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 1e-4 < errors.median() < 0.03

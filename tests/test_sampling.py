@@ -1,0 +1,113 @@
+"""Sampling: each step against its definition, and transformers' own processors."""
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dsv2_local.errors import ConfigError, InputError
+from dsv2_local.sampling import GenerationConfig, Sampler, SamplingParams, truncate
+
+
+def logits(seed: int = 0, size: int = 50) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("params", "theirs"),
+    [
+        (SamplingParams(top_k=7), TopKLogitsWarper(7)),
+        (SamplingParams(top_p=0.8), TopPLogitsWarper(0.8)),
+        (SamplingParams(min_p=0.1), MinPLogitsWarper(0.1)),
+    ],
+)
+def test_truncations_keep_what_transformers_keeps(params, theirs, seed):
+    values = logits(seed)
+    assert torch.equal(truncate(values, params), theirs(None, values[None])[0])
+
+
+def test_truncations_always_keep_the_likeliest():
+    params = SamplingParams(top_k=1, top_p=1e-9, min_p=1.0)
+    assert truncate(logits(), params).isfinite().nonzero().tolist() == [[int(logits().argmax())]]
+
+
+def test_repetition_penalty_counts_prompt_and_answer_as_transformers_does():
+    values = logits()
+    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1.3), [3, 4, 3])
+    first = sampler.choose(values)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[3, 4, first]]), values[None].clone())[0]
+    torch.testing.assert_close(sampler._penalised(values), expected)
+
+
+def test_presence_and_frequency_count_the_answer_alone():
+    values = torch.tensor([5.0, 4.0, 3.0])
+    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), [0, 0, 1])
+    assert [sampler.choose(values) for _ in range(3)] == [0, 0, 0]
+    assert sampler._penalised(values).tolist() == [5 - 0.5 - 0.75, 4, 3]
+
+
+def test_bias_can_force_and_forbid_a_token():
+    values = logits()
+    assert Sampler(SamplingParams(temperature=0, logit_bias={9: 100.0}), []).choose(values) == 9
+    best = int(values.argmax())
+    assert Sampler(SamplingParams(temperature=0, logit_bias={best: -100.0}), []).choose(values) != best
+    with pytest.raises(InputError, match="token 50"):
+        Sampler(SamplingParams(logit_bias={50: 1.0}), []).choose(values)
+
+
+def test_greedy_is_the_maximum_and_leaves_the_logits_alone():
+    values = logits()
+    before = values.clone()
+    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5), [1])
+    assert sampler.choose(values) == int(values.argmax())
+    assert torch.equal(values, before)
+
+
+def test_seeds_repeat_and_differ():
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=2.0, seed=seed), [])
+        return [sampler.choose(logits()) for _ in range(20)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(None) != draw(None)
+
+
+def test_frequencies_follow_the_temperature():
+    values = torch.tensor([1.0, 0.0])
+    sampler = Sampler(SamplingParams(temperature=0.5, seed=0), [])
+    share = sum(sampler.choose(values) == 0 for _ in range(4000)) / 4000
+    assert share == pytest.approx(1 / (1 + torch.e**-2), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0},
+        {"temperature": float("nan")}, {"presence_penalty": float("inf")},
+    ],
+)  # fmt: skip
+def test_impossible_parameters_are_refused(bad):
+    with pytest.raises(InputError):
+        SamplingParams(**bad)
+
+
+def test_defaults_come_from_generation_config(tmp_path):
+    assert GenerationConfig.load(tmp_path) == GenerationConfig()
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"do_sample": true, "temperature": 0.3, "top_p": 0.95, "eos_token_id": [1, 2]}')
+    loaded = GenerationConfig.load(tmp_path)
+    assert loaded.params == SamplingParams(temperature=0.3, top_p=0.95)
+    assert loaded.eos_token_id == (1, 2)
+    assert loaded.params.override(temperature=0, top_k=None) == SamplingParams(temperature=0, top_p=0.95)
+    file.write_text('{"temperature": 0.3}')
+    assert GenerationConfig.load(tmp_path).params.temperature == 0
+    for text in ('{"do_sample": true, "temperature": -3}', "[]", "{"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="generation_config"):
+            GenerationConfig.load(tmp_path)
