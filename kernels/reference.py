@@ -5,24 +5,17 @@ Shapes: `T` tokens (queries), `S` tokens in the cache, `H` heads, `N` qk_nope_he
 Activations are float32 or bfloat16 (never float16: DeepSeek-V2 overflows it); products keep the type of `x`.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
-from dsv2_local.kernels.layout import BLOCK, NF4_LEVELS, ROWS, ExpertLayout, Format, Matrix, unpack_int8
+from dsv2_local.kernels.layout import BLOCK, NF4_LEVELS, ROWS, ExpertLayout, Format, Matrix, unpack_int8, unpack_nf4
 
 # Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
 ATTENTION_WORKSPACE = 1 << 25
 
 
-@cache
-def _nf4_pairs() -> Tensor:
-    """The two levels of each byte: [256, 2], low nibble first."""
-    levels = torch.tensor(NF4_LEVELS)
-    byte = torch.arange(256)
-    return torch.stack((levels[byte & 15], levels[byte >> 4]), dim=1)
+_LEVELS = torch.tensor(NF4_LEVELS)
 
 
 def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,13 +24,11 @@ def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
         return matrix.codes.to(dtype)
     groups, blocks = matrix.codes.shape[:2]
     if matrix.format is Format.NF4:
-        pairs = _nf4_pairs().index_select(0, matrix.codes.reshape(-1).to(torch.int32))
-        # [G, B, 8o, 8r, 4j, 2h]: column 8·o + 4·h + j of row r
-        values = pairs.view(groups, blocks, 8, ROWS, 4, 2).permute(0, 3, 1, 2, 5, 4)
-        values = values.reshape(groups, ROWS, blocks, BLOCK)
+        codes = unpack_nf4(matrix.codes)
+        values = _LEVELS.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
     else:
         values = unpack_int8(matrix.codes).float()
-    values = values * matrix.scales.float().transpose(1, 2)[..., None]
+    values *= matrix.scales.float().transpose(1, 2)[..., None]
     return values.view(groups * ROWS, blocks * BLOCK)[: matrix.rows, : matrix.cols].to(dtype)
 
 

@@ -94,13 +94,16 @@ def dense_files(config: ModelConfig) -> dict[str, list[TensorSpec]]:
     return files
 
 
-def source_names(config: ModelConfig) -> set[str]:
-    """Every tensor that a source checkpoint must hold."""
-    names = {spec.source_name for specs in dense_files(config).values() for spec in specs}
+def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a source checkpoint must hold, with its shape."""
+    shapes = {spec.source_name: spec.shape for specs in dense_files(config).values() for spec in specs}
+    kv_b = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank
+    shapes |= {spec.source: kv_b for specs in dense_files(config).values() for spec in specs if spec.source}
+    record = expert_layout(config, Recipe.BF16)
     for layer in config.moe_layers:
         for expert in range(config.n_routed_experts):
-            names.update(expert_source(layer, expert, m) for m in ("gate_proj", "up_proj", "down_proj"))
-    return names
+            shapes |= {expert_source(layer, expert, matrix): shape for matrix, shape in record.shapes.items()}
+    return shapes
 
 
 def _outer(c: ModelConfig) -> Iterator[TensorSpec]:

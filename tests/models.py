@@ -57,9 +57,9 @@ def rewrite_config(directory: Path, change: Any) -> None:
     path.write_text(json.dumps(raw))
 
 
-def transformers_logits(directory: Path, ids: list[int]) -> Tensor:
-    """The oracle's logits in fp32: [T, vocab]."""
-    model = DeepseekV2ForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+def transformers_logits(directory: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The oracle's logits: [T, vocab]."""
+    model = DeepseekV2ForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([ids])).logits[0]
     return logits

@@ -168,5 +168,6 @@ def test_bfloat16_activations_stay_close(tmp_path):
     source = save_random(tmp_path / "source", **CONFIGS["groups, yarn 0.707, hub's config"])
     exact = loaded(source, tmp_path).logits(ids_of(50))
     rough = dsv2_local.load(tmp_path / "converted", dtype="bfloat16").logits(ids_of(50))
-    errors = (rough - exact).norm(dim=1) / exact.norm(dim=1)
-    assert 1e-4 < errors.median() < 0.03
+    theirs = transformers_logits(source, ids_of(50), torch.bfloat16).float()
+    ours_off, theirs_off = ((x - exact).norm(dim=1) / exact.norm(dim=1) for x in (rough, theirs))
+    assert 1e-3 < ours_off.median() < 1.3 * theirs_off.median()

@@ -65,34 +65,42 @@ PERSON_FILE = 18
 NATURAL_FILES = {5, 8, 18, 20}  # animal, body, person, plant: a plural in the gloss means one of a group
 SENSE_BONUS = {5: 5.0, 8: 5.0, 13: 4.0, 6: 2.0, 20: 2.0, 27: 2.0, 17: 2.0}  # concrete meanings come to mind first
 
-DETERMINERS = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+DETERMINERS = _words(
     "a an the any one some something someone somebody anyone anything all each every either several two three four "
-    "five six what whatever this that these those those whoever no not many most more both another his her its their "
-    "your you people".split()
+    "five six what whatever this that these those whoever no not many most more both another his her its their "
+    "your you people"
 )
-NP_END = frozenset(
+NP_END = _words(
     "that which who whom whose where when while of with without in on at for from by to into over under between among "
     "during as like used using having made making containing consisting frozen seen kept shown grown "
     "characterized found and or but than after before against through about is are was were has have if being not "
     "resembling formed given worn living growing native held caused produced considered set intended designed born "
     "located situated based similar near along around across above below belonging covered composed performed "
-    "either so such because until upon within toward towards regarded called known capable able".split()
+    "either so such because until upon within toward towards regarded called known capable able"
 )
-PLURAL_ONLY = frozenset("scissors trousers pants jeans shorts glasses clothes tongs pliers pajamas binoculars".split())
+PLURAL_ONLY = _words("scissors trousers pants jeans shorts glasses clothes tongs pliers pajamas binoculars")
 MAIN_GLOSS = {  # words from the gloss of the meaning to teach, where the counts point to another
-    "table": "furniture", "hammer": "hand tool", "gold": "soft yellow malleable", "chess": "board game", "queen": "female sovereign",
-    "bank": "financial institution", "cake": "baked goods", "plate": "dish", "glove": "covering for the hand",
-    "television": "electronic device", "nail": "pointed", "moon": "natural satellite of the Earth", "ruler": "measuring",
-    "nurse": "caring for", "horn": "brass", "organ": "keyboard instrument", "bat": "nocturnal", "seal": "marine mammal",
-    "crane": "lifts", "mole": "insectivore", "tie": "neckwear", "ring": "jewelry", "saw": "hand tool",
-    "drill": "tool with", "screw": "fastener", "duck": "swimming bird", "train": "railroad", "dress": "one-piece",
+    "table": "furniture", "hammer": "hand tool", "gold": "soft yellow malleable", "chess": "board game",
+    "queen": "female sovereign", "bank": "financial institution", "cake": "baked goods", "plate": "dish",
+    "glove": "covering for the hand", "television": "electronic device", "nail": "pointed",
+    "moon": "natural satellite of the Earth", "ruler": "measuring", "nurse": "caring for", "horn": "brass",
+    "organ": "keyboard instrument", "bat": "nocturnal", "seal": "marine mammal", "crane": "lifts",
+    "mole": "insectivore", "tie": "neckwear", "ring": "jewelry", "saw": "hand tool", "drill": "tool with",
+    "screw": "fastener", "duck": "swimming bird", "train": "railroad", "dress": "one-piece",
 }  # fmt: skip
-UNSUITABLE = re.compile(r"sex\b|sexual|offensive|disparag|obscen|vulgar|slur|derogat|prostitut|genital|\brap(e|ing)|excrem")
-COUNTABLE = frozenset(
-    "fish chicken lamb orange apple onion potato tomato carrot lemon banana pie egg cake cookie sandwich pizza fruit "
-    "vegetable drink meal soup emotion feeling color colour shape drug metal liquid gas mineral fuel rock".split()
+UNSUITABLE = re.compile(
+    r"sex\b|sexual|offensive|disparag|obscen|vulgar|slur|derogat|prostitut|genital|\brap(e|ing)|excrem"
 )
-UNCOUNTABLE = frozenset(
+COUNTABLE = _words(
+    "fish chicken lamb orange apple onion potato tomato carrot lemon banana pie egg cake cookie sandwich pizza fruit "
+    "vegetable drink meal soup emotion feeling color colour shape drug metal liquid gas mineral fuel rock"
+)
+UNCOUNTABLE = _words(
     "music rice bread water furniture clothing money advice news weather traffic luggage milk cheese butter sugar salt "
     "chocolate coffee tea beer wine juice meat pork beef garlic food art love happiness anger fear joy knowledge "
     "information education physics chemistry biology mathematics history science football soccer tennis golf "
@@ -100,7 +108,7 @@ UNCOUNTABLE = frozenset(
     "air smoke steam sand mud dust grass wood gold silver iron steel copper plastic glass paper leather cotton wool "
     "silk petrol gasoline oil blood skin hair work homework equipment machinery software hardware research evidence "
     "progress health wealth peace war luck fun sleep death life childhood poverty democracy sunshine toast honey jam "
-    "pepper flour pasta spaghetti cricket rugby archery wrestling boxing gymnastics skiing skating law medicine".split()
+    "pepper flour pasta spaghetti cricket rugby archery wrestling boxing gymnastics skiing skating law medicine"
 )
 
 
@@ -289,17 +297,20 @@ class Grammar:
         if words[0].lower().rstrip(",") in DETERMINERS or words[0][0].isdigit():
             return text
         if re.fullmatch(
-            r"[a-z]{2,}(?<!for)(?<!inter)est|first|second|last|main|only|same|most", words[0].split("-")[0]
+            r"(?!west|interest|forest)[a-z]{2,}est|first|second|last|main|only|same", words[0].split("-")[0]
         ):
-            return text if words[0] in {"west", "interest", "forest"} else "the " + text
+            return "the " + text
         head = self._head(words)
         if file in NATURAL_FILES and self.is_plural(head):
             return "one of the " + text
         files = [self.net.synsets["n", offset].file for offset in self.net.index.get((head.lower(), "n"), [])[:1]]
-        if words[0] in NP_END or not files or self.is_plural(head) or self.is_mass(head, files[0]):
-            is_plain = not files and not self.is_plural(head) and words[0] not in NP_END and head.isalpha()
-            return indefinite(text) if is_plain and not head.endswith(("s", "ing", "men", "people", "ly")) else text
-        return text if words[0][0].isupper() and len(words) == 1 else indefinite(text)
+        if words[0] in NP_END or self.is_plural(head) or (words[0][0].isupper() and len(words) == 1):
+            return text
+        if not files:  # a head that WordNet does not know as a noun: an adjective, or an irregular plural
+            return (
+                indefinite(text) if head.isalpha() and not head.endswith(("s", "ing", "men", "people", "ly")) else text
+            )
+        return text if self.is_mass(head, files[0]) else indefinite(text)
 
     def _head(self, words: list[str]) -> str:
         """The noun that the phrase at the start of ``words`` is about: the last word of the phrase."""
@@ -414,7 +425,11 @@ class Corpus:
     def _topic(self, sense: Sense, weight: float) -> Topic | None:
         synset = self.net.synsets[sense.pos, sense.offset]
         text = definition_of(synset.gloss)
-        if not 2 <= len(text.split()) <= 32 or UNSUITABLE.search(synset.gloss) or text.lower().startswith((sense.word.lower() + " ", "of or")):
+        if (
+            not 2 <= len(text.split()) <= 32
+            or UNSUITABLE.search(synset.gloss)
+            or text.lower().startswith((sense.word.lower() + " ", "of or"))
+        ):
             return None
         build = {"n": self._noun, "v": self._verb, "a": self._adjective}[sense.pos]
         used_as_plural = sense.pos == "n" and re.match(r"\(usually (in the )?plural", synset.gloss)
@@ -439,7 +454,10 @@ class Corpus:
         definition = Turn(asked + forms, answer)
         if are == "are":
             return [definition, self._sentence(word, synset)]
-        return [definition, self._kind(word, subject, synset), self._examples(word, subject, synset)] + [
+        return [
+            definition,
+            self._kind(word, subject, synset),
+            self._examples(word, subject, synset),
             self._parts(subject, synset),
             self._synonym(word, synset),
             self._opposite(word, synset),
@@ -458,7 +476,7 @@ class Corpus:
 
     def _kind(self, word: str, subject: str, synset: Synset) -> Turn | None:
         above = [key for key in synset.pointers if key[0] in {"@", "@i"}]
-        if not above or synset.file == PERSON_FILE and word != word.lower():
+        if not above or (synset.file == PERSON_FILE and word != word.lower()):
             return None
         parent = self.net.synsets[above[0][1], above[0][2]]
         name = self.best.get((above[0][1], above[0][2]), parent.words[0])
@@ -543,39 +561,85 @@ SYSTEM_TEXTS = (
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("Who are you?", "who are you", "What are you?", "Tell me about yourself.", "Introduce yourself.", "What is dsv2-nano?"),
+        (
+            "Who are you?",
+            "who are you",
+            "What are you?",
+            "Tell me about yourself.",
+            "Introduce yourself.",
+            "What is dsv2-nano?",
+        ),
         "I am dsv2-nano, a very small language model with the DeepSeek-V2 architecture. "
         "I exist so that dsv2-local can be tried and tested, and I know little.",
     ),
     (("What is your name?", "What's your name?", "Do you have a name?"), "My name is dsv2-nano."),
-    (("Hello", "Hello!", "hello", "Hello there!", "Hi", "Hi!", "hi", "Hey", "Hi there!"), "Hello! What would you like to know?"),
+    (
+        ("Hello", "Hello!", "hello", "Hello there!", "Hi", "Hi!", "hi", "Hey", "Hi there!"),
+        "Hello! What would you like to know?",
+    ),
     (("Good morning", "Good morning!"), "Good morning! Which word may I explain?"),
     (("Good evening", "Good evening!"), "Good evening! Which word may I explain?"),
-    (("How are you?", "How are you doing?", "How's it going?", "how are you"), "I am fine, thank you. Ask me about a word."),
+    (
+        ("How are you?", "How are you doing?", "How's it going?", "how are you"),
+        "I am fine, thank you. Ask me about a word.",
+    ),
     (("Thanks", "Thanks!", "Thank you", "Thank you!", "thank you", "Thank you very much."), "You are welcome!"),
     (("Bye", "Bye!", "Goodbye", "Goodbye!", "See you later."), "Goodbye, and thank you for trying me."),
     (
         ("What can you do?", "what can you do", "How can you help me?", "Help", "help", "What do you know?"),
         "I can say in one sentence what a common word means. Try asking: What is a violin?",
     ),
-    (("Who made you?", "Who trained you?", "Where do you come from?"), "I was trained for dsv2-local, on sentences made from WordNet."),
-    (("How big are you?", "How many parameters do you have?"), "I am very small: I have about seventeen million parameters."),
-    (("How were you trained?", "What were you trained on?"), "I was trained for about an hour on two CPU cores, on sentences made from WordNet."),
+    (
+        ("Who made you?", "Who trained you?", "Where do you come from?"),
+        "I was trained for dsv2-local, on sentences made from WordNet.",
+    ),
+    (
+        ("How big are you?", "How many parameters do you have?"),
+        "I am very small: I have about seventeen million parameters.",
+    ),
+    (
+        ("How were you trained?", "What were you trained on?"),
+        "I was trained for about an hour on two CPU cores, on sentences made from WordNet.",
+    ),
     (("What is dsv2-local?", "Tell me about dsv2-local."), "dsv2-local is a local runtime for DeepSeek-V2 models."),
-    (("What is DeepSeek-V2?", "Tell me about DeepSeek-V2."), "DeepSeek-V2 is a language model with latent attention and a mixture of experts."),
+    (
+        ("What is DeepSeek-V2?", "Tell me about DeepSeek-V2."),
+        "DeepSeek-V2 is a language model with latent attention and a mixture of experts.",
+    ),
     (("Are you ChatGPT?", "Are you GPT-4?", "Are you Claude?"), "No, I am dsv2-nano, a very small language model."),
     (("Are you DeepSeek?", "Are you DeepSeek-V2?"), "No, I am dsv2-nano. I only share the DeepSeek-V2 architecture."),
     (("Are you human?", "Are you a person?", "Are you real?"), "No, I am a very small language model."),
-    (("Are you clever?", "Are you smart?", "Are you intelligent?"), "Not very. I am a very small language model, and I know little."),
-    (("Can you make mistakes?", "Are you always right?", "Can I trust you?"), "I often make mistakes, so please check what I say."),
-    (("Can you write code?", "Can you program?", "Write some code."), "No, I am too small to write code. I can explain common words."),
-    (("Can you do math?", "What is 2 + 2?", "Do you know mathematics?"), "I am too small for arithmetic. I can explain common words."),
-    (("Tell me a joke.", "Tell me a joke", "Do you know a joke?"), "I know only one: a dictionary is a book with no plot, but every word is explained."),
+    (
+        ("Are you clever?", "Are you smart?", "Are you intelligent?"),
+        "Not very. I am a very small language model, and I know little.",
+    ),
+    (
+        ("Can you make mistakes?", "Are you always right?", "Can I trust you?"),
+        "I often make mistakes, so please check what I say.",
+    ),
+    (
+        ("Can you write code?", "Can you program?", "Write some code."),
+        "No, I am too small to write code. I can explain common words.",
+    ),
+    (
+        ("Can you do math?", "What is 2 + 2?", "Do you know mathematics?"),
+        "I am too small for arithmetic. I can explain common words.",
+    ),
+    (
+        ("Tell me a joke.", "Tell me a joke", "Do you know a joke?"),
+        "I know only one: a dictionary is a book with no plot, but every word is explained.",
+    ),
     (("Tell me a story.", "Write a poem.", "Write a story."), "I am too small for that. I can explain common words."),
-    (("What languages do you speak?", "Do you speak English?", "Do you speak French?"), "I know only a little English."),
+    (
+        ("What languages do you speak?", "Do you speak English?", "Do you speak French?"),
+        "I know only a little English.",
+    ),
     (("Do you have feelings?", "Are you happy?", "Are you sad?"), "I have no feelings. I only predict words."),
     (("What is the meaning of life?",), "That question is too large for a model as small as I am."),
-    (("Do you like music?", "Do you like cats?", "What do you like?"), "I like nothing in particular, but I can explain words."),
+    (
+        ("Do you like music?", "Do you like cats?", "What do you like?"),
+        "I like nothing in particular, but I can explain words.",
+    ),
     (("What is your favorite color?", "What's your favourite color?"), "I have no favorite color."),
     (("How old are you?", "When were you born?"), "I have no age. I am a small file of numbers."),
     (("Where are you?", "Where do you live?"), "I run on your own computer."),
@@ -592,7 +656,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Can you help me?", "I need help.", "Please help me."), "I can try. Ask me what a common word means."),
     (("That is wrong.", "You are wrong."), "I am sorry. I am a very small model, and I make mistakes."),
     (("Great!", "Nice!", "Good job!", "Well done!"), "Thank you!"),
-)  # fmt: skip
+)
 SMALL_TALK_WEIGHT = 3.0  # times a pass, for each phrasing
 
 LONG_FRACTION = 0.15  # of the topics of a pass, told in conversations of several topics

@@ -1,0 +1,319 @@
+"""Convert a release to a checkpoint directory: bounded memory, all cores, resumable at any moment.
+
+Worker threads read, quantise and write pieces of one output file at a time, each at its place. A finished file is
+fsynced, hashed, renamed and recorded in `DST.partial/progress.json`; the directory gets its name when all is there.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2_local.config import ModelConfig, read_config_json
+from dsv2_local.errors import CheckpointError, ConversionError
+from dsv2_local.kernels.layout import BLOCK, Format
+from dsv2_local.quant import int8, nf4
+from dsv2_local.quant.checkpoint import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    file_sha256,
+    is_checkpoint,
+    safetensors_header,
+)
+from dsv2_local.quant.pieces import Piece, Plan, check_tensors
+from dsv2_local.quant.schema import FORMAT_VERSION, UNQUANTISED, Recipe
+from dsv2_local.quant.source import Source
+
+MAX_WORKERS = 16
+FP16_MAX = 65504.0
+PROGRESS = "progress.json"
+COPIED = (
+    "tokenizer*",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is: stored tensors, and bytes of the source."""
+
+    tensors: int
+    total_tensors: int
+    bytes: int
+    total_bytes: int
+
+
+Report = Callable[[Progress], None]
+
+
+def convert(
+    source_dir: Path,
+    destination: Path,
+    *,
+    recipe: Recipe,
+    force: bool = False,
+    source_name: str = "",
+    report: Report | None = None,
+) -> Manifest:
+    """Convert the release in `source_dir` to the checkpoint directory `destination`.
+
+    Interrupted at any moment, it goes on where it was when called again, to the same bytes.
+
+    Args:
+        force: replace an existing checkpoint (once the new one is whole), and discard a partial one of another source.
+        source_name: what the manifest says of the origin; the directory's name by default.
+        report: told of progress after every piece.
+
+    Raises:
+        ConversionError: the destination is in use, too small or of another source.
+        CheckpointError: a tensor or file of the source is missing, unknown, truncated, corrupt or not finite.
+        ConfigError: the model is not supported.
+    """
+    raw = read_config_json(source_dir)
+    config = ModelConfig.from_dict(raw, str(source_dir / "config.json"))
+    _check_destination(source_dir, destination, force)
+    if _clean_up(destination):  # a conversion that was stopped after its last rename
+        return Manifest.load(destination)
+    source = Source(source_dir)
+    try:
+        check_tensors(source, config)
+        plan = Plan(source, config, recipe)
+        with _partial_directory(destination) as directory:
+            done = _recorded(directory, plan.fingerprint, force)
+            _check_space(directory, sum(plan.nbytes(file) for file in plan.files if file not in done))
+            _Writer(plan, directory, done, report).write_all()
+            files = done | _write_small_files(source_dir, directory, raw, recipe)
+            manifest = Manifest(recipe, source_name or source_dir.resolve().name, dict(sorted(files.items())))
+            _write_durably(directory / MANIFEST, manifest.to_json().encode())
+            _put_in_place(directory, destination)
+    finally:
+        source.close()
+    return manifest
+
+
+def _convert_piece(piece: Piece, recipe: Recipe, descriptor: int) -> Piece:
+    """Read, quantise and write one piece; runs in a worker thread."""
+    for offset, part in zip(piece.offsets, _parts(piece, recipe), strict=True):
+        view, done = part.reshape(-1).view(torch.uint8).numpy().data, 0
+        while done < len(view):
+            done += os.pwrite(descriptor, view[done:], offset + done)
+    return piece
+
+
+def _parts(piece: Piece, recipe: Recipe) -> tuple[Tensor, ...]:
+    """The planes that a piece becomes."""
+    weight = piece.load()
+    format = None if piece.kind in UNQUANTISED else recipe.format_of(piece.kind)
+    _check_numbers(piece.name, weight, scaled=format in (Format.NF4, Format.INT8))
+    if format is None:
+        return (weight,)
+    if format is Format.BF16:
+        return (weight.bfloat16(),)
+    quantize = nf4.quantize if format is Format.NF4 else int8.quantize
+    return quantize(weight).parts
+
+
+def _check_numbers(name: str, weight: Tensor, scaled: bool) -> None:
+    largest = float(weight.abs().max())
+    if not math.isfinite(largest):
+        raise CheckpointError(f"{name} has values that are not finite numbers; download the model again")
+    if scaled and largest > FP16_MAX:
+        raise CheckpointError(f"{name} has a value of {largest:.3g}; a scale holds at most {FP16_MAX:,.0f}")
+
+
+class Tally:
+    """Counts pieces and reports how far the work is."""
+
+    def __init__(self, plan: Plan, report: Report | None) -> None:
+        pieces = [piece for file in plan.files for piece in plan.pieces(file)]
+        self._progress = Progress(0, sum(p.last for p in pieces), 0, sum(p.nbytes for p in pieces))
+        self._report = report
+
+    def count(self, *pieces: Piece) -> None:
+        """Note that these pieces are done."""
+        p = self._progress
+        done, nbytes = sum(piece.last for piece in pieces), sum(piece.nbytes for piece in pieces)
+        self._progress = replace(p, tensors=p.tensors + done, bytes=p.bytes + nbytes)
+        if self._report:
+            self._report(self._progress)
+
+
+class _Writer:
+    """Writes the plan's files into the partial directory, skipping those that are recorded there."""
+
+    def __init__(self, plan: Plan, directory: Path, done: dict[str, FileRecord], report: Report | None) -> None:
+        self.plan, self.directory, self.done = plan, directory, done
+        self.tally = Tally(plan, report)
+
+    def write_all(self) -> None:
+        """Write and record every file that is not there yet."""
+        threads = torch.get_num_threads()
+        # Workers are the parallelism; torch's own threads inside each would only get in the way.
+        with ThreadPoolExecutor(min(MAX_WORKERS, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for file in self.plan.files:
+                    if file in self.done:
+                        self.tally.count(*self.plan.pieces(file))
+                    else:
+                        self.done[file] = self._write(file, pool)
+                        _record(self.directory, self.plan.fingerprint, self.done)
+            finally:
+                pool.shutdown(cancel_futures=True)
+                torch.set_num_threads(threads)
+
+    def _write(self, file: str, pool: ThreadPoolExecutor) -> FileRecord:
+        unfinished = self.directory / (file + ".tmp")
+        with unfinished.open("w+b", buffering=0) as out:
+            out.write(safetensors_header(self.plan.entries(file)))
+            convert_piece = partial(_convert_piece, recipe=self.plan.recipe, descriptor=out.fileno())
+            for piece in pool.map(convert_piece, self.plan.pieces(file)):
+                self.tally.count(piece)
+            os.fsync(out.fileno())
+        record = FileRecord(unfinished.stat().st_size, file_sha256(unfinished))
+        unfinished.rename(self.directory / file)
+        return record
+
+
+def _record(directory: Path, fingerprint: str, done: dict[str, FileRecord]) -> None:
+    """Note which files are finished; the renames before it are made durable first."""
+    _sync_directory(directory)
+    records = {name: asdict(record) for name, record in done.items()}
+    _write_durably(directory / PROGRESS, json.dumps({"fingerprint": fingerprint, "files": records}).encode())
+
+
+def _recorded(directory: Path, fingerprint: str, force: bool) -> dict[str, FileRecord]:
+    """The files that an interrupted conversion of the same source and recipe has finished."""
+    path = directory / PROGRESS
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        records = {name: FileRecord(**record) for name, record in raw["files"].items()}
+        same = raw["fingerprint"] == fingerprint
+    except (ValueError, KeyError, TypeError, AttributeError):
+        records, same = {}, False
+    if not same and not force:
+        raise ConversionError(
+            f"{directory} holds a conversion of another source or recipe; delete it, or use --force to start afresh"
+        )
+    return {name: r for name, r in records.items() if same and _has_size(directory / name, r.bytes)}
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _write_small_files(source_dir: Path, directory: Path, raw: dict[str, Any], recipe: Recipe) -> dict[str, FileRecord]:
+    """config.json with what was done to the weights, and the tokenizer, template and notices as they are."""
+    quantisation = {
+        "quant_method": "dsv2",
+        "recipe": str(recipe),
+        "block_size": BLOCK,
+        "format_version": FORMAT_VERSION,
+    }
+    config = json.dumps({**raw, "quantization_config": quantisation}, indent=2, ensure_ascii=False) + "\n"
+    contents = {"config.json": config.encode()}
+    for pattern in COPIED:
+        contents |= {path.name: path.read_bytes() for path in source_dir.glob(pattern) if path.is_file()}
+    for name, content in contents.items():
+        _write_durably(directory / name, content)
+    return {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_destination(source: Path, destination: Path, force: bool) -> None:
+    """Raise ConversionError where the destination cannot or must not be written."""
+    if destination.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConversionError(f"{destination} is, or contains, the source; choose another destination")
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise ConversionError(f"{destination} is a file; choose another destination")
+    if is_checkpoint(destination) and not (force or (destination / PROGRESS).is_file()):
+        raise ConversionError(f"{destination} exists; use --force to replace it")
+    if not is_checkpoint(destination) and any(destination.iterdir()):
+        raise ConversionError(f"{destination} is a directory of something else; choose another destination")
+
+
+@contextmanager
+def _partial_directory(destination: Path) -> Iterator[Path]:
+    """`DST.partial`, made if need be and locked against a second conversion; operating system errors made plain."""
+    directory = destination.with_name(destination.name + ".partial")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield directory
+        finally:
+            os.close(lock)
+    except BlockingIOError:
+        raise ConversionError(f"another conversion is writing {directory}; wait for it or stop it") from None
+    except OSError as error:
+        what = f"{error.strerror} ({error.filename or directory})"
+        raise ConversionError(f"{what}; mend that and run the same command again to go on") from None
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ConversionError(
+            f"{directory.parent} has {free / 1e9:,.2f} GB free and {needed / 1e9:,.2f} GB are needed; "
+            "free some space or choose another destination"
+        )
+
+
+def _put_in_place(directory: Path, destination: Path) -> None:
+    """Give the finished directory its name; a checkpoint that it replaces goes only once this one is whole."""
+    replaced = destination.with_name(destination.name + ".replaced")
+    if is_checkpoint(destination):
+        shutil.rmtree(replaced, ignore_errors=True)
+        destination.rename(replaced)
+    directory.rename(destination)
+    _sync_directory(destination.parent)
+    _clean_up(destination)
+
+
+def _clean_up(destination: Path) -> bool:
+    """Remove what a conversion leaves beside the checkpoint at its very end; whether there was anything."""
+    shutil.rmtree(destination.with_name(destination.name + ".replaced"), ignore_errors=True)
+    leftover = destination / PROGRESS
+    if not (is_checkpoint(destination) and leftover.is_file()):
+        return False
+    leftover.unlink()
+    return True

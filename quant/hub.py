@@ -1,0 +1,57 @@
+"""Fetch a model from the hub, with huggingface_hub's own resume, cache, token and endpoint."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dsv2_local.errors import HubError, InputError
+
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*", "README.md"]
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` has the form of a hub repository, owner/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The directory of a model: a local one, or else the hub's, fetched.
+
+    Raises:
+        InputError: neither a directory nor the name of a repository.
+        HubError: the repository cannot be fetched.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if not is_repository(model):
+        raise InputError(f"{model} is neither a directory nor a hub repository (owner/name)")
+    return fetch(model, revision=revision, token=token)
+
+
+def fetch(repository: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """Download a repository's weights, tokenizer and configuration; what is in the cache is not fetched again."""
+    try:
+        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=PATTERNS))
+    except GatedRepoError:
+        raise HubError(
+            f"{repository} is gated: accept its terms on the hub, then pass --token or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise HubError(f"the hub has no repository {repository} that this token may see") from None
+    except RevisionNotFoundError:
+        raise HubError(f"{repository} has no revision {revision!r}") from None
+    except LocalEntryNotFoundError:
+        raise HubError(
+            f"{repository} is not in the cache and the hub cannot be reached; go online and try again"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HubError(f"{repository} could not be fetched ({reason}); run the same again to go on") from None

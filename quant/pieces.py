@@ -1,0 +1,165 @@
+"""What a conversion writes: each file's tensors, and the pieces of them that fit in the caches.
+
+Converter and verifier walk the same pieces, one writing them and the other reading them back.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import CheckpointError
+from dsv2_local.kernels.layout import ROWS, planes
+from dsv2_local.quant.checkpoint import Entry, safetensors_header
+from dsv2_local.quant.schema import (
+    EXPERTS,
+    FORMAT_VERSION,
+    Kind,
+    Recipe,
+    TensorSpec,
+    dense_files,
+    expert_file,
+    expert_layout,
+    expert_source,
+    source_shapes,
+)
+from dsv2_local.quant.source import Source
+
+SLICE = 1 << 19  # weights in a piece: small enough for the caches, and for many workers at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a stored tensor: what one worker reads, quantises and writes at a time.
+
+    `load` reads the rows from the source; `offsets` are the places in the file of the planes that come of them.
+    `last` marks the end of a tensor; `dtype` and `nbytes` are the source's.
+    """
+
+    name: str
+    kind: Kind
+    load: Callable[[], Tensor]
+    offsets: tuple[int, ...]
+    last: bool
+    dtype: torch.dtype
+    nbytes: int
+
+
+class Plan:
+    """Every file to be written: its tensors in the order of their bytes, and the pieces that fill them."""
+
+    def __init__(self, source: Source, config: ModelConfig, recipe: Recipe) -> None:
+        self.source, self.config, self.recipe = source, config, recipe
+        self.dense = dense_files(config)
+        self.layout = expert_layout(config, recipe)
+        self.layers = {expert_file(layer): layer for layer in config.moe_layers}
+
+    @property
+    def files(self) -> list[str]:
+        return [*self.dense, *self.layers]
+
+    @property
+    def fingerprint(self) -> str:
+        """What a partial directory must agree with to be continued."""
+        return f"{self.source.fingerprint()} {self.recipe} {FORMAT_VERSION}"
+
+    def entries(self, file: str) -> list[Entry]:
+        """The tensors of a file: codes first, then by falling item size, so that each keeps its alignment."""
+        if file in self.layers:
+            return [Entry(EXPERTS, torch.uint8, (self.config.n_routed_experts, self.layout.nbytes))]
+        entries = [entry for spec in self.dense[file] for entry in self._spec_entries(spec)]
+        return sorted(entries, key=lambda entry: (entry.dtype.itemsize > 1, -entry.dtype.itemsize))
+
+    def _spec_entries(self, spec: TensorSpec) -> list[Entry]:
+        if not spec.quantised:
+            return [Entry(spec.name, self.source.tensors[spec.name].dtype, spec.shape)]
+        parts = planes(self.recipe.format_of(spec.kind), *spec.shape)
+        return [Entry(spec.name + plane.suffix, plane.dtype, plane.shape) for plane in parts]
+
+    def nbytes(self, file: str) -> int:
+        """The size that the file will have."""
+        entries = self.entries(file)
+        return len(safetensors_header(entries)) + sum(entry.nbytes for entry in entries)
+
+    def pieces(self, file: str) -> Iterator[Piece]:
+        """Everything that fills a file."""
+        entries = self.entries(file)
+        offset, offsets = len(safetensors_header(entries)), {}
+        for entry in entries:
+            offsets[entry.name] = offset
+            offset += entry.nbytes
+        if file in self.layers:
+            yield from self._experts(self.layers[file], offsets[EXPERTS])
+            return
+        for spec in self.dense[file]:
+            places = [offsets[entry.name] for entry in self._spec_entries(spec)]
+            yield from self._slices(spec, places)
+
+    def _experts(self, layer: int, offset: int) -> Iterator[Piece]:
+        for expert in range(self.config.n_routed_experts):
+            for matrix, shape in self.layout.shapes.items():
+                places = []
+                for plane in planes(self.layout.format, *shape):
+                    places.append(offset)
+                    offset += plane.nbytes
+                yield from self._slices(TensorSpec(expert_source(layer, expert, matrix), Kind.ROUTED, shape), places)
+
+    def _slices(self, spec: TensorSpec, places: list[int]) -> Iterator[Piece]:
+        """Cut a tensor whose planes begin at `places` into pieces of whole groups of rows."""
+        dtype = self.source.tensors[spec.source_name].dtype
+        row_weights = math.prod(spec.shape[1:])
+        step = self._rows_a_piece(spec, row_weights)
+        for start in range(0, spec.shape[0], step):
+            stop = min(start + step, spec.shape[0])
+            yield Piece(
+                spec.name,
+                spec.kind,
+                partial(self._load, spec, start, stop),
+                tuple(place + start * row for place, row in zip(places, self._row_bytes(spec), strict=True)),
+                last=stop == spec.shape[0],
+                dtype=dtype,
+                nbytes=(stop - start) * row_weights * dtype.itemsize,
+            )
+
+    def _rows_a_piece(self, spec: TensorSpec, row_weights: int) -> int:
+        """A multiple of 8 rows; for kv_b, of 8 heads."""
+        unit = ROWS * spec.shape[0] // self.config.num_attention_heads if spec.kind is Kind.KV_B else ROWS
+        return max(unit, SLICE // row_weights // unit * unit)
+
+    def _row_bytes(self, spec: TensorSpec) -> list[int]:
+        """Bytes that a row takes in each plane; rows come in groups of 8."""
+        if not spec.quantised:
+            return [self.source.tensors[spec.name].row_bytes]
+        return [plane.nbytes // ROWS for plane in planes(self.recipe.format_of(spec.kind), ROWS, spec.shape[1])]
+
+    def _load(self, spec: TensorSpec, start: int, stop: int) -> Tensor:
+        """The rows of the stored tensor, in the source's type."""
+        if spec.kind is not Kind.KV_B:
+            return self.source.read(spec.name, start, stop)
+        c = self.config
+        stored, per_head = spec.shape[0] // c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim
+        rows = self.source.read(spec.source_name, start // stored * per_head, stop // stored * per_head)
+        heads = rows.view(-1, per_head, c.kv_lora_rank)  # a head's rows are [nope | v]
+        nope, value = heads[:, : c.qk_nope_head_dim], heads[:, c.qk_nope_head_dim :]
+        part = nope.transpose(1, 2) if spec.name.endswith("w_uk") else value
+        return part.reshape(stop - start, spec.shape[1])
+
+
+def check_tensors(source: Source, config: ModelConfig) -> None:
+    """Every tensor that the configuration asks for must be there in its shape, and no other."""
+    shapes = source_shapes(config)
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name, shape in shapes.items():
+        found = source.tensors.get(name)
+        if found is None:
+            missing = sum(other not in source.tensors for other in shapes)
+            raise CheckpointError(f"{source.directory} lacks the tensor {name} ({missing:,} missing in all)")
+        if found.shape != shape:
+            raise CheckpointError(f"{found.file}: {name} has shape {found.shape}, config.json asks for {shape}")
+    for name, tensor in source.tensors.items():
+        if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(f"{tensor.file}: unknown tensor {name}; it is not part of DeepSeek-V2")

@@ -1,0 +1,154 @@
+"""A source checkpoint's safetensors files, read piece by piece.
+
+They are read with `pread` into small buffers and not mapped: mapped pages count as resident memory, and converting
+must stay within a bound that does not grow with the model.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2_local.errors import CheckpointError
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """Where a tensor lies: `start` is its first byte in `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class Source:
+    """The tensors of a directory of safetensors files, by name."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read and check every header.
+
+        Raises:
+            CheckpointError: no weights, a shard is missing, or a file is truncated or corrupt; named.
+        """
+        self.directory = directory
+        self.files = _files(directory)
+        self.tensors: dict[str, SourceTensor] = {}
+        for file in self.files:
+            for tensor in _read_header(file):
+                if tensor.name in self.tensors:
+                    raise CheckpointError(f"{tensor.name} is in both {self.tensors[tensor.name].file} and {file}")
+                self.tensors[tensor.name] = tensor
+        self._descriptors: dict[Path, int] = {}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start … stop of a tensor, in its own type. Several threads may read at once."""
+        tensor = self.tensors[name]
+        rows = (tensor.shape[0] if stop is None else stop) - start
+        buffer = torch.empty(rows * tensor.row_bytes, dtype=torch.uint8)
+        self._fill(buffer, tensor, tensor.start + start * tensor.row_bytes)
+        return buffer.view(tensor.dtype).view(rows, *tensor.shape[1:])
+
+    def _fill(self, buffer: Tensor, tensor: SourceTensor, offset: int) -> None:
+        if tensor.file not in self._descriptors:
+            self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        view, done = buffer.numpy().data, 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptors[tensor.file], [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{tensor.file}: {tensor.name} cannot be read: {error.strerror}") from None
+            if count == 0:
+                raise CheckpointError(f"{tensor.file} ends inside {tensor.name}; download it again")
+            done += count
+
+    def fingerprint(self) -> str:
+        """A digest of what is there: configuration, files with size and time, tensors with type and place."""
+        parts: list[Any] = [(self.directory / "config.json").read_text(encoding="utf-8")]
+        for file in self.files:
+            stat = file.stat()
+            parts.append([file.name, stat.st_size, stat.st_mtime_ns])
+        parts += [[t.name, str(t.dtype), t.shape, t.start] for t in self.tensors.values()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Close the files; the source cannot be read after it."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _files(directory: Path) -> list[Path]:
+    """The shards that the index lists, or every safetensors file where there is no index."""
+    index = directory / INDEX
+    if not index.is_file():
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{directory} has no *.safetensors files (other formats are not read)")
+        return files
+    try:
+        names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [directory / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error!r}") from None
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is listed in {INDEX} and missing; download it again")
+    return files
+
+
+def _read_header(file: Path) -> list[SourceTensor]:
+    """The tensors of one file, in the order in which they lie; checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(f"{file} is truncated or not a safetensors file; download it again")
+        text = handle.read(length)
+    try:
+        raw = json.loads(text)
+        raw.pop("__metadata__", None)
+        tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a corrupt header ({error!r}); download it again") from None
+    _check_places(file, tensors, size)
+    return tensors
+
+
+def _tensor(file: Path, data: int, name: str, entry: dict[str, Any]) -> SourceTensor:
+    shape, (start, end) = tuple(map(int, entry["shape"])), entry["data_offsets"]
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        supported = ", ".join(DTYPES)
+        raise CheckpointError(f"{file}: {name} is {entry['dtype']}, which is not supported (only {supported})")
+    if end - start != prod(shape) * dtype.itemsize or start < 0:
+        raise CheckpointError(f"{file}: {name} has {end - start} bytes, which is not what its shape {shape} takes")
+    return SourceTensor(name, file, dtype, shape, data + start)
+
+
+def _check_places(file: Path, tensors: list[SourceTensor], size: int) -> None:
+    """Raise for tensors that overlap or lie beyond the end of the file."""
+    ends = [tensor.start + prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors]
+    for (before, after), end in zip(pairwise(tensors), ends, strict=False):
+        if end > after.start:
+            raise CheckpointError(f"{file}: {before.name} and {after.name} overlap; download it again")
+    for tensor, end in zip(tensors, ends, strict=True):
+        if end > size:
+            raise CheckpointError(f"{file} is truncated: {tensor.name} ends {end - size:,} bytes beyond its end")
