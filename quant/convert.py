@@ -90,14 +90,16 @@ def convert(
     raw = read_config_json(source_dir)
     config = ModelConfig.from_dict(raw, str(source_dir / "config.json"))
     _check_destination(source_dir, destination, force)
-    if _clean_up(destination):  # a conversion that was stopped after its last rename
-        return Manifest.load(destination)
     source = Source(source_dir)
     try:
         check_tensors(source, config)
         plan = Plan(source, config, recipe)
+        if _is_leftover(destination, plan, force):  # a conversion that was stopped after its last rename
+            _clean_up(destination)
+            return Manifest.load(destination)
         with _partial_directory(destination) as directory:
             done = _recorded(directory, plan.fingerprint, force)
+            _discard_all_but(directory, done)
             _check_space(directory, sum(plan.nbytes(file) for file in plan.files if file not in done))
             _Writer(plan, directory, done, report).write_all()
             files = done | _write_small_files(source_dir, directory, raw, recipe)
@@ -217,6 +219,13 @@ def _recorded(directory: Path, fingerprint: str, force: bool) -> dict[str, FileR
     return {name: r for name, r in records.items() if same and _has_size(directory / name, r.bytes)}
 
 
+def _discard_all_but(directory: Path, done: dict[str, FileRecord]) -> None:
+    """Delete unfinished files and those of a discarded conversion, so that none of them ends up in the result."""
+    for path in directory.iterdir():
+        if path.name not in done and not (done and path.name == PROGRESS):
+            path.unlink()
+
+
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
@@ -258,8 +267,9 @@ def _sync_directory(directory: Path) -> None:
 
 def _check_destination(source: Path, destination: Path, force: bool) -> None:
     """Raise ConversionError where the destination cannot or must not be written."""
-    if destination.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConversionError(f"{destination} is, or contains, the source; choose another destination")
+    here, there = source.resolve(), destination.resolve()
+    if there in (here, *here.parents) or here in there.parents:
+        raise ConversionError(f"{destination} is, contains or lies in the source; choose another destination")
     if not destination.exists():
         return
     if not destination.is_dir():
@@ -309,11 +319,14 @@ def _put_in_place(directory: Path, destination: Path) -> None:
     _clean_up(destination)
 
 
-def _clean_up(destination: Path) -> bool:
-    """Remove what a conversion leaves beside the checkpoint at its very end; whether there was anything."""
-    shutil.rmtree(destination.with_name(destination.name + ".replaced"), ignore_errors=True)
-    leftover = destination / PROGRESS
-    if not (is_checkpoint(destination) and leftover.is_file()):
+def _is_leftover(destination: Path, plan: Plan, force: bool) -> bool:
+    """Whether the destination is the whole result of this conversion, all but cleaned up."""
+    if not (is_checkpoint(destination) and (destination / PROGRESS).is_file()):
         return False
-    leftover.unlink()
-    return True
+    return len(_recorded(destination, plan.fingerprint, force)) == len(plan.files)
+
+
+def _clean_up(destination: Path) -> None:
+    """Remove what a conversion leaves at its very end: the checkpoint it replaced, and its own notes."""
+    shutil.rmtree(destination.with_name(destination.name + ".replaced"), ignore_errors=True)
+    (destination / PROGRESS).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 Converter and loader both walk this table, so that a name or a shape is written down once.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -104,6 +105,11 @@ def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for expert in range(config.n_routed_experts):
             shapes |= {expert_source(layer, expert, matrix): shape for matrix, shape in record.shapes.items()}
     return shapes
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many weights the model has."""
+    return sum(math.prod(shape) for shape in source_shapes(config).values())
 
 
 def _outer(c: ModelConfig) -> Iterator[TensorSpec]:

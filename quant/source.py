@@ -35,6 +35,10 @@ class SourceTensor:
     start: int
 
     @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
     def row_bytes(self) -> int:
         return prod(self.shape[1:]) * self.dtype.itemsize
 
