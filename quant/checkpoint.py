@@ -120,7 +120,9 @@ class Checkpoint:
     """An opened checkpoint directory; tensors are views of the mapped files."""
 
     def __init__(self, directory: Path) -> None:
-        """Open and check `directory`: manifest, configuration, and the size of every file.
+        """Open and check `directory`: manifest, configuration, and the size of every file of weights.
+
+        The small files may be edited (a template, sampling defaults); `verify` tells when one was.
 
         Raises:
             CheckpointError: a file is missing or has another size than the manifest says.
@@ -130,14 +132,13 @@ class Checkpoint:
         self.manifest = Manifest.load(directory)
         self.config = ModelConfig.load(directory)
         self.recipe = self.manifest.recipe
-        for name, record in self.manifest.files.items():
-            self._check_size(name, record)
-        needed = [*dense_files(self.config), *map(expert_file, self.config.moe_layers)]
-        for name in needed:
-            if name not in self.manifest.files:
-                raise CheckpointError(f"{directory / MANIFEST} does not list {name}; convert the model again")
+        for name in [*dense_files(self.config), *map(expert_file, self.config.moe_layers)]:
+            self._check_size(name)
 
-    def _check_size(self, name: str, record: FileRecord) -> None:
+    def _check_size(self, name: str) -> None:
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise CheckpointError(f"{self.directory / MANIFEST} does not list {name}; convert the model again")
         path = self.directory / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; convert the model again")

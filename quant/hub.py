@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -52,6 +53,6 @@ def fetch(repository: str, *, revision: str | None = None, token: str | None = N
         raise HubError(
             f"{repository} is not in the cache and the hub cannot be reached; go online and try again"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(f"{repository} could not be fetched ({reason}); run the same again to go on") from None

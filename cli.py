@@ -1,0 +1,221 @@
+"""The `dsv2` command: options to calls.
+
+Everything heavy is imported inside the commands, so that help and shell completion are there at once.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv2_local import __version__
+from dsv2_local.errors import Dsv2Error, InputError
+
+if TYPE_CHECKING:
+    from dsv2_local.llm import LLM
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # the shell's codes for SIGINT and SIGPIPE
+
+app = typer.Typer(
+    name="dsv2",
+    help="Run DeepSeek-V2 on your own machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", envvar="DSV2_MODEL", help="A converted directory or hub repository. Default: dsv2-nano."
+    ),
+]
+Context = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")]
+Dtype = Annotated[str, typer.Option(help="Activations and cache: float32 or bfloat16.")]
+System = Annotated[str | None, typer.Option(help="A system message.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
+
+_PANEL = "Sampling (default: what the model's makers set)"
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_PANEL)]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass.", rich_help_panel=_PANEL)]
+TopK = Annotated[int | None, typer.Option(help="Keep this many tokens.", rich_help_panel=_PANEL)]
+MinP = Annotated[float | None, typer.Option(help="Drop below this share of the likeliest.", rich_help_panel=_PANEL)]
+Repetition = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", rich_help_panel=_PANEL)
+]
+Presence = Annotated[
+    float | None, typer.Option("--presence-penalty", help="On tokens already used.", rich_help_panel=_PANEL)
+]
+Frequency = Annotated[
+    float | None, typer.Option("--frequency-penalty", help="On each use of a token.", rich_help_panel=_PANEL)
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed, the same answer.", rich_help_panel=_PANEL)]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End before this string (may be given again).", rich_help_panel=_PANEL)
+]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dsv2-local {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    context: Context = None,
+    dtype: Dtype = "auto",
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Repetition = None,
+    presence_penalty: Presence = None,
+    frequency_penalty: Frequency = None,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Talk with a model in the terminal."""
+    options = _given(locals(), "max_tokens", *_SAMPLING)
+    llm = _load(model, context, dtype)
+    if not sys.stdin.isatty():
+        from dsv2_local.console import notice
+
+        notice("standard input is not a terminal; answering it as `dsv2 run` would")
+        _run(llm, None, options, system=system)
+        return
+    from dsv2_local.chat import Chat
+
+    Chat(llm, system, options).loop()
+
+
+@app.command()
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="Put after what comes from files and standard input.")] = None,
+    file: Annotated[list[Path] | None, typer.Option("-f", "--file", help="Put a file before the prompt.")] = None,
+    model: Model = None,
+    system: System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and figures.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
+    stats: Annotated[bool, typer.Option("--stats", help="Print the figures to stderr.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: this many likeliest tokens a step.")] = None,
+    max_tokens: MaxTokens = None,
+    context: Context = None,
+    dtype: Dtype = "auto",
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Repetition = None,
+    presence_penalty: Presence = None,
+    frequency_penalty: Frequency = None,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Answer one prompt from arguments, files and standard input, for use in scripts."""
+    options = _given(locals(), "max_tokens", "logprobs", *_SAMPLING)
+    from dsv2_local.pipe import gather_prompt
+
+    text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
+    llm = _load(model, context, dtype)
+    _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A directory of safetensors, or a hub repository.")],
+    destination: Annotated[Path, typer.Argument(help="The directory to make.")],
+    recipe: Annotated[str, typer.Option(help="nf4, mixed, int8 or bf16.")] = "nf4",
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the result with the source.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A hub repository's branch, tag or commit.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="For gated repositories.")] = None,
+) -> None:
+    """Convert a DeepSeek-V2 release to 4-bit weights; interrupted, the same command goes on."""
+    from dsv2_local import quantizing
+    from dsv2_local.quant.schema import Recipe
+
+    if recipe not in list(Recipe):
+        raise InputError(f"--recipe {recipe} is not one of {', '.join(Recipe)}")
+    quantizing.run(
+        source, destination, recipe=Recipe(recipe), check=verify, force=force, revision=revision, token=token
+    )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(envvar="DSV2_MODEL", help="A directory or hub repository.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a model's architecture, tensors, sizes and cache."""
+    from dsv2_local import inspection
+
+    with _closed_pipe_is_no_error():
+        inspection.show(model, as_json)
+
+
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "stop",
+)  # fmt: skip
+
+
+def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The options that were given, by name."""
+    return {name: values[name] for name in names if values[name] is not None}
+
+
+def _load(model: str | None, context: int | None, dtype: str) -> "LLM":
+    from dsv2_local import llm
+    from dsv2_local.console import notice
+
+    if model is None:
+        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
+    return llm.load(model, context=context, dtype=dtype)
+
+
+def _run(llm: "LLM", text: str | None, options: dict[str, Any], **settings: Any) -> None:
+    from dsv2_local import pipe
+
+    if text is None:
+        text = pipe.gather_prompt(None, [], sys.stdin)
+    with _closed_pipe_is_no_error():
+        pipe.run(llm, pipe.Request(text, options, **settings), sys.stdout)
+
+
+@contextmanager
+def _closed_pipe_is_no_error() -> Iterator[None]:
+    """End with the shell's code when nobody reads on, and keep the interpreter's last flush quiet."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+
+
+def main() -> None:
+    """Run the command; an error made on purpose becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except Dsv2Error as error:
+        print(f"dsv2: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,131 @@
+"""What the commands share: lines on stderr, the options' names, progress and the line of figures.
+
+stdout belongs to the model's text; everything here goes to stderr or to a console that the caller gives. rich is
+imported late, so that `dsv2 --help` stays quick.
+"""
+
+import sys
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+# The sampling options by the names that the Python API gives them; the command line and /set both offer these.
+SETTINGS: dict[str, type[int] | type[float] | type[str]] = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "stop": str,
+}
+PROGRESS_AFTER = 1.0
+
+
+def notice(text: str) -> None:
+    """One line on stderr."""
+    print(f"dsv2: {text}", file=sys.stderr, flush=True)
+
+
+def working(text: str) -> AbstractContextManager[object]:
+    """A spinner on stderr while something takes long; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+class PrefillProgress:
+    """How far a prompt is read; shown once it has taken over a second and wiped when it is done.
+
+    An instance is the `progress` that generation calls; leaving the context wipes it in any case.
+    """
+
+    def __init__(self, console: "Console | None" = None) -> None:
+        """Show on `console`; None: on stderr."""
+        self._console = console
+        self._lock = threading.Lock()
+        self._bar: Progress | None = None
+        self._timer: threading.Timer | None = None
+        self._state = (0, 0)
+
+    def __enter__(self) -> "PrefillProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done >= total:
+            self._stop()
+            return
+        with self._lock:
+            self._state = (done, total)
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            elif self._timer is None:
+                # One chunk of a large model takes many seconds, so the bar cannot wait for the next call.
+                self._timer = threading.Timer(PROGRESS_AFTER, self._show)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        with self._lock:
+            console = self._console or Console(stderr=True)
+            if self._timer is None or not console.is_terminal:
+                return
+            columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._bar.add_task("prefill", completed=self._state[0], total=self._state[1])
+            self._bar.start()
+
+    def _stop(self) -> None:
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            if self._bar:
+                self._bar.stop()
+            self._timer = self._bar = None
+
+
+class Figures(Protocol):
+    """The statistics of a generation; `dsv2_local.engine.Stats` has them."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    completion_tokens: int
+    context_used: int
+    context: int
+    finish_reason: str | None
+
+    @property
+    def prefill_tok_s(self) -> float: ...
+    @property
+    def decode_tok_s(self) -> float: ...
+
+
+def stats_line(stats: Figures, *, interrupted: bool = False) -> str:
+    """The figures of an answer in one line, with why it ended unless it ended by itself."""
+    reused = f", reused {stats.reused_tokens:,}" if stats.reused_tokens else ""
+    parts = [
+        f"prompt {stats.prompt_tokens:,} tokens{reused}, {stats.prefill_tok_s:,.1f} tok/s",
+        f"answer {stats.completion_tokens:,} tokens, {stats.decode_tok_s:,.1f} tok/s",
+        f"context {stats.context_used:,}/{stats.context:,}",
+    ]
+    if interrupted:
+        parts.append("stopped by Ctrl-C")
+    elif stats.finish_reason == "length":
+        full = stats.context_used >= stats.context
+        parts.append("stopped: the context is full" if full else "stopped at max_tokens")
+    return " · ".join(parts)

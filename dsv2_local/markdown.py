@@ -1,0 +1,81 @@
+"""Markdown on a terminal while it is written: finished blocks stay, only the last one is redrawn."""
+
+import re
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.text import Text
+
+FENCE = re.compile(r"^ {0,3}(```+|~~~+)", re.MULTILINE)
+
+
+def finished_blocks(text: str) -> int:
+    """Length of the part of `text` that no later text can change: up to the last empty line outside a code fence.
+
+    Lists and tables go on over single line ends, never over an empty line followed by something unindented, so the
+    block after the empty line must have begun.
+    """
+    end = 0
+    for match in re.finditer(r"\n[ \t]*\n(?=[^\s])", text):
+        if len(FENCE.findall(text[: match.end()])) % 2 == 0:
+            end = match.end()
+    return end
+
+
+class MarkdownStream:
+    """Use as a context, and `push` text into it. On something that is no terminal the text goes out as it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tail = ""
+        self._live: Live | None = None
+
+    def __enter__(self) -> "MarkdownStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+        if self._console.is_terminal:
+            self._print(self._tail)
+        elif self._tail:
+            self._console.print()
+        self._tail = ""
+
+    def push(self, text: str) -> None:
+        """Show more text."""
+        if not self._console.is_terminal:
+            self._console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            self._tail = text or self._tail
+            return
+        self._tail += text
+        if end := finished_blocks(self._tail):
+            self._stop()
+            self._print(self._tail[:end])
+            self._tail = self._tail[end:]
+        if self._tail.strip():
+            self._show()
+
+    def _show(self) -> None:
+        """Redraw the unfinished block; of one taller than the screen, its end."""
+        lines = self._console.render_lines(Markdown(self._tail), pad=False)
+        height = max(1, self._console.size.height - 2)
+        visible = Text("\n").join(
+            Text.assemble(*((part.text, part.style or "") for part in line)) for line in lines[-height:]
+        )
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(visible, refresh=True)
+
+    def _stop(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, text: str) -> None:
+        if text.strip():
+            self._console.print(Markdown(text))

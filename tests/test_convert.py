@@ -1,0 +1,265 @@
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv2_local import quantizing
+from dsv2_local.errors import CheckpointError, ConversionError
+from dsv2_local.kernels.reference import dequantize
+from dsv2_local.quant import convert as convert_module
+from dsv2_local.quant.checkpoint import Checkpoint
+from dsv2_local.quant.convert import convert
+from dsv2_local.quant.pieces import Plan
+from dsv2_local.quant.schema import EXPERTS, Kind, Recipe, dense_files
+from dsv2_local.quant.source import Source
+from dsv2_local.quant.verify import verify
+from tests.models import save_random
+
+UP = "model.layers.1.mlp.experts.2.up_proj.weight"
+RUN = (
+    "import sys; from pathlib import Path; from dsv2_local.quant.convert import convert; "
+    "from dsv2_local.quant.schema import Recipe; convert(Path(sys.argv[1]), Path(sys.argv[2]), recipe=Recipe.NF4)"
+)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    directory = save_random(tmp_path_factory.mktemp("source") / "tiny")
+    (directory / "LICENSE").write_text("terms")
+    return directory
+
+
+@pytest.fixture
+def source(pristine, tmp_path):
+    """A copy to damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "source"))
+
+
+def digests(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def change(source, edit):
+    tensors = load_file(source / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, source / "model.safetensors")
+
+
+@pytest.mark.parametrize("recipe", list(Recipe))
+def test_round_trip_and_planned_sizes(pristine, tmp_path, recipe):
+    manifest = convert(pristine, tmp_path / "out", recipe=recipe)
+    checkpoint = Checkpoint(tmp_path / "out")
+    checkpoint.verify()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*manifest.files, "manifest.json"}
+    assert "LICENSE" in manifest.files
+    source = Source(pristine)
+    plan = Plan(source, checkpoint.config, recipe)
+    assert all(manifest.files[file].bytes == plan.nbytes(file) for file in plan.files)
+    source.close()
+    errors = verify(pristine, tmp_path / "out")
+    bound = {"nf4": 0.0855, "int8": 0.008, "bf16": 1e-9}  # Gaussian weights; source is bf16
+    for kind in (Kind.ATTENTION, Kind.ROUTED, Kind.SHARED, Kind.KV_B, Kind.EMBEDDING):
+        assert errors[kind] <= bound[str(recipe.format_of(kind))], kind
+    assert errors[Kind.NORM] == errors[Kind.ROUTER] == 0
+
+
+def test_kv_b_and_expert_records_are_where_they_are_read(pristine, tmp_path):
+    convert(pristine, tmp_path / "out", recipe=Recipe.BF16)
+    weights = load_file(pristine / "model.safetensors")
+    stored = load_file(tmp_path / "out" / "dense-001.safetensors")
+    c = Checkpoint(tmp_path / "out").config
+    H, N, V, C = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
+    prefix = "model.layers.1.self_attn.kv_b_proj"
+    w_uk, w_uv = (stored[f"{prefix}.{half}"] for half in ("w_uk", "w_uv"))
+    whole = weights[f"{prefix}.weight"]
+    for head in range(H):
+        rows = whole[head * (N + V) : (head + 1) * (N + V)]
+        assert torch.equal(w_uk[head * C : (head + 1) * C], rows[:N].T)
+        assert torch.equal(w_uv[head * V : (head + 1) * V], rows[N:])
+    records = load_file(tmp_path / "out" / "experts-001.safetensors")[EXPERTS]
+    up = Checkpoint(tmp_path / "out").expert_layout.matrices(records[2])[1]
+    assert torch.equal(dequantize(up, torch.bfloat16), weights[UP])
+
+
+def test_shards_give_the_same_bytes(pristine, source, tmp_path):
+    weights = load_file(source / "model.safetensors")
+    names = sorted(weights)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: weights[name] for name in part}, source / file)
+    (source / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(pristine, tmp_path / "one", recipe=Recipe.NF4, source_name="x")
+    convert(source, tmp_path / "two", recipe=Recipe.NF4, source_name="x")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    (source / "model-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-2.safetensors is listed"):
+        convert(source, tmp_path / "three", recipe=Recipe.NF4)
+
+
+def edited(edit):
+    return lambda source: change(source, edit)
+
+
+def truncated(source):
+    os.truncate(source / "model.safetensors", (source / "model.safetensors").stat().st_size - 10)
+
+
+def corrupt(source):
+    with (source / "model.safetensors").open("r+b") as file:
+        file.seek(8)
+        file.write(b"!!")
+
+
+def only_bin(source):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (truncated, r"model.safetensors is truncated: .* ends 10 bytes"),
+        (corrupt, "model.safetensors has a corrupt header"),
+        (only_bin, r"no .*safetensors"),
+        (edited(lambda w: w.pop(UP)), f"lacks the tensor {UP}"),
+        (edited(lambda w: w.update(extra=torch.zeros(2))), "model.safetensors: unknown tensor extra"),
+        (edited(lambda w: w.update({UP: w[UP][:8].clone()})), f"model.safetensors: {UP} has shape"),
+        (edited(lambda w: w[UP].view(-1)[5:6].fill_(float("nan"))), f"{UP} has values that are not finite"),
+        (edited(lambda w: w.update({UP: w[UP].float() * 1e9})), f"{UP} has a value of"),
+        (edited(lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)})), f"{UP} is F8_E4M3"),
+    ],
+)
+def test_a_bad_source_is_named(source, tmp_path, damage, text):
+    damage(source)
+    with pytest.raises(CheckpointError, match=text):
+        convert(source, tmp_path / "out", recipe=Recipe.NF4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inv_freq_is_ignored(source, tmp_path):
+    change(source, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    convert(source, tmp_path / "out", recipe=Recipe.NF4)
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(pristine, tmp_path):
+    convert(pristine, tmp_path / "whole", recipe=Recipe.NF4)
+    random.seed(1)
+    files = list(dense_files(Checkpoint(tmp_path / "whole").config))
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    for seen in random.sample(files, 2):
+        process = subprocess.Popen([sys.executable, "-c", RUN, pristine, out])
+        while process.poll() is None and not (partial / seen).exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (partial / "manifest.json").exists()
+    convert(pristine, out, recipe=Recipe.NF4)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not partial.exists()
+
+
+class Stop:
+    """Raises at the n-th report; keeps what it was told."""
+
+    def __init__(self, at=None, error=KeyboardInterrupt):
+        self.at, self.error, self.seen = at, error, []
+
+    def __call__(self, progress):
+        self.seen.append(progress)
+        if len(self.seen) == self.at:
+            raise self.error
+
+
+def test_interrupt_keeps_what_is_finished_and_progress_only_grows(pristine, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        convert(pristine, tmp_path / "out", recipe=Recipe.NF4, report=Stop(60))
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").glob("*.safetensors")}
+    assert finished
+    report = Stop()
+    convert(pristine, tmp_path / "out", recipe=Recipe.NF4, report=report)
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in finished.items())
+    assert all(
+        a.bytes <= b.bytes and a.tensors <= b.tensors for a, b in zip(report.seen, report.seen[1:], strict=False)
+    )
+    last = report.seen[-1]
+    assert (last.tensors, last.bytes) == (last.total_tensors, last.total_bytes)
+
+
+def test_a_partial_of_another_recipe_is_refused_and_forced_away(pristine, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        convert(pristine, tmp_path / "out", recipe=Recipe.INT8, report=Stop(60))
+    with pytest.raises(ConversionError, match="another source or recipe"):
+        convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
+    (tmp_path / "out.partial" / "experts-099.safetensors").write_bytes(b"of another model")
+    convert(pristine, tmp_path / "out", recipe=Recipe.NF4, force=True)
+    convert(pristine, tmp_path / "fresh", recipe=Recipe.NF4)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+def test_an_existing_checkpoint_stays_until_the_new_one_is_whole(pristine, tmp_path):
+    out = tmp_path / "out"
+    convert(pristine, out, recipe=Recipe.INT8)
+    before = digests(out)
+    with pytest.raises(ConversionError, match="--force"):
+        convert(pristine, out, recipe=Recipe.NF4)
+    with pytest.raises(KeyboardInterrupt):
+        convert(pristine, out, recipe=Recipe.NF4, force=True, report=Stop(60))
+    assert digests(out) == before
+    convert(pristine, out, recipe=Recipe.NF4, force=True)
+    assert Checkpoint(out).recipe is Recipe.NF4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_destinations(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    for bad in (source, source / "inside", tmp_path, tmp_path / "file"):
+        with pytest.raises(ConversionError):
+            convert(source, bad, recipe=Recipe.NF4, force=True)
+
+
+def test_two_at_once(pristine, tmp_path):
+    def second(_):
+        with pytest.raises(ConversionError, match="another conversion"):
+            convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(pristine, tmp_path / "out", recipe=Recipe.NF4, report=second)
+
+
+def test_no_space(pristine, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(1000))
+        with pytest.raises(ConversionError, match="GB are needed"):
+            convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module.os, "pwrite", full)
+        with pytest.raises(ConversionError, match="No space left"):
+            convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
+    convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
+
+
+def test_command(pristine, tmp_path, capsys):
+    options = {"recipe": Recipe.NF4, "force": False, "revision": None, "token": None}
+    quantizing.run(str(pristine), tmp_path / "out", check=True, **options)
+    captured = capsys.readouterr()
+    assert "bits per weight" in captured.err
+    assert "routed experts" in captured.out
+    assert "bits per weight" not in captured.out

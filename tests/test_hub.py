@@ -1,0 +1,105 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv2_local.errors import InputError
+from dsv2_local.quant.hub import is_repository, resolve
+from tests.hub_server import Hub, serving
+
+WEIGHTS = os.urandom(24_000_000)  # huggingface_hub writes pieces of 10 MB: less would leave nothing to resume
+FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "training.bin": b"not wanted"}
+CODE = """
+import json, sys
+from dsv2_local.errors import HubError
+from dsv2_local.quant.hub import fetch
+try:
+    path = fetch(sys.argv[1], **json.loads(sys.argv[2]))
+    print(json.dumps({"path": str(path)}))
+except HubError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+@pytest.fixture
+def hub():
+    with serving(Hub("org/model", {"main": FILES, "old": {**FILES, "config.json": b'{"old": 1}'}})) as hub:
+        yield hub
+
+
+@pytest.fixture
+def fetch(hub, tmp_path):
+    """`fetch` in a process of its own: huggingface_hub reads its environment once, on import."""
+
+    def call(repository="org/model", endpoint=None, env=None, **options):
+        settings = {"HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, repository, json.dumps(options)],
+            env={**clean, **settings, **(env or {})}, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)  # also: nothing but our own line on stdout
+
+    return call
+
+
+def read(answer, name):
+    return (Path(answer["path"]) / name).read_bytes()
+
+
+def test_fetches_what_a_model_needs_and_no_more(hub, fetch):
+    answer = fetch()
+    assert read(answer, "model.safetensors") == WEIGHTS
+    assert not any("training.bin" in path for _, path, _ in hub.log)
+    assert answer["path"].endswith(hub.commit("main"))
+
+
+def test_revision_and_cache_when_offline(fetch):
+    assert read(fetch(revision="old"), "config.json") == b'{"old": 1}'
+    assert read(fetch(revision="old", env={"HF_HUB_OFFLINE": "1"}), "config.json") == b'{"old": 1}'
+
+
+def test_resumes_after_a_cut_connection(hub, fetch):
+    hub.cut["model.safetensors"] = 15_000_000
+    answer = fetch()
+    if "error" in answer:
+        answer = fetch()
+    assert read(answer, "model.safetensors") == WEIGHTS
+    ranges = [given for method, path, given in hub.log if method == "GET" and path.endswith("model.safetensors")]
+    assert any(given and int(given.removeprefix("bytes=").split("-")[0]) > 0 for given in ranges)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "text"),
+    [
+        ({}, {"repository": "org/none"}, "no repository org/none"),
+        ({}, {"revision": "none"}, "no revision 'none'"),
+        ({"token": "secret"}, {}, "token"),
+        ({"gated": True}, {}, "gated"),
+        ({}, {"endpoint": "http://127.0.0.1:9"}, "cannot be reached"),
+        ({}, {"env": {"HF_HUB_OFFLINE": "1"}}, "not in the cache"),
+    ],
+)
+def test_failures_are_one_line(hub, fetch, change, options, text):
+    for name, value in change.items():
+        setattr(hub, name, value)
+    error = fetch(**options)["error"]
+    assert text in error
+    assert "\n" not in error
+
+
+def test_the_token_is_sent(hub, fetch):
+    hub.token = "secret"
+    assert read(fetch(token="secret"), "config.json") == b"{}"
+
+
+def test_resolve(tmp_path):
+    assert resolve(str(tmp_path)) == tmp_path
+    assert is_repository("org/name")
+    assert not is_repository("/org/name")
+    with pytest.raises(InputError, match="neither a directory nor a hub repository"):
+        resolve("no-such-thing")
