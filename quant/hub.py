@@ -3,11 +3,9 @@
 import re
 from pathlib import Path
 
-import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -53,6 +51,6 @@ def fetch(repository: str, *, revision: str | None = None, token: str | None = N
         raise HubError(
             f"{repository} is not in the cache and the hub cannot be reached; go online and try again"
         ) from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # transport errors are of whichever HTTP library huggingface_hub has this year
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(f"{repository} could not be fetched ({reason}); run the same again to go on") from None
