@@ -20,7 +20,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
-from dsv2_local.console import describe, prefill_progress
+from dsv2_local.console import PrefillProgress, describe
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
 from dsv2_local.llm import LLM, Generation
 from dsv2_local.markdown import MarkdownStream
@@ -117,6 +117,8 @@ class Conversation:
         raw = self._read(path)
         try:
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in raw["messages"]]
+            if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+                raise TypeError("questions and answers must alternate")
             loaded = Conversation(raw["system"])
             for name, value in raw["settings"].items():
                 if name in SETTINGS:
@@ -147,16 +149,23 @@ class Chat:
         system: str | None,
         options: dict[str, Any],
         console: Console | None = None,
-        session: PromptSession[str] | None = None,
+        read: Callable[[str], str] | None = None,
+        ask: Callable[[str], str] | None = None,
     ) -> None:
-        """`options` are those of `LLM.generate`; `console` and `session` are the terminal's own by default."""
+        """`options` are those of `LLM.generate`.
+
+        `read` reads a message after a prompt, `ask` a choice that does not belong in the history; they and `console`
+        are the terminal's own by default.
+        """
         self.llm = llm
         self._stop = options.pop("stop", None)
         self.conversation = Conversation(system, options)
         self.console = console or Console(highlight=False)
-        self._session: PromptSession[str] = session or _session()
+        self._read = read or _session().prompt
+        self._ask = ask or PromptSession[str]().prompt
         self._last: Generation | None = None
         self._interrupted = False
+        self._progress = PrefillProgress(self.console)
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, f"_{name}")
             for name in ("help", "clear", "undo", "retry", "system", "save", "load", "set", "stats")
@@ -168,7 +177,7 @@ class Chat:
         hinted = False
         while True:
             try:
-                text = self._session.prompt("› ").strip()
+                text = self._read("› ").strip()
             except KeyboardInterrupt:
                 if not hinted:
                     self._say("Ctrl-D or /exit leaves")
@@ -188,7 +197,7 @@ class Chat:
             elif text:
                 self.conversation.ask(text.removeprefix("/") if text.startswith("//") else text)
                 self.respond()
-        except Dsv2Error as error:
+        except (Dsv2Error, OSError, MemoryError) as error:
             self.console.print(f"error: {error}", style="red", markup=False)
 
     def command(self, text: str) -> None:
@@ -201,57 +210,47 @@ class Chat:
         self.commands[name](argument.strip())
 
     def respond(self) -> None:
-        """Answer the last question; what came before Ctrl-C is kept as the answer."""
-        self._interrupted = False
-        try:
-            self._last = self._start()
-        except ContextLengthError as error:
-            self._offer_room(error)
-            return
-        with prefill_progress(self.console) as progress:
-            self._progress = progress
-            self._show(self._last)
-
-    def _start(self) -> Generation:
-        """The generation of the next answer; raises at once when the conversation does not fit."""
+        """Answer the last question. What came before Ctrl-C is kept; a question without an answer is taken back."""
         prompt = self.conversation.prompt()
         count = self.llm.count_tokens(prompt)
         if count >= self.llm.context:
-            raise ContextLengthError(count, self.llm.context)
-        return self.llm.chat(prompt, stop=self._stop, progress=self._report, **self.conversation.settings)
-
-    def _report(self, done: int, total: int) -> None:
-        if self._progress:
-            self._progress(done, total)
-
-    def _show(self, generation: Generation) -> None:
+            self._offer_room(ContextLengthError(count, self.llm.context))
+            return
+        generation = self.llm.chat(prompt, stop=self._stop, progress=self._progress, **self.conversation.settings)
+        self._last = generation
         try:
-            with MarkdownStream(self.console) as stream:
+            self._interrupted = self._show(generation)
+        finally:
+            if generation.text:
+                self.conversation.answer(generation.text)
+            else:
+                self.conversation.undo()
+                self._say("no answer came; the question is taken back (arrow up brings it again)")
+        self._stats("")
+
+    def _show(self, generation: Generation) -> bool:
+        """Print the answer as it comes; whether Ctrl-C stopped it."""
+        try:
+            with self._progress, MarkdownStream(self.console) as stream:
                 for chunk in generation:
                     stream.push(chunk.text)
         except KeyboardInterrupt:
-            self._interrupted = True
             generation.close()
-        if generation.text:
-            self.conversation.answer(generation.text)
-        elif self._interrupted:
-            self._say("stopped before the first word; /retry asks again")
-        self._stats("")
+            return True
+        return False
 
     def _offer_room(self, error: ContextLengthError) -> None:
         """The conversation has outgrown the context: let the user choose, and lose nothing unasked."""
         self._say(f"the conversation has {error.prompt_tokens:,} tokens and the context holds {error.context:,}")
         try:
-            choice = self._session.prompt("[d]rop the oldest turns, or [k]eep all and take this question back? ")
+            choice = self._ask("[d]rop the oldest turns, or [k]eep all and take this question back? ")
         except (KeyboardInterrupt, EOFError):
             choice = "k"
         if choice.strip().lower().startswith("d") and self._make_room():
             self.respond()
             return
-        question = self.conversation.undo()
-        self._say(
-            "taken back; it is in the history (arrow up). /clear starts anew" if question else "nothing to answer"
-        )
+        self.conversation.undo()
+        self._say("taken back; arrow up brings it again, /clear starts anew")
 
     def _make_room(self) -> bool:
         """Forget whole turns until the prompt leaves room for an answer (an eighth of the context)."""
@@ -279,11 +278,17 @@ class Chat:
         self._say("there is nothing to take back" if question is None else f"taken back: {question}")
 
     def _retry(self, _: str) -> None:
+        """Answer again; the old answer goes only when there is a new one."""
+        before = list(self.conversation.messages)
         question = self.conversation.undo()
         if question is None:
             raise InputError("there is no question to answer again")
         self.conversation.ask(question)
-        self.respond()
+        try:
+            self.respond()
+        finally:
+            if len(self.conversation.messages) < len(before):
+                self.conversation.messages = before
 
     def _system(self, text: str) -> None:
         if text:

@@ -1,4 +1,4 @@
-"""What the commands share: lines on stderr, the options' names, progress and the line of figures.
+"""What the commands share: lines on stderr, progress and the line of figures.
 
 stdout belongs to the model's text; everything here goes to stderr or to a console that the caller gives. rich is
 imported late, so that `dsv2 --help` stays quick.
@@ -6,41 +6,20 @@ imported late, so that `dsv2 --help` stays quick.
 
 import sys
 import threading
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-# The sampling options by the names that the Python API gives them; the command line and /set both offer these.
-SETTINGS: dict[str, type[int] | type[float] | type[str]] = {
-    "max_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "stop": str,
-}
+    from dsv2_local.engine import Stats
+
 PROGRESS_AFTER = 1.0
 
 
 def notice(text: str) -> None:
     """One line on stderr."""
     print(f"dsv2: {text}", file=sys.stderr, flush=True)
-
-
-def working(text: str) -> AbstractContextManager[object]:
-    """A spinner on stderr while something takes long; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(text)
 
 
 class PrefillProgress:
@@ -99,23 +78,7 @@ class PrefillProgress:
             self._timer = self._bar = None
 
 
-class Figures(Protocol):
-    """The statistics of a generation; `dsv2_local.engine.Stats` has them."""
-
-    prompt_tokens: int
-    reused_tokens: int
-    completion_tokens: int
-    context_used: int
-    context: int
-    finish_reason: str | None
-
-    @property
-    def prefill_tok_s(self) -> float: ...
-    @property
-    def decode_tok_s(self) -> float: ...
-
-
-def stats_line(stats: Figures, *, interrupted: bool = False) -> str:
+def describe(stats: "Stats", interrupted: bool = False) -> str:
     """The figures of an answer in one line, with why it ended unless it ended by itself."""
     reused = f", reused {stats.reused_tokens:,}" if stats.reused_tokens else ""
     parts = [

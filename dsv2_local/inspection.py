@@ -123,9 +123,9 @@ def _memory(facts: dict[str, Any]) -> Table:
     table.add_row("routed experts read per token", human(facts["expert_bytes_per_token"]))
     per_token = facts["cache_bytes_per_token"]
     table.add_row("latent cache per token (bf16)", f"{per_token:,} B")
-    for context in CONTEXTS:
-        if context <= facts["architecture"]["max_position_embeddings"]:
-            table.add_row(f"latent cache of {context // 1024}K tokens (bf16)", human(per_token * context))
+    limit = facts["architecture"]["max_position_embeddings"]
+    for context in (*(context for context in CONTEXTS if context < limit), limit):
+        table.add_row(f"latent cache of {context:,} tokens (bf16)", human(per_token * context))
     for recipe, size in facts["recipes"].items():
         table.add_row(f"weights as {recipe}", human(size))
     return table

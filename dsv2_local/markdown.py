@@ -3,12 +3,25 @@
 import re
 from types import TracebackType
 
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.live import Live
-from rich.markdown import Markdown
+from rich.markdown import Markdown as RichMarkdown
 from rich.text import Text
 
+# HTML is shown as the text that it is; rich would leave it out.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+# Control characters other than line end and tab could move the cursor or change the terminal.
+CONTROL = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)", re.MULTILINE)
+
+
+class Markdown(RichMarkdown):
+    """rich's Markdown with our parser."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.parsed = PARSER.parse(text)
 
 
 def finished_blocks(text: str) -> int:
@@ -46,7 +59,8 @@ class MarkdownStream:
         self._tail = ""
 
     def push(self, text: str) -> None:
-        """Show more text."""
+        """Show more text, without control characters."""
+        text = text.translate(CONTROL)
         if not self._console.is_terminal:
             self._console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
             self._tail = text or self._tail

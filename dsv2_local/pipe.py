@@ -2,51 +2,50 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dsv2_local.console import PrefillProgress, notice, stats_line
+from dsv2_local.console import PrefillProgress, describe, notice
 from dsv2_local.errors import InputError
 from dsv2_local.llm import LLM, Chunk, Generation
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """One request: the text, how to ask it, and what to print."""
 
     text: str
+    options: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
     raw: bool = False
+    json: bool = False
     stream: bool = True
-    as_json: bool = False
-    show_stats: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    stats: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError for options that would do nothing together."""
         if self.raw and self.system is not None:
             raise InputError("--system belongs to the chat template, which --raw leaves out; drop one of them")
-        if self.options.get("logprobs") is not None and not self.as_json:
+        if self.options.get("logprobs") is not None and not self.json:
             raise InputError("--logprobs needs --json to be seen")
 
 
-def read_input(prompt: str | None, files: Sequence[Path] = (), *, exact: bool = False) -> str:
+def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO) -> str:
     """Files, standard input (unless it is a terminal) and the prompt, in this order, with an empty line between.
 
-    Newlines at the end of each are dropped unless `exact`.
+    Newlines at the end of each are dropped.
 
     Raises:
         InputError: nothing was given, a file cannot be read, or something is no UTF-8 text.
     """
     parts = [_text(_read(path), str(path)) for path in files]
-    if sys.stdin is not None and not sys.stdin.isatty():
-        parts.append(_text(sys.stdin.buffer.read(), "standard input"))
+    if not stdin.isatty():
+        parts.append(_text(stdin.buffer.read(), "standard input"))
     if prompt is not None:
         parts.append(_text(os.fsencode(prompt), "the prompt"))
-    parts = [part if exact else part.rstrip("\r\n") for part in parts]
+    parts = [part.rstrip("\r\n") for part in parts]
     text = "\n\n".join(part for part in parts if part)
     if not text.strip():
         raise InputError("there is no prompt; give one as an argument, with -f FILE or on standard input")
@@ -70,58 +69,60 @@ def _text(data: bytes, where: str) -> str:
         raise InputError(f"{where} is not UTF-8 text: byte {error.start:,} is 0x{data[error.start]:02x}") from None
 
 
-def run(llm: LLM, job: Job) -> None:
-    """Answer `job` on stdout.
+def run(llm: LLM, request: Request, out: TextIO) -> None:
+    """Answer `request` on `out`.
 
     Ctrl-C ends the answer; what came is printed and KeyboardInterrupt goes on to the caller.
     """
     chunks: list[Chunk] = []
     interrupted = False
     with PrefillProgress() as progress:
-        generation = _start(llm, job, progress)
+        generation = _start(llm, request, progress)
         try:
             for chunk in generation:
                 chunks.append(chunk)
-                if job.stream and not job.as_json:
-                    _write(sys.stdout, chunk.text)
+                if request.stream and not request.json:
+                    _write(out, chunk.text)
         except KeyboardInterrupt:
             interrupted = True
-    _finish(llm, job, generation, chunks, interrupted)
+    _finish(llm, request, generation, chunks, interrupted, out)
     if interrupted:
         raise KeyboardInterrupt
 
 
-def _start(llm: LLM, job: Job, progress: PrefillProgress) -> Generation:
-    if job.raw:
-        return llm.generate(job.text, **job.options, progress=progress)
-    messages = [{"role": "system", "content": job.system}] if job.system is not None else []
-    return llm.chat([*messages, {"role": "user", "content": job.text}], **job.options, progress=progress)
+def _start(llm: LLM, request: Request, progress: PrefillProgress) -> Generation:
+    if request.raw:
+        return llm.generate(request.text, **request.options, progress=progress)
+    messages = [{"role": "system", "content": request.system}] if request.system is not None else []
+    return llm.chat([*messages, {"role": "user", "content": request.text}], **request.options, progress=progress)
 
 
-def _finish(llm: LLM, job: Job, generation: Generation, chunks: list[Chunk], interrupted: bool) -> None:
-    if job.as_json:
-        _write(sys.stdout, json.dumps(_as_json(llm, job, generation, chunks), ensure_ascii=False) + "\n")
-    elif not job.stream:
-        _write(sys.stdout, generation.text)
-    if not job.as_json and sys.stdout.isatty():
-        _write(sys.stdout, "\n")
-    if job.show_stats:
-        notice(stats_line(generation.stats, interrupted=interrupted))
+def _finish(
+    llm: LLM, request: Request, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
+) -> None:
+    if request.json:
+        _write(out, json.dumps(_as_json(llm, request, generation, chunks), ensure_ascii=False) + "\n")
+    elif not request.stream:
+        _write(out, generation.text)
+    if not request.json and out.isatty():
+        _write(out, "\n")
+    if request.stats:
+        notice(describe(generation.stats, interrupted=interrupted))
 
 
-def _write(file: TextIO, text: str) -> None:
-    file.write(text)
-    file.flush()
+def _write(out: TextIO, text: str) -> None:
+    out.write(text)
+    out.flush()
 
 
-def _as_json(llm: LLM, job: Job, generation: Generation, chunks: list[Chunk]) -> dict[str, Any]:
+def _as_json(llm: LLM, request: Request, generation: Generation, chunks: list[Chunk]) -> dict[str, Any]:
     stats = generation.stats
     result: dict[str, Any] = {"text": generation.text, "model": llm.name, "finish_reason": stats.finish_reason}
     for name in ("prompt_tokens", "reused_tokens", "completion_tokens", "context_used", "context"):
         result[name] = getattr(stats, name)
     for name in ("prefill_seconds", "decode_seconds", "prefill_tok_s", "decode_tok_s"):
         result[name] = round(getattr(stats, name), 6)
-    if job.options.get("logprobs") is not None:
+    if request.options.get("logprobs") is not None:
         result["logprobs"] = [_logprob(chunk) for chunk in chunks if chunk.token_id is not None]
     return result
 

@@ -25,8 +25,9 @@ FLOORS = [
 ORDERED = [
     ["errors", "config", "__init__"],
     ["kernels.layout", "kernels.reference", "kernels.ops"],
-    ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert"]
-    + ["quant.verify"],
+    ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
+    ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
+    ["quant.nf4", "quant.int8", "quant.convert"],
     ["console", "markdown", "pipe", "chat"],
 ]
 

@@ -2,8 +2,8 @@
 
     python tools/train_nano.py --wordnet /usr/share/wordnet --out DIR --minutes 88 [--resume DIR/latest]
 
-DIR receives ``early/`` (untrained weights), ``latest/`` (refreshed every five minutes) and ``final/``, each a checkpoint
-in the hub's layout, beside ``tokenizer.json``, ``heldout.jsonl`` and ``log.jsonl``. The learning rate follows the clock
+DIR receives ``early/`` (untrained weights), ``latest/`` (refreshed every five minutes) and ``final/``, each a
+checkpoint in the hub's layout, beside ``heldout.jsonl`` and ``log.jsonl``. The learning rate follows the clock
 and not the step count: a busy machine costs tokens, never the schedule. With glibc, a fifth of the time is saved by
 keeping freed memory: MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 """
