@@ -66,6 +66,11 @@ class Conversation:
     def answer(self, text: str) -> None:
         self.messages.append({"role": "assistant", "content": text})
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether the last message is a question."""
+        return bool(self.messages) and self.messages[-1]["role"] == "user"
+
     def undo(self) -> str | None:
         """Take back the last question and what followed it; returns the question."""
         while self.messages:
@@ -190,7 +195,7 @@ class Chat:
             self._obey_or_ask(text)
 
     def _obey_or_ask(self, text: str) -> None:
-        """An error in a turn is shown and the conversation goes on."""
+        """Neither an error nor Ctrl-C in a turn ends the conversation; a question without an answer is taken back."""
         try:
             if text.startswith("/") and not text.startswith("//"):
                 self.command(text)
@@ -199,6 +204,11 @@ class Chat:
                 self.respond()
         except (Dsv2Error, OSError, MemoryError) as error:
             self.console.print(f"error: {error}", style="red", markup=False)
+        except KeyboardInterrupt:
+            self._say("stopped")
+        if self.conversation.unanswered:
+            self.conversation.undo()
+            self._say("the question is taken back; arrow up brings it again")
 
     def command(self, text: str) -> None:
         """Obey a line that begins with a slash."""
@@ -210,7 +220,7 @@ class Chat:
         self.commands[name](argument.strip())
 
     def respond(self) -> None:
-        """Answer the last question. What came before Ctrl-C is kept; a question without an answer is taken back."""
+        """Answer the last question; what came before Ctrl-C or an error is kept."""
         prompt = self.conversation.prompt()
         count = self.llm.count_tokens(prompt)
         if count >= self.llm.context:
@@ -223,9 +233,6 @@ class Chat:
         finally:
             if generation.text:
                 self.conversation.answer(generation.text)
-            else:
-                self.conversation.undo()
-                self._say("no answer came; the question is taken back (arrow up brings it again)")
         self._stats("")
 
     def _show(self, generation: Generation) -> bool:
@@ -249,8 +256,6 @@ class Chat:
         if choice.strip().lower().startswith("d") and self._make_room():
             self.respond()
             return
-        self.conversation.undo()
-        self._say("taken back; arrow up brings it again, /clear starts anew")
 
     def _make_room(self) -> bool:
         """Forget whole turns until the prompt leaves room for an answer (an eighth of the context)."""
@@ -287,7 +292,7 @@ class Chat:
         try:
             self.respond()
         finally:
-            if len(self.conversation.messages) < len(before):
+            if self.conversation.unanswered:
                 self.conversation.messages = before
 
     def _system(self, text: str) -> None:

@@ -54,15 +54,15 @@ class MarkdownStream:
         self._stop()
         if self._console.is_terminal:
             self._print(self._tail)
-        elif self._tail:
-            self._console.print()
+        elif not self._tail.endswith("\n"):
+            self._console.file.write("\n")
         self._tail = ""
 
     def push(self, text: str) -> None:
         """Show more text, without control characters."""
         text = text.translate(CONTROL)
         if not self._console.is_terminal:
-            self._console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            self._console.file.write(text)
             self._tail = text or self._tail
             return
         self._tail += text

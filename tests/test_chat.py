@@ -1,0 +1,331 @@
+"""The conversation, its commands and its screen; the model is a fake one wherever it is not the point."""
+
+import io
+import json
+import os
+import random
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pexpect
+import pytest
+from rich.console import Console
+
+from dsv2_local.chat import Chat, Conversation
+from dsv2_local.engine import Stats
+from dsv2_local.errors import CheckpointError, InputError
+from dsv2_local.llm import Chunk
+from dsv2_local.markdown import Markdown, MarkdownStream, finished_blocks
+from dsv2_local.sampling import SamplingParams
+
+
+class FakeGeneration:
+    """Yields prepared pieces; a KeyboardInterrupt among them is raised."""
+
+    def __init__(self, pieces: list[Any]) -> None:
+        self.text, self.stats, self.pieces = "", Stats(context=100), iter(pieces)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        piece = next(self.pieces)
+        if isinstance(piece, BaseException):
+            raise piece
+        self.text += piece
+        return Chunk(piece)
+
+    def close(self) -> None:
+        self.pieces = iter(())
+
+
+class FakeLLM:
+    """Answers with what it was given, and remembers how it was asked; a character is a token."""
+
+    name, recipe, context, defaults = "fake", "nf4", 100, SamplingParams(temperature=0.3)
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self.answers, self.asked, self.options = list(answers), [], {}
+
+    def count_tokens(self, messages: list[dict[str, str]]) -> int:
+        return sum(len(message["content"]) for message in messages)
+
+    def chat(self, messages: list[dict[str, str]], **options: Any) -> FakeGeneration:
+        self.asked.append([dict(message) for message in messages])
+        self.options = options
+        return FakeGeneration(self.answers.pop(0))
+
+
+def talk(llm: FakeLLM, *lines: Any, asked: tuple[str, ...] = ()) -> tuple[Chat, str]:
+    """A chat in which the user types `lines` and then Ctrl-D; returns it and what it printed."""
+    typed, choices = iter(lines), iter(asked)
+
+    def read(_: str) -> str:
+        line = next(typed, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    out = io.StringIO()
+    chat = Chat(llm, None, {}, Console(file=out, width=200), read, lambda _: next(choices))
+    chat.loop()
+    return chat, out.getvalue()
+
+
+def contents(chat: Chat) -> list[str]:
+    return [message["content"] for message in chat.conversation.messages]
+
+
+def test_a_conversation_is_sent_whole_and_shown():
+    llm = FakeLLM(["one"], ["two ", "words"])
+    chat, shown = talk(llm, "first", "  ", "second")
+    assert contents(chat) == ["first", "one", "second", "two words"]
+    assert [message["role"] for message in llm.asked[1]] == ["user", "assistant", "user"]
+    assert "two words" in shown
+    assert "context 0/100" in shown
+
+
+def test_ctrl_c_keeps_what_came():
+    chat, shown = talk(FakeLLM(["half ", KeyboardInterrupt()], ["more"]), "q", "go on")
+    assert contents(chat) == ["q", "half ", "go on", "more"]
+    assert "stopped by Ctrl-C" in shown
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), CheckpointError("the disk is gone")])
+def test_a_question_without_an_answer_is_taken_back(failure):
+    chat, shown = talk(FakeLLM([failure], ["fine"]), "lost", "kept")
+    assert contents(chat) == ["kept", "fine"]
+    assert "taken back" in shown
+    assert str(failure) in shown
+
+
+def test_ctrl_c_at_the_prompt_leaves_nothing_and_says_how():
+    _, shown = talk(FakeLLM(), KeyboardInterrupt(), KeyboardInterrupt())
+    assert shown.count("/exit leaves") == 1
+
+
+def test_undo_retry_clear():
+    llm = FakeLLM(["a"], ["b"], ["c"], [KeyboardInterrupt()])
+    chat, _ = talk(llm, "q1", "q2", "/retry")
+    assert contents(chat) == ["q1", "a", "q2", "c"]
+    chat.command("/retry")  # interrupted before the first word: the old answer stays
+    assert contents(chat) == ["q1", "a", "q2", "c"]
+    chat.command("/undo")
+    assert contents(chat) == ["q1", "a"]
+    chat.command("/clear")
+    assert contents(chat) == []
+    with pytest.raises(InputError, match="no question"):
+        chat.command("/retry")
+
+
+def test_system_and_settings_reach_the_model():
+    llm = FakeLLM(["x"], ["y"])
+    _, shown = talk(llm, "/system Be brief.", "/set temperature 0.7", "/set top_k 5", "q", "/set top_k -", "q")
+    assert llm.asked[0][0] == {"role": "system", "content": "Be brief."}
+    assert llm.options["temperature"] == 0.7
+    assert "top_k" not in llm.options
+    assert "temperature = 0.3" in talk(FakeLLM(), "/set")[1]
+    assert "system: Be brief." in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/sav x", "did you mean /save?"),
+        ("/zzz", "/help lists them"),
+        ("/set nothing 1", "there is no setting nothing"),
+        ("/set temperature hot", "temperature must be a number"),
+        ("/set temperature -1", "temperature must be at least 0"),
+        ("/set max_tokens 0", "max_tokens must be at least 1"),
+        ("/set temperature", "a name and a value"),
+        ("/load", "name a file"),
+        ("/load /no/such/file", "cannot be read"),
+        ("/save /no/such/file", "cannot be written"),
+        ("/help", "Ctrl-C stops an answer"),
+        ("/stats", "no answer yet"),
+        ("/undo", "nothing to take back"),
+    ],
+)
+def test_commands_never_end_the_chat(line, said):
+    chat, shown = talk(FakeLLM(["still here"]), line, "hello?")
+    assert said in shown
+    assert contents(chat) == ["hello?", "still here"]
+
+
+def test_two_slashes_are_a_message():
+    llm = FakeLLM(["x"])
+    talk(llm, "//etc/passwd is what?")
+    assert llm.asked[0][-1]["content"] == "/etc/passwd is what?"
+
+
+def test_save_and_load(tmp_path):
+    file = tmp_path / "talk.json"
+    chat, _ = talk(FakeLLM(["a"]), "/system S", "/set seed 4", "q", f"/save {file}", f"/save {file}")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+    again, _ = talk(FakeLLM(), f"/load {file}")
+    assert again.conversation == chat.conversation
+    other = tmp_path / "letter.txt"
+    other.write_text("dear diary")
+    _, shown = talk(FakeLLM(["a"]), "q", f"/save {other}", f"/load {other}")
+    assert shown.count("not a saved conversation") == 2
+    assert other.read_text() == "dear diary"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{"role": "judge", "content": "x"}, {"role": "assistant", "content": "y"}]},
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"messages": 3},
+        {"settings": {"temperature": "-5"}},
+    ],
+)
+def test_a_damaged_file_changes_nothing(tmp_path, change):
+    file = tmp_path / "talk.json"
+    Conversation("S").save(file, "fake")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    conversation = Conversation("mine", {"seed": 1}, [{"role": "user", "content": "q"}])
+    with pytest.raises(InputError):
+        conversation.load(file)
+    assert conversation == Conversation("mine", {"seed": 1}, [{"role": "user", "content": "q"}])
+
+
+def test_a_full_context_offers_a_choice():
+    lines = ("x" * 40, "y" * 40, "z" * 30)
+    chat, shown = talk(FakeLLM(["a" * 10], ["b"], ["c"]), *lines, asked=("drop",))
+    assert contents(chat) == ["y" * 40, "b", "z" * 30, "c"]
+    assert "121 tokens and the context holds 100" in shown
+    chat, _ = talk(FakeLLM(["a" * 10], ["b"], ["c"]), *lines, "short", asked=("keep",))
+    assert contents(chat) == ["x" * 40, "a" * 10, "y" * 40, "b", "short", "c"]
+    chat, shown = talk(FakeLLM(["a"]), "w" * 200, "short", asked=("drop",))
+    assert "this question alone is too long" in shown
+    assert contents(chat) == ["short", "a"]
+
+
+TEXT = """# Title
+
+A paragraph with *stress*, <b>html</b> and `code`.
+
+- one
+- two
+
+  still two
+
+```python
+x = 1
+
+y = 2
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+The end."""
+
+
+def terminal(height: int = 10) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=60, height=height, _environ={})
+
+
+def test_streamed_markdown_ends_as_if_printed_whole():
+    blocks: list[str] = []
+    rng = random.Random(0)
+    for _ in range(20):
+        console = terminal()
+        with MarkdownStream(console) as stream:
+            stream._print = blocks.append  # type: ignore[method-assign]
+            rest = TEXT
+            while rest:
+                size = rng.randrange(1, 9)
+                stream.push(rest[:size])
+                rest = rest[size:]
+        assert "".join(blocks) == TEXT
+        assert not any(block.count("```") % 2 for block in blocks)
+        blocks.clear()
+
+
+def test_the_part_that_is_redrawn_is_never_taller_than_the_screen():
+    console = terminal(height=8)
+    with MarkdownStream(console) as stream:
+        for line in range(30):
+            stream.push(f"- item {line}\n")
+            assert stream._live is not None
+            assert len(console.render_lines(stream._live.renderable)) <= 8
+
+
+def test_html_is_shown_and_control_characters_are_not():
+    console = terminal(height=30)
+    console.print(Markdown("a <b>bold</b> word\n\n<div>block</div>"))
+    assert "<b>" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "<div>" in console.file.getvalue()  # type: ignore[attr-defined]
+    plain = io.StringIO()
+    with MarkdownStream(Console(file=plain)) as stream:
+        stream.push("a\x1b[2Jb\x07c\td\n")
+    assert plain.getvalue() == "a[2Jbc\td\n"
+
+
+def test_where_blocks_end():
+    assert finished_blocks("one\n\ntwo") == 5
+    assert finished_blocks("one\n\n") == 0
+    assert finished_blocks("```\na\n\nb") == 0
+    assert finished_blocks("- a\n\n  more of a") == 0
+
+
+@pytest.fixture
+def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
+    """The real chat with the bundled model in a terminal of its own."""
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm-256color", "NO_COLOR": "1"}
+    environment.pop("DSV2_MODEL", None)
+    command = ["-c", "from dsv2_local.cli import main; main()", "chat", "--temperature", "0"]
+    child = pexpect.spawn(
+        sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 100), echo=False
+    )
+    child.expect("lists commands")
+    yield child
+    child.close(force=True)
+
+
+def test_in_a_terminal(dsv2, tmp_path):
+    dsv2.send("What is a river?\r")
+    dsv2.expect("context [0-9]+/2,048")
+    dsv2.send("/sav x\r")
+    dsv2.expect("did you mean /save")
+    dsv2.send(f"/save {tmp_path}/talk.json\r")
+    dsv2.expect("saved 2 messages")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["messages"][0]["content"] == "What is a river?"
+    dsv2.send("\x1b[200~two\nlines\x1b[201~\r")  # a paste keeps its line ends and does not send
+    dsv2.expect("context [0-9]+/2,048")
+    dsv2.send(f"/save {tmp_path}/talk.json\r")
+    dsv2.expect("saved 4 messages")
+    assert json.loads((tmp_path / "talk.json").read_text())["messages"][2]["content"] == "two\nlines"
+    dsv2.send("\x04")
+    dsv2.expect(pexpect.EOF)
+    dsv2.wait()
+    assert dsv2.exitstatus == 0
+    history = tmp_path / "dsv2-local" / "history"
+    assert "What is a river?" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_ctrl_c_in_a_terminal_stops_the_answer_alone(dsv2):
+    dsv2.send("/set temperature 5\r")
+    dsv2.expect("stop = |seed = ")
+    dsv2.send("/set max_tokens 1500\r")
+    dsv2.expect("max_tokens = 1500")
+    dsv2.expect(r"\[\?2004h")  # the prompt is there again
+    dsv2.send("Tell me everything.\r")
+    dsv2.expect(r"\[\?2004l")  # prompt_toolkit has let go of the terminal: the answer is being made
+    for _ in range(10):  # one that comes before the answer has begun is prompt_toolkit's, and lost
+        dsv2.send("\x03")
+        if dsv2.expect(["stopped by Ctrl-C|taken back", pexpect.TIMEOUT], timeout=3) == 0:
+            break
+    else:
+        pytest.fail("Ctrl-C did not stop the answer")
+    dsv2.send("/stats\r")
+    dsv2.expect("answer")
+    assert dsv2.isalive()

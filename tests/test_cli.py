@@ -1,0 +1,172 @@
+"""The command as a user runs it, on the bundled model: pipes, exit codes, clean one-line errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import save_random
+
+DSV2 = [sys.executable, "-c", "from dsv2_local.cli import main; main()"]
+QUESTION = "What is a dog?"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Colours and models of the machine that runs the tests must not matter."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("DSV2_MODEL", "FORCE_COLOR")}
+    return {**kept, "COLUMNS": "100", **extra}
+
+
+def dsv2(*args: object, stdin: bytes | None = b"", **extra: str) -> subprocess.CompletedProcess[bytes]:
+    command = [*DSV2, *map(str, args)]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=120, env=environment(**extra))
+
+
+@pytest.fixture(scope="module")
+def answer() -> str:
+    """What the bundled model says to QUESTION, by the plainest way."""
+    done = dsv2("run", QUESTION, "--temperature", 0)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
+def test_stdout_is_the_answer_alone(answer):
+    assert answer == answer.strip() != ""
+    assert "dsv2" not in answer
+
+
+def test_the_bundled_model_is_announced_on_stderr_alone():
+    done = dsv2("run", QUESTION, "--max-tokens", 1)
+    assert done.stderr.decode() == "dsv2: using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL\n"
+
+
+def test_stdin_and_files_come_before_the_argument(answer, tmp_path):
+    assert dsv2("run", stdin=QUESTION.encode() + b"\n").stdout.decode() == answer
+    (tmp_path / "first.txt").write_text("one\n")
+    done = dsv2("run", "--raw", "--json", "-n", 1, "-f", tmp_path / "first.txt", "three", stdin=b"two\n")
+    alone = dsv2("run", "--raw", "--json", "-n", 1, "one\n\ntwo\n\nthree")
+    assert json.loads(done.stdout)["prompt_tokens"] == json.loads(alone.stdout)["prompt_tokens"]
+    assert json.loads(done.stdout)["text"] == json.loads(alone.stdout)["text"]
+
+
+def test_not_streaming_prints_the_same(answer):
+    assert dsv2("run", "--no-stream", QUESTION, "--temperature", 0).stdout.decode() == answer
+
+
+def test_json_is_one_object(answer):
+    done = dsv2("run", "--json", "--logprobs", 2, "--temperature", 0, QUESTION)
+    told = json.loads(done.stdout)
+    assert told["text"] == answer
+    assert told["model"] == "dsv2-nano"
+    assert told["finish_reason"] == "stop"
+    assert told["completion_tokens"] == len(told["logprobs"])
+    assert all(len(step["top_logprobs"]) == 2 for step in told["logprobs"])
+    assert told["logprobs"][0]["logprob"] == told["logprobs"][0]["top_logprobs"][0]["logprob"]
+
+
+def test_seeds_and_stop_strings(answer):
+    def sampled(seed: int) -> bytes:
+        return dsv2("run", QUESTION, "--temperature", 1.5, "--seed", seed, "-n", 12).stdout
+
+    assert sampled(3) == sampled(3)
+    word = answer.split()[2]
+    assert dsv2("run", QUESTION, "--temperature", 0, "--stop", word).stdout.decode() == answer[: answer.index(word)]
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "code", "said"),
+    [
+        (["run"], b"", 2, "there is no prompt"),
+        (["run"], b"y\n" * 50_000, 2, "the context holds 2,048"),
+        (["run"], b"ab\xffcd", 2, "byte 2 is 0xff"),
+        (["run"], b"ab\0cd", 2, "byte 2 is NUL"),
+        (["run", "hi", "--temperature", "-1"], b"", 2, "temperature must be at least 0"),
+        (["run", "hi", "--context", "100000"], b"", 2, "between 2 and the model's 2,048"),
+        (["run", "hi", "--dtype", "float16"], b"", 2, "float16 overflows"),
+        (["run", "hi", "-f", "no-such-file"], b"", 2, "no-such-file cannot be read"),
+        (["run", "hi", "--raw", "--system", "x"], b"", 2, "drop one of them"),
+        (["run", "hi", "-m", "no-such-model"], b"", 2, "neither a directory nor a hub repository"),
+        (["run", "hi", "-m", "tests"], b"", 1, "dsv2 quantize"),
+        (["inspect", "tests"], b"", 1, "no config.json"),
+        (["quantize", "tests", "out"], b"", 1, "no config.json"),
+        (["quantize", "tests", "out", "--recipe", "q4"], b"", 2, "q4 is not one of"),
+    ],
+)
+def test_mistakes_are_one_line_and_a_code(args, stdin, code, said):
+    done = dsv2(*args, stdin=stdin)
+    errors = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout) == (code, b"")
+    assert said in errors[-1]
+    assert errors[-1].startswith("dsv2: error: ")
+    assert not any("Traceback" in line for line in errors)
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | head -c 1; echo -n " ${PIPESTATUS[0]}"', "-", *DSV2, "run", QUESTION],
+        capture_output=True, check=False, stdin=subprocess.DEVNULL, env=environment(),
+    )  # fmt: skip
+    assert done.stdout.decode().split() == [done.stdout.decode()[0], "141"]
+    assert "Traceback" not in done.stderr.decode()
+    assert "Exception" not in done.stderr.decode()
+
+
+def test_ctrl_c_keeps_what_came_and_ends_quietly():
+    command = [*DSV2, "run", "--raw", QUESTION, "--temperature", "2", "--seed", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                          env=environment()) as process:  # fmt: skip
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert first + rest
+    assert process.returncode in (130, 0)  # 0: the answer was over before the signal came
+    assert b"Traceback" not in errors
+
+
+def test_chat_without_a_terminal_answers_like_run(answer):
+    done = dsv2("chat", "--temperature", 0, stdin=QUESTION.encode())
+    assert done.stdout.decode() == answer
+    assert "not a terminal" in done.stderr.decode()
+
+
+def test_the_model_comes_from_the_environment(tmp_path):
+    assert b"no-such" in dsv2("run", "hi", DSV2_MODEL="no-such").stderr
+
+
+def test_quantize_inspect_and_verify(tmp_path):
+    source, out = save_random(tmp_path / "source"), tmp_path / "out"
+    done = dsv2("quantize", source, out, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert b"routed experts" in done.stdout
+    assert b"bits per weight" in done.stderr
+    again = dsv2("quantize", source, out)
+    assert again.returncode == 1
+    assert b"--force" in again.stderr
+    told = json.loads(dsv2("inspect", out, "--json").stdout)
+    assert told["converted"]
+    assert told["recipe"] == "nf4"
+    assert told["bytes"] == told["recipes"]["nf4"]
+    before = json.loads(dsv2("inspect", source, "--json").stdout)
+    assert not before["converted"]
+    assert before["kinds"] == told["kinds"]
+    stored = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
+    headers = sum(1 for _ in Path(out).glob("*.safetensors")) * 4096 * 2
+    assert told["bytes"] <= stored <= told["bytes"] + headers
+    assert "not converted" in dsv2("inspect", source).stdout.decode()
+
+
+def test_inspect_shows_the_bundled_model():
+    table = dsv2("inspect").stdout.decode()
+    for word in ("kv_lora_rank", "routed experts", "latent cache per token", "group_limited_greedy"):
+        assert word in table
+
+
+def test_version_and_completion():
+    assert dsv2("--version").stdout.startswith(b"dsv2-local 0.")
+    shown = dsv2("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1", SHELL="/bin/bash")
+    assert b"complete" in shown.stdout
