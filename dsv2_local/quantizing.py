@@ -18,8 +18,9 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from dsv2_local.console import notice
 from dsv2_local.quant.checkpoint import Manifest
-from dsv2_local.quant.convert import Progress, Report, convert
+from dsv2_local.quant.convert import Progress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
 from dsv2_local.quant.schema import Kind, Recipe
 from dsv2_local.quant.source import Source
@@ -43,9 +44,15 @@ def run(
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
     start = time.perf_counter()
-    with _reporting("converting") as report:
-        manifest = convert(source, dst, recipe=recipe, force=force, source_name=name, report=report)
-    print(_closing(dst, manifest, _weights(source), time.perf_counter() - start), file=sys.stderr)
+    if finished := finished_files(dst):
+        notice(f"going on with an interrupted conversion: {finished} files are finished")
+    try:
+        with _reporting("converting") as report:
+            manifest = convert(source, dst, recipe=recipe, force=force, source_name=name, report=report)
+    except KeyboardInterrupt:
+        notice("interrupted; the same command goes on from here")
+        raise
+    notice(_closing(dst, manifest, _weights(source), time.perf_counter() - start))
     if check:
         with _reporting("verifying") as report:
             errors = verify(source, dst, report)
@@ -103,6 +110,6 @@ def _plain_lines(what: str) -> Report:
         last, rate = now, p.bytes / (now - begun)
         left = (p.total_bytes - p.bytes) / rate if rate else 0.0
         text = f"{what}: {p.tensors:,}/{p.total_tensors:,} tensors, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
-        print(text, file=sys.stderr, flush=True)
+        notice(text)
 
     return report

@@ -280,10 +280,20 @@ def _check_destination(source: Path, destination: Path, force: bool) -> None:
         raise ConversionError(f"{destination} is a directory of something else; choose another destination")
 
 
+def finished_files(destination: Path) -> int:
+    """How many files an interrupted conversion to `destination` has finished."""
+    directory = _partial(destination)
+    return sum(1 for _ in directory.glob("*.safetensors")) if (directory / PROGRESS).is_file() else 0
+
+
+def _partial(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".partial")
+
+
 @contextmanager
 def _partial_directory(destination: Path) -> Iterator[Path]:
     """`DST.partial`, made if need be and locked against a second conversion; operating system errors made plain."""
-    directory = destination.with_name(destination.name + ".partial")
+    directory = _partial(destination)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory, os.O_RDONLY)
