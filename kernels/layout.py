@@ -49,9 +49,9 @@ NF4_LEVELS = (
 
 @dataclass(frozen=True)
 class Plane:
-    """One of a matrix's arrays of bytes: its name in files, type and shape."""
+    """An array of bytes in a file: its name (of a matrix's planes, what follows the matrix's name), type and shape."""
 
-    suffix: str
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 

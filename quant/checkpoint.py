@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import CheckpointError
-from dsv2_local.kernels.layout import ExpertLayout, Matrix, planes
+from dsv2_local.kernels.layout import ExpertLayout, Matrix, Plane, planes
 from dsv2_local.quant.schema import (
     EXPERTS,
     FORMAT_VERSION,
@@ -45,20 +45,7 @@ DTYPE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a safetensors file that is about to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-def safetensors_header(entries: list[Entry]) -> bytes:
+def safetensors_header(entries: list[Plane]) -> bytes:
     """The header of a file that holds `entries` back to back, padded so that the data starts at `ALIGNMENT`."""
     header: dict[str, Any] = {}
     offset = 0
@@ -160,7 +147,7 @@ class Checkpoint:
             return self._get(handle, file, spec.name, spec.shape)
         rows, cols = spec.shape
         format = self.recipe.format_of(spec.kind)
-        parts = [self._get(handle, file, spec.name + p.suffix, p.shape, p.dtype) for p in planes(format, rows, cols)]
+        parts = [self._get(handle, file, spec.name + p.name, p.shape, p.dtype) for p in planes(format, rows, cols)]
         return Matrix.from_parts(format, rows, cols, parts)
 
     @property

@@ -5,7 +5,7 @@ Converter and verifier walk the same pieces, one writing them and the other read
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import CheckpointError
-from dsv2_local.kernels.layout import ROWS, planes
-from dsv2_local.quant.checkpoint import Entry, safetensors_header
+from dsv2_local.kernels.layout import ROWS, Plane, planes
+from dsv2_local.quant.checkpoint import safetensors_header
 from dsv2_local.quant.schema import (
     EXPERTS,
     FORMAT_VERSION,
@@ -67,18 +67,18 @@ class Plan:
         """What a partial directory must agree with to be continued."""
         return f"{self.source.fingerprint()} {self.recipe} {FORMAT_VERSION}"
 
-    def entries(self, file: str) -> list[Entry]:
+    def entries(self, file: str) -> list[Plane]:
         """The tensors of a file: codes first, then by falling item size, so that each keeps its alignment."""
         if file in self.layers:
-            return [Entry(EXPERTS, torch.uint8, (self.config.n_routed_experts, self.layout.nbytes))]
+            return [Plane(EXPERTS, torch.uint8, (self.config.n_routed_experts, self.layout.nbytes))]
         entries = [entry for spec in self.dense[file] for entry in self._spec_entries(spec)]
         return sorted(entries, key=lambda entry: (entry.dtype.itemsize > 1, -entry.dtype.itemsize))
 
-    def _spec_entries(self, spec: TensorSpec) -> list[Entry]:
+    def _spec_entries(self, spec: TensorSpec) -> list[Plane]:
         if not spec.quantised:
-            return [Entry(spec.name, self.source.tensors[spec.name].dtype, spec.shape)]
+            return [Plane(spec.name, self.source.tensors[spec.name].dtype, spec.shape)]
         parts = planes(self.recipe.format_of(spec.kind), *spec.shape)
-        return [Entry(spec.name + plane.suffix, plane.dtype, plane.shape) for plane in parts]
+        return [replace(plane, name=spec.name + plane.name) for plane in parts]
 
     def nbytes(self, file: str) -> int:
         """The size that the file will have."""
