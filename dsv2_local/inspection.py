@@ -15,7 +15,7 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.kernels.layout import matrix_nbytes
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import hub
-from dsv2_local.quant.checkpoint import Checkpoint, is_checkpoint
+from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
 from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout
 
 CONTEXTS = (8_192, 32_768, 131_072)
@@ -56,15 +56,15 @@ def _add(summary: KindSummary, spec: TensorSpec, recipe: Recipe) -> None:
 def describe(directory: Path) -> dict[str, Any]:
     """Everything that `dsv2 inspect` tells, as plain values."""
     config = ModelConfig.load(directory)
-    checkpoint = Checkpoint(directory) if is_checkpoint(directory) else None
-    recipe = checkpoint.recipe if checkpoint else Recipe.NF4
+    manifest = Manifest.load(directory) if is_checkpoint(directory) else None
+    recipe = manifest.recipe if manifest else Recipe.NF4
     kinds = summarise(config, recipe)
     layout = expert_layout(config, recipe)
     return {
         "directory": str(directory),
-        "converted": checkpoint is not None,
+        "converted": manifest is not None,
         "recipe": recipe,
-        "source": checkpoint.manifest.source if checkpoint else None,
+        "source": manifest.source if manifest else None,
         "architecture": asdict(config),
         "parameters": sum(kind.parameters for kind in kinds.values()),
         "bytes": sum(kind.bytes for kind in kinds.values()),
@@ -78,7 +78,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def show(model: str | None, as_json: bool) -> None:
     """Print the description of a directory or hub repository (None: the bundled model) on stdout."""
-    directory = bundled_model() if model is None else hub.resolve(model)
+    directory = bundled_model() if model is None else hub.resolve(model, hub.DESCRIPTION)
     facts = describe(directory)
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")

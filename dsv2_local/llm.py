@@ -219,7 +219,7 @@ def load(
         raise InputError(f"device {device!r} is not available in this version; use 'auto' or 'cpu'")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
-    directory = bundled_model() if model is None else hub.resolve(str(model))
+    directory = bundled_model() if model is None else hub.resolve_converted(str(model))
     return LLM(directory, dtype=DTYPES[dtype], context=context)
 
 

@@ -103,7 +103,8 @@ class Sampler:
         if self.params.temperature == 0:
             token = int(logits.argmax())
         else:
-            probabilities = truncate(logits / self.params.temperature, self.params).softmax(0)
+            # The largest becomes 0 first, so that no temperature, however small, overflows.
+            probabilities = truncate((logits - logits.max()) / self.params.temperature, self.params).softmax(0)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self._chosen[token] += 1
         return token

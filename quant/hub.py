@@ -1,6 +1,7 @@
 """Fetch a model from the hub, with huggingface_hub's own resume, cache, token and endpoint."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -12,8 +13,10 @@ from huggingface_hub.errors import (
 )
 
 from dsv2_local.errors import HubError, InputError
+from dsv2_local.quant.checkpoint import is_checkpoint
 
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*", "README.md"]
+DESCRIPTION = ("*.json",)
+EVERYTHING = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*", "README.md")
 
 
 def is_repository(name: str) -> bool:
@@ -21,8 +24,10 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a model: a local one, or else the hub's, fetched.
+def resolve(
+    model: str, patterns: Sequence[str] = EVERYTHING, *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The directory of a model: a local one, or else the hub's, with the files that match `patterns` fetched.
 
     Raises:
         InputError: neither a directory nor the name of a repository.
@@ -32,13 +37,29 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
         return Path(model)
     if not is_repository(model):
         raise InputError(f"{model} is neither a directory nor a hub repository (owner/name)")
-    return fetch(model, revision=revision, token=token)
+    return fetch(model, patterns, revision=revision, token=token)
 
 
-def fetch(repository: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """Download a repository's weights, tokenizer and configuration; what is in the cache is not fetched again."""
+def resolve_converted(model: str) -> Path:
+    """The directory of a converted model; a release on the hub is refused before its weights are fetched."""
+    directory = resolve(model, DESCRIPTION)
+    if Path(model).is_dir():
+        return directory
+    if not is_checkpoint(directory):
+        raise HubError(f"{model} is not a converted checkpoint; convert it: dsv2 quantize {model} DIRECTORY")
+    return fetch(model)
+
+
+def fetch(
+    repository: str,
+    patterns: Sequence[str] = EVERYTHING,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Download a repository's files that match `patterns`; what is in the cache is not fetched again."""
     try:
-        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=PATTERNS))
+        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=list(patterns)))
     except GatedRepoError:
         raise HubError(
             f"{repository} is gated: accept its terms on the hub, then pass --token or set HF_TOKEN"

@@ -28,7 +28,9 @@ ORDERED = [
     ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
     ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
     ["quant.nf4", "quant.int8", "quant.convert"],
+    ["quant.checkpoint", "quant.hub"],
     ["console", "markdown", "pipe", "chat"],
+    ["console", "quantizing"],
 ]
 
 

@@ -34,11 +34,11 @@ def hub():
 def fetch(hub, tmp_path):
     """`fetch` in a process of its own: huggingface_hub reads its environment once, on import."""
 
-    def call(repository="org/model", endpoint=None, env=None, **options):
+    def call(repository="org/model", endpoint=None, env=None, code=CODE, **options):
         settings = {"HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         done = subprocess.run(
-            [sys.executable, "-c", CODE, repository, json.dumps(options)],
+            [sys.executable, "-c", code, repository, json.dumps(options)],
             env={**clean, **settings, **(env or {})}, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -95,6 +95,21 @@ def test_failures_are_one_line(hub, fetch, change, options, text):
 def test_the_token_is_sent(hub, fetch):
     hub.token = "secret"
     assert read(fetch(token="secret"), "config.json") == b"{}"
+
+
+def test_a_connection_that_always_breaks_is_one_line(hub, fetch):
+    hub.cut["model.safetensors"], hub.always_cut = 1_000_000, True
+    error = fetch()["error"]
+    assert "run the same again to go on" in error
+    assert "\n" not in error
+
+
+def test_a_release_is_refused_before_its_weights_are_fetched(hub, fetch, tmp_path):
+    code = CODE.replace("import fetch", "import resolve_converted as fetch")
+    assert "dsv2 quantize org/model" in fetch(code=code)["error"]
+    assert not any("safetensors" in path for method, path, _ in hub.log if method == "GET")
+    hub.revisions["main"] = {**FILES, "manifest.json": b"{}"}
+    assert read(fetch(code=code, env={"HF_HOME": str(tmp_path / "other")}), "model.safetensors") == WEIGHTS
 
 
 def test_resolve(tmp_path):

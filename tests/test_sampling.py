@@ -78,6 +78,11 @@ def test_seeds_repeat_and_differ():
     assert draw(None) != draw(None)
 
 
+def test_a_tiny_temperature_is_greedy():
+    values = logits() * 100
+    assert Sampler(SamplingParams(temperature=1e-40, seed=0), []).choose(values) == int(values.argmax())
+
+
 def test_frequencies_follow_the_temperature():
     values = torch.tensor([1.0, 0.0])
     sampler = Sampler(SamplingParams(temperature=0.5, seed=0), [])
