@@ -255,14 +255,14 @@ class Chat:
             choice = "k"
         if choice.strip().lower().startswith("d") and self._make_room():
             self.respond()
-            return
 
     def _make_room(self) -> bool:
         """Forget whole turns until the prompt leaves room for an answer (an eighth of the context)."""
-        dropped = 0
+        before, dropped = list(self.conversation.messages), 0
         while self.llm.count_tokens(self.conversation.prompt()) > self.llm.context * 7 // 8:
             if not self.conversation.drop_oldest():
                 self._say("this question alone is too long")
+                self.conversation.messages = before
                 return False
             dropped += 1
         self._say(f"dropped {dropped} turns")

@@ -200,9 +200,9 @@ def test_a_full_context_offers_a_choice():
     assert "121 tokens and the context holds 100" in shown
     chat, _ = talk(FakeLLM(["a" * 10], ["b"], ["c"]), *lines, "short", asked=("keep",))
     assert contents(chat) == ["x" * 40, "a" * 10, "y" * 40, "b", "short", "c"]
-    chat, shown = talk(FakeLLM(["a"]), "w" * 200, "short", asked=("drop",))
+    chat, shown = talk(FakeLLM(["a"], ["b"]), "one", "w" * 200, "two", asked=("drop",))
     assert "this question alone is too long" in shown
-    assert contents(chat) == ["short", "a"]
+    assert contents(chat) == ["one", "a", "two", "b"]
 
 
 TEXT = """# Title
