@@ -44,6 +44,7 @@ class MarkdownStream:
         self._console = console
         self._tail = ""
         self._live: Live | None = None
+        self._begun = self._ends_empty = False
 
     def __enter__(self) -> "MarkdownStream":
         return self
@@ -91,5 +92,12 @@ class MarkdownStream:
             self._live = None
 
     def _print(self, text: str) -> None:
-        if text.strip():
-            self._console.print(Markdown(text))
+        """Print a block for good, with one empty line between it and the last; some elements bring their own."""
+        if not text.strip():
+            return
+        block = Markdown(text)
+        lines = ["".join(part.text for part in line).strip() for line in self._console.render_lines(block)]
+        if self._begun and not self._ends_empty and lines[0]:
+            self._console.print()
+        self._console.print(block)
+        self._begun, self._ends_empty = True, not lines[-1]
