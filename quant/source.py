@@ -60,7 +60,8 @@ class Source:
                 if tensor.name in self.tensors:
                     raise CheckpointError(f"{tensor.name} is in both {self.tensors[tensor.name].file} and {file}")
                 self.tensors[tensor.name] = tensor
-        self._descriptors: dict[Path, int] = {}
+        # Opened once and at the start, so that threads may read without a lock.
+        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start … stop of a tensor, in its own type. Several threads may read at once."""
@@ -71,8 +72,6 @@ class Source:
         return buffer.view(tensor.dtype).view(rows, *tensor.shape[1:])
 
     def _fill(self, buffer: Tensor, tensor: SourceTensor, offset: int) -> None:
-        if tensor.file not in self._descriptors:
-            self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         view, done = buffer.numpy().data, 0
         while done < len(view):
             try:
