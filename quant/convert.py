@@ -145,8 +145,8 @@ class Tally:
     """Counts pieces and reports how far the work is."""
 
     def __init__(self, plan: Plan, report: Report | None) -> None:
-        pieces = [piece for file in plan.files for piece in plan.pieces(file)]
-        self._progress = Progress(0, sum(p.last for p in pieces), 0, sum(p.nbytes for p in pieces))
+        tensors, nbytes = plan.totals()
+        self._progress = Progress(0, tensors, 0, nbytes)
         self._report = report
 
     def count(self, *pieces: Piece) -> None:

@@ -67,6 +67,22 @@ class Plan:
         """What a partial directory must agree with to be continued."""
         return f"{self.source.fingerprint()} {self.recipe} {FORMAT_VERSION}"
 
+    def specs(self, file: str) -> list[TensorSpec]:
+        """The matrices and norms of a file."""
+        if file not in self.layers:
+            return self.dense[file]
+        experts, matrices = range(self.config.n_routed_experts), self.layout.shapes.items()
+        name = partial(expert_source, self.layers[file])
+        return [TensorSpec(name(e, matrix), Kind.ROUTED, shape) for e in experts for matrix, shape in matrices]
+
+    def totals(self) -> tuple[int, int]:
+        """How many tensors are stored, and the bytes that they have in the source."""
+        specs = [spec for file in self.files for spec in self.specs(file)]
+        return len(specs), sum(math.prod(spec.shape) * self._dtype(spec).itemsize for spec in specs)
+
+    def _dtype(self, spec: TensorSpec) -> torch.dtype:
+        return self.source.tensors[spec.source_name].dtype
+
     def entries(self, file: str) -> list[Plane]:
         """The tensors of a file: codes first, then by falling item size, so that each keeps its alignment."""
         if file in self.layers:
@@ -76,7 +92,7 @@ class Plan:
 
     def _spec_entries(self, spec: TensorSpec) -> list[Plane]:
         if not spec.quantised:
-            return [Plane(spec.name, self.source.tensors[spec.name].dtype, spec.shape)]
+            return [Plane(spec.name, self._dtype(spec), spec.shape)]
         parts = planes(self.recipe.format_of(spec.kind), *spec.shape)
         return [replace(plane, name=spec.name + plane.name) for plane in parts]
 
@@ -92,25 +108,18 @@ class Plan:
         for entry in entries:
             offsets[entry.name] = offset
             offset += entry.nbytes
-        if file in self.layers:
-            yield from self._experts(self.layers[file], offsets[EXPERTS])
-            return
-        for spec in self.dense[file]:
-            places = [offsets[entry.name] for entry in self._spec_entries(spec)]
-            yield from self._slices(spec, places)
-
-    def _experts(self, layer: int, offset: int) -> Iterator[Piece]:
-        for expert in range(self.config.n_routed_experts):
-            for matrix, shape in self.layout.shapes.items():
-                places = []
-                for plane in planes(self.layout.format, *shape):
-                    places.append(offset)
+        offset = offsets.get(EXPERTS, 0)
+        for spec in self.specs(file):
+            stored = self._spec_entries(spec)
+            if spec.kind is Kind.ROUTED:  # records are packed, plane after plane
+                for plane in stored:
+                    offsets[plane.name] = offset
                     offset += plane.nbytes
-                yield from self._slices(TensorSpec(expert_source(layer, expert, matrix), Kind.ROUTED, shape), places)
+            yield from self._slices(spec, [offsets[plane.name] for plane in stored])
 
     def _slices(self, spec: TensorSpec, places: list[int]) -> Iterator[Piece]:
         """Cut a tensor whose planes begin at `places` into pieces of whole groups of rows."""
-        dtype = self.source.tensors[spec.source_name].dtype
+        dtype = self._dtype(spec)
         row_weights = math.prod(spec.shape[1:])
         step = self._rows_a_piece(spec, row_weights)
         for start in range(0, spec.shape[0], step):
