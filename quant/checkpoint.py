@@ -109,7 +109,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         """Open and check `directory`: manifest, configuration, and the size of every file of weights.
 
-        The small files may be edited (a template, sampling defaults); `verify` tells when one was.
+        The small files may be edited (a template, sampling defaults); `verify_file` tells when one was.
 
         Raises:
             CheckpointError: a file is missing or has another size than the manifest says.
@@ -161,11 +161,10 @@ class Checkpoint:
             shape = (self.config.n_routed_experts, self.expert_layout.nbytes)
             return self._get(handle, file, EXPERTS, shape, torch.uint8)
 
-    def verify(self) -> None:
-        """Read every file and compare its sha256; CheckpointError names the first that differs."""
-        for name, record in self.manifest.files.items():
-            if file_sha256(self.directory / name) != record.sha256:
-                raise CheckpointError(f"{self.directory / name} does not match its checksum; convert the model again")
+    def verify_file(self, name: str) -> None:
+        """Read a file whole and compare its sha256 with the manifest's; CheckpointError when it differs."""
+        if file_sha256(self.directory / name) != self.manifest.files[name].sha256:
+            raise CheckpointError(f"{self.directory / name} does not match its checksum; convert the model again")
 
     def _open(self, file: str) -> Any:
         try:

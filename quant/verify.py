@@ -27,13 +27,15 @@ def verify(source_dir: Path, destination: Path, report: Report | None = None) ->
         CheckpointError: a file does not match its checksum, or the source is not the one that was converted.
     """
     checkpoint = Checkpoint(destination)
-    checkpoint.verify()
     source = Source(source_dir)
     try:
         plan = Plan(source, checkpoint.config, checkpoint.recipe)
         tally = Tally(plan, report)
         sums = {kind: [0.0, 0.0] for kind in Kind}
+        for file in checkpoint.manifest.files.keys() - set(plan.files):
+            checkpoint.verify_file(file)
         for file in plan.files:
+            checkpoint.verify_file(file)
             with (destination / file).open("rb") as stored:
                 for piece in plan.pieces(file):
                     weight = piece.load().float()

@@ -60,7 +60,8 @@ def change(source, edit):
 def test_round_trip_and_planned_sizes(pristine, tmp_path, recipe):
     manifest = convert(pristine, tmp_path / "out", recipe=recipe)
     checkpoint = Checkpoint(tmp_path / "out")
-    checkpoint.verify()
+    for name in manifest.files:
+        checkpoint.verify_file(name)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*manifest.files, "manifest.json"}
     assert "LICENSE" in manifest.files
     source = Source(pristine)
@@ -254,6 +255,16 @@ def test_no_space(pristine, tmp_path, monkeypatch):
         with pytest.raises(ConversionError, match="No space left"):
             convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
     convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
+
+
+def test_verify_finds_a_changed_byte(pristine, tmp_path):
+    convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
+    file = tmp_path / "out" / "experts-001.safetensors"
+    with file.open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        handle.write(bytes([file.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"experts-001.safetensors does not match its checksum"):
+        verify(pristine, tmp_path / "out")
 
 
 def test_command(pristine, tmp_path, capsys):
