@@ -163,8 +163,9 @@ class Checkpoint:
 
     def verify_file(self, name: str) -> None:
         """Read a file whole and compare its sha256 with the manifest's; CheckpointError when it differs."""
-        if file_sha256(self.directory / name) != self.manifest.files[name].sha256:
-            raise CheckpointError(f"{self.directory / name} does not match its checksum; convert the model again")
+        path = self.directory / name
+        if not path.is_file() or file_sha256(path) != self.manifest.files[name].sha256:
+            raise CheckpointError(f"{path} does not match its checksum; convert the model again")
 
     def _open(self, file: str) -> Any:
         try:

@@ -12,7 +12,7 @@ from dsv2_local.kernels.layout import Matrix, planes
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant.checkpoint import Checkpoint
 from dsv2_local.quant.convert import Report, Tally
-from dsv2_local.quant.pieces import Piece, Plan
+from dsv2_local.quant.pieces import Piece, Plan, check_tensors
 from dsv2_local.quant.schema import UNQUANTISED, Kind, Recipe
 from dsv2_local.quant.source import Source
 
@@ -24,11 +24,12 @@ def verify(source_dir: Path, destination: Path, report: Report | None = None) ->
         The relative error ‖stored - source‖ / ‖source‖ over all tensors of each kind.
 
     Raises:
-        CheckpointError: a file does not match its checksum, or the source is not the one that was converted.
+        CheckpointError: a file does not match its checksum, or the source is of another model.
     """
     checkpoint = Checkpoint(destination)
     source = Source(source_dir)
     try:
+        check_tensors(source, checkpoint.config)
         plan = Plan(source, checkpoint.config, checkpoint.recipe)
         tally = Tally(plan, report)
         sums = {kind: [0.0, 0.0] for kind in Kind}
