@@ -1,0 +1,140 @@
+"""Convert a random checkpoint of V2-Lite's shape: speed, peak memory, and ten kills at random moments.
+
+    python benchmarks/convert.py DIRECTORY [--layers 3] [--kills 10] [--recipe nf4]
+
+DIRECTORY must not exist yet, or be empty; it takes 5 GB at three layers, and what is made there is deleted again.
+Prints one JSON object; exits non-zero when a resumed conversion differs from an uninterrupted one.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.quant.schema import parameters, source_shapes
+
+LITE: dict[str, Any] = {
+    "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "num_attention_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 163840, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+}  # fmt: skip
+SHARD_BYTES = 1 << 30
+
+
+def write_source(directory: Path, layers: int) -> ModelConfig:
+    """Gaussian weights in bf16, in shards of a gigabyte; one random block serves all tensors."""
+    directory.mkdir(parents=True)
+    raw = {**LITE, "num_hidden_layers": layers}
+    (directory / "config.json").write_text(json.dumps(raw))
+    config = ModelConfig.from_dict(raw)
+    block = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    index: dict[str, str] = {}
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, shape in source_shapes(config).items():
+        if sum(tensor.nbytes for tensor in shards[-1].values()) > SHARD_BYTES:
+            shards.append({})
+        index[name] = f"model-{len(shards):05d}.safetensors"
+        count = torch.Size(shape).numel()
+        shards[-1][name] = block.repeat(-(-count // len(block)))[:count].view(shape)
+    for number, shard in enumerate(shards, 1):
+        save_file(shard, directory / f"model-{number:05d}.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return config
+
+
+def command(source: Path, destination: Path, recipe: str) -> list[str]:
+    code = "from dsv2_local.cli import main; main()"
+    return [sys.executable, "-c", code, "quantize", str(source), str(destination), "--recipe", recipe]
+
+
+def measure(args: list[str]) -> dict[str, float]:
+    """Run a whole process: wall and CPU seconds, peak resident bytes."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(args, check=True, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu, "peak_rss_bytes": after.ru_maxrss * 1024}
+
+
+def killed_run(args: list[str], after: float) -> bool:
+    """Start, and kill -9 after so many seconds; whether it was still running."""
+    with subprocess.Popen(args, stderr=subprocess.DEVNULL) as process:
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return True
+    return False
+
+
+def digests(directory: Path) -> dict[str, str]:
+    found = {}
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def kill_and_resume(source: Path, directory: Path, recipe: str, kills: int, seconds: float) -> list[bool]:
+    """Convert again and again, killing so many times at random moments; whether each result has the same bytes.
+
+    `seconds` is what a whole conversion takes: kills are spread over all of it.
+    """
+    whole, again, same, done = directory / "whole", directory / "again", [], 0
+    expected = digests(whole)
+    while done < kills or again.with_name("again.partial").exists():
+        if done < kills and killed_run(command(source, again, recipe), random.uniform(1, seconds)):
+            done += 1
+            continue
+        if not again.exists():
+            subprocess.run(command(source, again, recipe), check=True, stderr=subprocess.DEVNULL)
+        same.append(digests(again) == expected)
+        shutil.rmtree(again)
+    return same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--recipe", default="nf4")
+    args = parser.parse_args()
+    source, whole = args.directory / "source", args.directory / "whole"
+    weights = parameters(write_source(source, args.layers))
+    figures = measure(command(source, whole, args.recipe))
+    size = sum(path.stat().st_size for path in whole.iterdir())
+    same = kill_and_resume(source, args.directory, args.recipe, args.kills, figures["seconds"])
+    cores = len(os.sched_getaffinity(0))
+    report = {
+        "source_bytes": 2 * weights,
+        "stored_bytes": size,
+        "bits_per_weight": round(8 * size / weights, 3),
+        **{name: round(value, 2) for name, value in figures.items()},
+        "cores": cores,
+        "weights_per_second_per_core": round(weights / figures["seconds"] / cores),
+        "kills": args.kills,
+        "conversions_finished_after_kills": len(same),
+        "identical": all(same),
+    }
+    print(json.dumps(report, indent=2))
+    shutil.rmtree(source)
+    shutil.rmtree(whole)
+    sys.exit(not all(same))
+
+
+if __name__ == "__main__":
+    main()
