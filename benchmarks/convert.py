@@ -42,15 +42,17 @@ def write_source(directory: Path, layers: int) -> ModelConfig:
     config = ModelConfig.from_dict(raw)
     block = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     index: dict[str, str] = {}
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    shard: dict[str, torch.Tensor] = {}
+    number = 1
+
     for name, shape in source_shapes(config).items():
-        if sum(tensor.nbytes for tensor in shards[-1].values()) > SHARD_BYTES:
-            shards.append({})
-        index[name] = f"model-{len(shards):05d}.safetensors"
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+            save_file(shard, directory / f"model-{number:05d}.safetensors")
+            shard, number = {}, number + 1
+        index[name] = f"model-{number:05d}.safetensors"
         count = torch.Size(shape).numel()
-        shards[-1][name] = block.repeat(-(-count // len(block)))[:count].view(shape)
-    for number, shard in enumerate(shards, 1):
-        save_file(shard, directory / f"model-{number:05d}.safetensors")
+        shard[name] = block.repeat(-(-count // len(block)))[:count].view(shape)
+    save_file(shard, directory / f"model-{number:05d}.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return config
 
@@ -61,12 +63,21 @@ def command(source: Path, destination: Path, recipe: str) -> list[str]:
 
 
 def measure(args: list[str]) -> dict[str, float]:
-    """Run a whole process: wall and CPU seconds, peak resident bytes."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(args, check=True, stderr=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Run a whole process: wall and CPU seconds, peak resident bytes.
+
+    The peak is VmHWM, polled: ru_maxrss would count this process too, as it was when it forked.
+    """
+    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    with subprocess.Popen(args, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+            time.sleep(0.02)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        sys.exit(f"{args} failed")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu, "peak_rss_bytes": after.ru_maxrss * 1024}
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_rss_bytes": peak * 1024}
 
 
 def killed_run(args: list[str], after: float) -> bool:
