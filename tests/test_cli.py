@@ -116,7 +116,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_ctrl_c_keeps_what_came_and_ends_quietly():
-    command = [*DSV2, "run", QUESTION, "--temperature", "9", "--seed", "1"]
+    command = [*DSV2, "run", QUESTION, "--temperature", "100", "--seed", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
                           env=environment()) as process:  # fmt: skip
         assert process.stdout is not None
