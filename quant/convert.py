@@ -124,7 +124,7 @@ def _parts(piece: Piece, recipe: Recipe) -> tuple[Tensor, ...]:
     """The planes that a piece becomes."""
     weight = piece.load()
     format = None if piece.kind in UNQUANTISED else recipe.format_of(piece.kind)
-    _check_numbers(piece.name, weight, scaled=format in (Format.NF4, Format.INT8))
+    _check_numbers(piece.where, weight, scaled=format in (Format.NF4, Format.INT8))
     if format is None:
         return (weight,)
     if format is Format.BF16:
@@ -133,12 +133,12 @@ def _parts(piece: Piece, recipe: Recipe) -> tuple[Tensor, ...]:
     return quantize(weight).parts
 
 
-def _check_numbers(name: str, weight: Tensor, scaled: bool) -> None:
+def _check_numbers(where: str, weight: Tensor, scaled: bool) -> None:
     largest = float(weight.abs().max())
     if not math.isfinite(largest):
-        raise CheckpointError(f"{name} has values that are not finite numbers; download the model again")
+        raise CheckpointError(f"{where} has values that are not finite numbers; download the model again")
     if scaled and largest > FP16_MAX:
-        raise CheckpointError(f"{name} has a value of {largest:.3g}; a scale holds at most {FP16_MAX:,.0f}")
+        raise CheckpointError(f"{where} has a value of {largest:.3g}; a scale holds at most {FP16_MAX:,.0f}")
 
 
 class Tally:

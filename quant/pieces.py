@@ -36,11 +36,11 @@ SLICE = 1 << 19  # weights in a piece: small enough for the caches, and for many
 class Piece:
     """Some rows of a stored tensor: what one worker reads, quantises and writes at a time.
 
-    `load` reads the rows from the source; `offsets` are the places in the file of the planes that come of them.
-    `last` marks the end of a tensor; `dtype` and `nbytes` are the source's.
+    `where` names file and tensor, for errors. `load` reads the rows from the source; `offsets` are the places in the
+    file of the planes that come of them. `last` marks the end of a tensor; `dtype` and `nbytes` are the source's.
     """
 
-    name: str
+    where: str
     kind: Kind
     load: Callable[[], Tensor]
     offsets: tuple[int, ...]
@@ -119,19 +119,19 @@ class Plan:
 
     def _slices(self, spec: TensorSpec, places: list[int]) -> Iterator[Piece]:
         """Cut a tensor whose planes begin at `places` into pieces of whole groups of rows."""
-        dtype = self._dtype(spec)
+        origin = self.source.tensors[spec.source_name]
         row_weights = math.prod(spec.shape[1:])
         step = self._rows_a_piece(spec, row_weights)
         for start in range(0, spec.shape[0], step):
             stop = min(start + step, spec.shape[0])
             yield Piece(
-                spec.name,
+                f"{origin.file}: {origin.name}",
                 spec.kind,
                 partial(self._load, spec, start, stop),
                 tuple(place + start * row for place, row in zip(places, self._row_bytes(spec), strict=True)),
                 last=stop == spec.shape[0],
-                dtype=dtype,
-                nbytes=(stop - start) * row_weights * dtype.itemsize,
+                dtype=origin.dtype,
+                nbytes=(stop - start) * row_weights * origin.dtype.itemsize,
             )
 
     def _rows_a_piece(self, spec: TensorSpec, row_weights: int) -> int:

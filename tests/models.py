@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 8192, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
     "initializer_range": 0.15, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
+
+
+def heed_ctrl_c() -> None:
+    """For `preexec_fn`: a test run in the background ignores SIGINT, and what it starts would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def yarn(mscale: float | None, all_dim: float | None, factor: float = 40.0, original: int = 4096) -> dict[str, Any]:

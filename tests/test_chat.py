@@ -19,6 +19,7 @@ from dsv2_local.errors import CheckpointError, InputError
 from dsv2_local.llm import Chunk
 from dsv2_local.markdown import Markdown, MarkdownStream, finished_blocks
 from dsv2_local.sampling import SamplingParams
+from tests.models import heed_ctrl_c
 
 
 class FakeGeneration:
@@ -282,8 +283,9 @@ def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
     environment.pop("DSV2_MODEL", None)
     command = ["-c", "from dsv2_local.cli import main; main()", "chat", "--temperature", "0"]
     child = pexpect.spawn(
-        sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 100), echo=False
-    )
+        sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 100), echo=False,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     child.expect("lists commands")
     yield child
     child.close(force=True)

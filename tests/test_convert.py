@@ -75,6 +75,19 @@ def test_round_trip_and_planned_sizes(pristine, tmp_path, recipe):
     assert errors[Kind.NORM] == errors[Kind.ROUTER] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sources_of_every_type(pristine, source, tmp_path, dtype):
+    change(source, lambda w: w.update({name: tensor.to(dtype) for name, tensor in w.items()}))
+    convert(source, tmp_path / "out", recipe=Recipe.NF4)
+    assert verify(source, tmp_path / "out")[Kind.ROUTED] <= 0.0855
+    if dtype is torch.float32:  # the same numbers, so the same codes; fp16 rounds the smallest
+        convert(pristine, tmp_path / "plain", recipe=Recipe.NF4)
+        assert (
+            digests(tmp_path / "out")["experts-001.safetensors"]
+            == digests(tmp_path / "plain")["experts-001.safetensors"]
+        )
+
+
 def test_kv_b_and_expert_records_are_where_they_are_read(pristine, tmp_path):
     convert(pristine, tmp_path / "out", recipe=Recipe.BF16)
     weights = load_file(pristine / "model.safetensors")
@@ -137,8 +150,11 @@ def only_bin(source):
         (edited(lambda w: w.pop(UP)), f"lacks the tensor {UP}"),
         (edited(lambda w: w.update(extra=torch.zeros(2))), "model.safetensors: unknown tensor extra"),
         (edited(lambda w: w.update({UP: w[UP][:8].clone()})), f"model.safetensors: {UP} has shape"),
-        (edited(lambda w: w[UP].view(-1)[5:6].fill_(float("nan"))), f"{UP} has values that are not finite"),
-        (edited(lambda w: w.update({UP: w[UP].float() * 1e9})), f"{UP} has a value of"),
+        (
+            edited(lambda w: w[UP].view(-1)[5:6].fill_(float("nan"))),
+            f"model.safetensors: {UP} has values that are not finite",
+        ),
+        (edited(lambda w: w.update({UP: w[UP].float() * 1e9})), f"model.safetensors: {UP} has a value of"),
         (edited(lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)})), f"{UP} is F8_E4M3"),
     ],
 )
