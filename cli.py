@@ -93,16 +93,17 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal."""
     options = _given(locals(), "max_tokens", *_SAMPLING)
-    llm = _load(model, context, dtype)
     if not sys.stdin.isatty():
         from dsv2_local.console import notice
+        from dsv2_local.pipe import gather_prompt
 
         notice("standard input is not a terminal; answering it as `dsv2 run` would")
-        _run(llm, None, options, system=system)
+        text = gather_prompt(None, [], sys.stdin)
+        _run(_load(model, context, dtype), text, options, system=system)
         return
     from dsv2_local.chat import Chat
 
-    Chat(llm, system, options).loop()
+    Chat(_load(model, context, dtype), system, options).loop()
 
 
 @app.command()
@@ -191,11 +192,9 @@ def _load(model: str | None, context: int | None, dtype: str) -> "LLM":
     return llm.load(model, context=context, dtype=dtype)
 
 
-def _run(llm: "LLM", text: str | None, options: dict[str, Any], **settings: Any) -> None:
+def _run(llm: "LLM", text: str, options: dict[str, Any], **settings: Any) -> None:
     from dsv2_local import pipe
 
-    if text is None:
-        text = pipe.gather_prompt(None, [], sys.stdin)
     with _closed_pipe_is_no_error():
         pipe.run(llm, pipe.Request(text, options, **settings), sys.stdout)
 

@@ -18,12 +18,12 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.convert import Progress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
-from dsv2_local.quant.schema import Kind, Recipe
-from dsv2_local.quant.source import Source
+from dsv2_local.quant.schema import Kind, Recipe, parameters
 from dsv2_local.quant.verify import verify
 
 SECONDS_A_LINE = 10.0  # between plain lines, where stderr is not a terminal
@@ -52,7 +52,7 @@ def run(
     except KeyboardInterrupt:
         notice("interrupted; the same command goes on from here")
         raise
-    notice(_closing(dst, manifest, _weights(source), time.perf_counter() - start))
+    notice(_closing(dst, manifest, parameters(ModelConfig.load(dst)), time.perf_counter() - start))
     if check:
         with _reporting("verifying") as report:
             errors = verify(source, dst, report)
@@ -64,14 +64,6 @@ def _closing(dst: Path, manifest: Manifest, weights: int, seconds: float) -> str
     total = sum(record.bytes for record in manifest.files.values())
     stored = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".safetensors"))
     return f"{dst}: {total / 1e9:,.2f} GB, {8 * stored / weights:.2f} bits per weight, {seconds:,.0f} s"
-
-
-def _weights(source_dir: Path) -> int:
-    source = Source(source_dir)
-    try:
-        return sum(tensor.numel for tensor in source.tensors.values())
-    finally:
-        source.close()
 
 
 def _error_table(errors: dict[Kind, float]) -> Table:

@@ -93,17 +93,13 @@ class Matrix:
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
 
     @classmethod
-    def from_parts(cls, format: Format, rows: int, cols: int, parts: list[Tensor]) -> "Matrix":
-        return cls(format, rows, cols, *parts)
-
-    @classmethod
     def from_bytes(cls, format: Format, rows: int, cols: int, data: Tensor) -> "Matrix":
         """View `data` (uint8 [matrix_nbytes]) as a matrix, without a copy."""
         parts, offset = [], 0
         for plane in planes(format, rows, cols):
             parts.append(data[offset : offset + plane.nbytes].view(plane.dtype).view(plane.shape))
             offset += plane.nbytes
-        return cls.from_parts(format, rows, cols, parts)
+        return cls(format, rows, cols, *parts)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class Checkpoint:
         rows, cols = spec.shape
         format = self.recipe.format_of(spec.kind)
         parts = [self._get(handle, file, spec.name + p.name, p.shape, p.dtype) for p in planes(format, rows, cols)]
-        return Matrix.from_parts(format, rows, cols, parts)
+        return Matrix(format, rows, cols, *parts)
 
     @property
     def expert_layout(self) -> ExpertLayout:

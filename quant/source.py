@@ -35,8 +35,9 @@ class SourceTensor:
     start: int
 
     @property
-    def numel(self) -> int:
-        return prod(self.shape)
+    def end(self) -> int:
+        """The first byte after the tensor."""
+        return self.start + prod(self.shape) * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
@@ -148,10 +149,9 @@ def _tensor(file: Path, data: int, name: str, entry: dict[str, Any]) -> SourceTe
 
 def _check_places(file: Path, tensors: list[SourceTensor], size: int) -> None:
     """Raise for tensors that overlap or lie beyond the end of the file."""
-    ends = [tensor.start + prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors]
-    for (before, after), end in zip(pairwise(tensors), ends, strict=False):
-        if end > after.start:
+    for before, after in pairwise(tensors):
+        if before.end > after.start:
             raise CheckpointError(f"{file}: {before.name} and {after.name} overlap; download it again")
-    for tensor, end in zip(tensors, ends, strict=True):
-        if end > size:
-            raise CheckpointError(f"{file} is truncated: {tensor.name} ends {end - size:,} bytes beyond its end")
+    for tensor in tensors:
+        if tensor.end > size:
+            raise CheckpointError(f"{file} is truncated: {tensor.name} ends {tensor.end - size:,} bytes beyond its end")

@@ -60,7 +60,7 @@ def _read_back(piece: Piece, weight: Tensor, recipe: Recipe, descriptor: int) ->
         _read(descriptor, offset, plane.nbytes).view(plane.dtype).view(plane.shape)
         for offset, plane in zip(piece.offsets, planes(format, rows, cols), strict=True)
     ]
-    return dequantize(Matrix.from_parts(format, rows, cols, parts))
+    return dequantize(Matrix(format, rows, cols, *parts))
 
 
 def _read(descriptor: int, offset: int, size: int) -> Tensor:
