@@ -35,7 +35,8 @@ Model = Annotated[
     ),
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")]
-Dtype = Annotated[str, typer.Option(help="Activations and cache: float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
+Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels. Default: one a physical core.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
 
@@ -81,6 +82,7 @@ def chat(
     max_tokens: MaxTokens = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -99,11 +101,11 @@ def chat(
 
         notice("standard input is not a terminal; answering it as `dsv2 run` would")
         text = gather_prompt(None, [], sys.stdin)
-        _run(_load(model, context, dtype), text, options, system=system)
+        _run(_load(model, context, dtype, threads), text, options, system=system)
         return
     from dsv2_local.chat import Chat
 
-    Chat(_load(model, context, dtype), system, options).loop()
+    Chat(_load(model, context, dtype, threads), system, options).loop()
 
 
 @app.command()
@@ -120,6 +122,7 @@ def run(
     max_tokens: MaxTokens = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -135,7 +138,7 @@ def run(
     from dsv2_local.pipe import gather_prompt
 
     text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
-    llm = _load(model, context, dtype)
+    llm = _load(model, context, dtype, threads)
     _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats)
 
 
@@ -172,6 +175,41 @@ def inspect(
         inspection.show(model, as_json)
 
 
+@app.command()
+def bench(
+    invocation: typer.Context,
+    model: Model = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(help="Measure random weights of a shape: deepseek-v2, deepseek-v2-lite or a config.json."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Only the first layers; the whole is extrapolated.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Tokens of the prompts. Default: 128,512.")] = None,
+    decode: Annotated[int, typer.Option(help="Tokens to decode at each context.")] = 32,
+    context: Annotated[
+        str | None, typer.Option(help="Tokens in the cache before decoding. Default: 0,4096,32768.")
+    ] = None,
+    threads: Threads = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how fast this machine runs a model, or would run one that is not there yet."""
+    from dsv2_local import bench
+    from dsv2_local.quant.schema import Recipe
+
+    if recipe is not None and recipe not in list(Recipe):
+        raise InputError(f"--recipe {recipe} is not one of {', '.join(Recipe)}")
+    source = invocation.get_parameter_source("model")
+    if random_weights is not None and source is not None and source.name == "ENVIRONMENT":
+        model = None  # $DSV2_MODEL is only a default
+    chosen = None if recipe is None else Recipe(recipe)
+    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen)
+    with _closed_pipe_is_no_error():
+        bench.run(request, as_json)
+
+
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "stop",
@@ -183,13 +221,18 @@ def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if values[name] is not None}
 
 
-def _load(model: str | None, context: int | None, dtype: str) -> "LLM":
+def _load(model: str | None, context: int | None, dtype: str, threads: int | None) -> "LLM":
     from dsv2_local import llm
     from dsv2_local.console import notice
+    from dsv2_local.kernels import ops
 
     if model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
-    return llm.load(model, context=context, dtype=dtype)
+    loaded = llm.load(model, context=context, dtype=dtype, threads=threads)
+    for warning in (ops.slow_notice(), loaded.threads.warning):
+        if warning:
+            notice(warning)
+    return loaded
 
 
 def _run(llm: "LLM", text: str, options: dict[str, Any], **settings: Any) -> None:

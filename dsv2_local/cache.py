@@ -3,7 +3,7 @@
 Per token and layer it keeps the normed latent (kv_lora_rank, 512 numbers in the released models) and the rotated
 rope key that all heads share (qk_rope_head_dim, 64): 576 numbers, where plain keys and values of 128 heads would
 be 40,960. In bf16 that is 1,152 bytes per token and layer: 69,120 per token of the 236B model (60 layers),
-8.44 GiB at 128K tokens; 31,104 and 3.80 GiB for V2-Lite (27 layers). fp32 activations double it.
+8.44 GiB at 128K tokens; 31,104 and 3.80 GiB for V2-Lite (27 layers). fp32, which the torch reference keeps, doubles it.
 """
 
 import torch
@@ -33,13 +33,13 @@ class LatentCache:
     def nbytes(self) -> int:
         return self._latents.nbytes
 
-    def write(self, layer: int, latent: Tensor, k_rope: Tensor) -> Tensor:
-        """Store latent [T, C] and rotated k_rope [T, P] after `length`; return the layer's [length + T, C + P]."""
-        end = self.length + len(latent)
-        rows = self._latents[layer, self.length : end]
-        rows[:, : latent.shape[1]] = latent
-        rows[:, latent.shape[1] :] = k_rope
-        return self._latents[layer, :end]
+    def rows(self, layer: int, tokens: int) -> Tensor:
+        """Where a step of `tokens` writes its latents: a view [tokens, C + P] after `length`."""
+        return self._latents[layer, self.length : self.length + tokens]
+
+    def upto(self, layer: int, tokens: int) -> Tensor:
+        """The layer's latents with those of a step of `tokens`: a view [length + tokens, C + P]."""
+        return self._latents[layer, : self.length + tokens]
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that every layer has written."""

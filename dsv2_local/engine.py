@@ -60,10 +60,10 @@ class Engine:
     """A model with its cache. It runs one generation at a time; a new one ends the last."""
 
     def __init__(self, model: Transformer, context: int, chunk: int = PREFILL_CHUNK) -> None:
-        """Allocate a cache of `context` tokens in the model's activation type; prefill in steps of `chunk`."""
+        """Allocate a cache of `context` tokens; prefill in steps of `chunk`."""
         self.model = model
         self.chunk = chunk
-        self.cache = LatentCache(model.config, context, model.dtype)
+        self.cache = LatentCache(model.config, context, model.cache_dtype)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0
 

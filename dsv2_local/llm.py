@@ -13,6 +13,7 @@ from torch import Tensor
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Progress, Stats, Step
 from dsv2_local.errors import CheckpointError, InputError
+from dsv2_local.kernels import ops
 from dsv2_local.model import Transformer
 from dsv2_local.offload.store import MappedExperts
 from dsv2_local.quant import hub
@@ -73,9 +74,10 @@ class Generation(Iterator[Chunk]):
 class LLM:
     """A loaded model. It holds one sequence: a new generation ends the one before."""
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype, context: int | None) -> None:
+    def __init__(self, directory: Path, *, dtype: torch.dtype, context: int | None, threads: int | None) -> None:
         """See `load`."""
         checkpoint = Checkpoint(directory)
+        self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
         self.config: ModelConfig = checkpoint.config
@@ -86,7 +88,7 @@ class LLM:
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
         if self._tokenizer and self._tokenizer.eos_id is not None:
             self._end_tokens |= {self._tokenizer.eos_id}
-        model = Transformer(self.config, checkpoint.dense(), MappedExperts(checkpoint), dtype)
+        model = Transformer(self.config, checkpoint.dense(), MappedExperts.of(checkpoint), dtype)
         self.engine = Engine(model, _context(context, self.config))
 
     @property
@@ -200,15 +202,22 @@ class _TextStream:
 
 
 def load(
-    model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto", context: int | None = None
+    model: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    context: int | None = None,
+    threads: int | None = None,
 ) -> LLM:
     """Load a converted checkpoint; its experts are mapped, not copied.
 
     Args:
         model: a directory, a hub repository that holds a converted checkpoint, or None for the bundled dsv2-nano.
         device: "auto" or "cpu".
-        dtype: activations and cache, "float32" or "bfloat16"; "auto" is float32 on the CPU.
+        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU. The cache is bfloat16 with the native
+            kernels, and as the activations without them.
         context: tokens that prompt and answer may have together; None: 8,192, or the model's own limit if that is less.
+        threads: of the CPU kernels; None: one for each physical core that this process may use.
 
     Raises:
         CheckpointError: not a converted checkpoint, or a damaged one.
@@ -220,7 +229,7 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
-    return LLM(directory, dtype=DTYPES[dtype], context=context)
+    return LLM(directory, dtype=DTYPES[dtype], context=context, threads=threads)
 
 
 def bundled_model() -> Path:

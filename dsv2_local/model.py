@@ -1,10 +1,9 @@
 """DeepSeek-V2: multi-head latent attention and a mixture of experts, over one sequence.
 
 Shapes: `T` tokens of this step, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim, `V` v_head_dim,
-`C` kv_lora_rank, `D` hidden_size, `E` routed experts, `K` experts per token, `G` groups of experts.
+`C` kv_lora_rank, `D` hidden_size, `E` routed experts, `K` experts per token, `S` tokens in the cache.
 
-Names are those of the checkpoint. The mathematics is that of arXiv 2405.04434 and of the model's own code; the
-router follows the latter where they differ (a group scores its maximum, and scores outside the kept groups are 0).
+Names are those of the checkpoint. The mathematics is that of arXiv 2405.04434 and of the model's own code.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.layout import Matrix
-from dsv2_local.rope import Rope, rotate
+from dsv2_local.rope import Rope
 
 # The two norms inside the attention ignore rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -44,7 +43,8 @@ class WeightView:
         return cast(Matrix, self.weights[self.prefix + name])
 
     def tensor(self, name: str) -> Tensor:
-        return cast(Tensor, self.weights[self.prefix + name])
+        """A norm or router, in fp32."""
+        return cast(Tensor, self.weights[self.prefix + name]).float()
 
     def under(self, prefix: str) -> "WeightView":
         return WeightView(self.weights, self.prefix + prefix)
@@ -70,15 +70,12 @@ class Attention:
 
     def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
         """x [T, D] at the positions after `cache.length` -> [T, D]."""
-        c = self.config
-        q = self.query(x).view(len(x), c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
-        q_nope, q_rope = torch.split(q, [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=2)
-        kv_a = ops.linear(x, self.kv_a_proj_with_mqa)
-        latent, k_rope = torch.split(kv_a, [c.kv_lora_rank, c.qk_rope_head_dim], dim=1)
-        latent = ops.rms_norm(latent, self.kv_a_layernorm, LATENT_NORM_EPS)
-        latents = cache.write(self.layer, latent, rotate(k_rope, rotation))  # [S, C + P]
-        q_rope = rotate(q_rope, rotation)
-        out = ops.attention(q_nope, q_rope, latents, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
+        c, T = self.config, len(x)
+        q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
+        kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
+        ops.write_latents(cache.rows(self.layer, T), kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+        latents = cache.upto(self.layer, T)  # [S, C + P]
+        out = ops.attention(q, rotation, latents, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
         return ops.linear(out, self.o_proj)
 
     def query(self, x: Tensor) -> Tensor:
@@ -103,35 +100,18 @@ class MLP:
         return ops.swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
-def route(scores: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Choose the experts: scores (softmax over all experts, fp32 [T, E]) -> ids int64 [T, K], weights fp32 [T, K].
-
-    With norm_topk_prob the weights are normalised *instead of* being multiplied by routed_scaling_factor.
-    """
-    if config.topk_method == "group_limited_greedy":
-        groups = scores.view(len(scores), config.n_group, -1)  # [T, G, E/G]
-        kept = groups.amax(2).topk(config.topk_group, dim=1).indices
-        outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, kept, False)
-        scores = groups.masked_fill(outside[..., None], 0.0).flatten(1)
-    weights, ids = scores.topk(config.num_experts_per_tok, dim=1)
-    if config.norm_topk_prob and config.num_experts_per_tok > 1:
-        return ids, weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return ids, weights * config.routed_scaling_factor
-
-
 class MoE:
     """Routed experts, chosen per token, and the shared experts that every token takes."""
 
     def __init__(self, config: ModelConfig, weights: WeightView, layer: int, experts: Experts) -> None:
         self.config, self.layer = config, layer
-        self.gate = weights.tensor("gate.weight").float()  # [E, D]
+        self.gate = weights.tensor("gate.weight")  # [E, D]
         self.shared_experts = MLP(weights.under("shared_experts.")) if config.n_shared_experts else None
         self.routed_experts = experts
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
-        scores = torch.softmax(x.float() @ self.gate.T, dim=1)  # [T, E]
-        ids, weights = route(scores, self.config)
+        ids, weights = ops.route(x, self.gate, self.config)
         y = self.routed_experts.experts(self.layer, x, ids, weights)
         return y + self.shared_experts.forward(x) if self.shared_experts else y
 
@@ -166,6 +146,11 @@ class Transformer:
         self.norm = view.tensor("model.norm.weight")
         layers = range(config.num_hidden_layers)
         self.layers = [Block(config, view.under(f"model.layers.{layer}."), layer, experts) for layer in layers]
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The type of the latents in the cache."""
+        return ops.cache_dtype(self.layers[0].self_attn.w_uk, self.dtype)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:

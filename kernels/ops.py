@@ -1,27 +1,120 @@
 """The one place that chooses an implementation of each kernel; the model calls these and nothing below.
 
-Only the torch reference exists so far; native CPU and Triton kernels join here, with the same signatures.
+On the CPU that is the native library where it was compiled and knows the format, else the torch reference. Triton
+kernels join here, with the same signatures.
 """
 
+import torch
 from torch import Tensor
 
-from dsv2_local.kernels import reference
-from dsv2_local.kernels.layout import Matrix
-from dsv2_local.kernels.reference import embedding, experts, linear, rms_norm, swiglu
+from dsv2_local.config import ModelConfig
+from dsv2_local.kernels import cpu, reference
+from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
+from dsv2_local.machine import Threads, choose_threads
 
-__all__ = ["attention", "embedding", "experts", "linear", "rms_norm", "swiglu"]
+__all__ = [
+    "attention", "cache_dtype", "embedding", "experts", "linear", "rms_norm", "route", "set_threads", "slow_notice",
+    "swiglu", "variant", "write_latents",
+]  # fmt: skip
 
 
-def attention(q_nope: Tensor, q_rope: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float) -> Tensor:
-    """Latent attention in the form that takes fewer operations; see `reference.absorbed_attention` for the shapes.
+def variant() -> str:
+    """The name of the kernels in use."""
+    return native.variant if (native := cpu.kernels()) else cpu.REFERENCE
+
+
+def slow_notice() -> str | None:
+    """One line on how to get the native kernels, where they are missing unasked."""
+    if cpu.libraries() or cpu.kernels():
+        return None
+    return (
+        "the native CPU kernels were not compiled, so plain torch computes, 50 times slower; install a C++ compiler "
+        "(Debian: apt install g++) and this package again"
+    )
+
+
+def set_threads(requested: int | None, format: Format) -> Threads:
+    """Compute with this many threads; None: one a physical core that this process may use.
+
+    Where the native kernels do the work of weights in `format`, torch is left with one thread: two pools on the same
+    cores would wait for each other.
+    """
+    threads = choose_threads(requested)
+    native = cpu.kernels()
+    if native:
+        native.set_threads(threads)
+    torch.set_num_threads(1 if native and format in cpu.FORMATS else threads.count)
+    return threads
+
+
+def cache_dtype(w_uk: Matrix, dtype: torch.dtype) -> torch.dtype:
+    """The type of latents that `attention` wants: bf16 for the native kernels, else that of the activations."""
+    return torch.bfloat16 if _native(w_uk) else dtype
+
+
+def _native(*weights: Matrix) -> cpu.Kernels | None:
+    """The native kernels, if they know the formats of these weights."""
+    kernels = cpu.kernels()
+    return kernels if kernels and all(weight.format in cpu.FORMATS for weight in weights) else None
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [T, C] · weightᵀ -> [T, R]."""
+    native = _native(weight)
+    return native.linear(x, weight) if native else reference.linear(x, weight)
+
+
+def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (int64 [T]) of the embedding -> [T, D]."""
+    native = _native(weight)
+    return native.embedding(ids, weight, dtype) if native else reference.embedding(ids, weight, dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, D] / sqrt(mean(x²) + eps) · weight (fp32 [D]), in fp32."""
+    native = cpu.kernels()
+    return native.rms_norm(x, weight, eps) if native else reference.rms_norm(x, weight, eps)
+
+
+def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
+    """down(silu(gate(x)) · up(x)) for x [T, D] -> [T, D]."""
+    native = _native(gate, up, down)
+    return native.swiglu(x, gate, up, down) if native else reference.swiglu(x, gate, up, down)
+
+
+def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Choose the experts; see `reference.route`."""
+    native = cpu.kernels()
+    return native.route(x, gate, config) if native else reference.route(x, gate, config)
+
+
+def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
+    """The routed half of a mixture; see `reference.experts`."""
+    native = cpu.kernels()
+    if native and layout.format in cpu.FORMATS:
+        return native.experts(x, records, layout, ids, weights)
+    return reference.experts(x, records, layout, ids, weights)
+
+
+def write_latents(rows: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
+    """Fill cache rows; see `reference.write_latents`."""
+    native = cpu.kernels()
+    if native and rows.dtype == torch.bfloat16:
+        return native.write_latents(rows, kv_a, weight, eps, rotation)
+    return reference.write_latents(rows, kv_a, weight, eps, rotation)
+
+
+def attention(q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float) -> Tensor:
+    """Latent attention in the form that takes fewer operations; see `reference.attention`.
 
     Per head and cached position, absorbed attention does T·(2C + P) multiplications; the materialised form
     T·(N + P + V) and C·(N + V) once to rebuild key and value.
     """
-    T, _, N = q_nope.shape
-    P = q_rope.shape[2]
-    C = latents.shape[1] - P
-    V = w_uv.rows // q_nope.shape[1]
-    absorbed = T * (2 * C + P) <= T * (N + P + V) + C * (N + V)
-    form = reference.absorbed_attention if absorbed else reference.materialized_attention
-    return form(q_nope, q_rope, latents, w_uk, w_uv, scale)
+    T, N, C, V = len(q), w_uk.cols, w_uv.cols, w_uv.rows // q.shape[1]
+    P = latents.shape[1] - C
+    absorb = T * (2 * C + P) <= T * (N + P + V) + C * (N + V)
+    native = _native(w_uk, w_uv)
+    # The native products of one head take whole groups of 8 rows.
+    if native and latents.dtype == torch.bfloat16 and C % 8 == 0 and V % 8 == 0:
+        return native.attention(q, rotation, latents, w_uk, w_uv, scale, absorb)
+    return reference.attention(q, rotation, latents, w_uk, w_uv, scale, absorb)

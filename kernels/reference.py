@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
+from dsv2_local.config import ModelConfig
 from dsv2_local.kernels.layout import BLOCK, NF4_LEVELS, ROWS, ExpertLayout, Format, Matrix, unpack_int8, unpack_nf4
+from dsv2_local.rope import rotate
 
 # Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
 ATTENTION_WORKSPACE = 1 << 25
@@ -75,21 +77,59 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
     return y.to(x.dtype)
 
 
+def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Choose the experts of x [T, D] by gate (fp32 [E, D]) -> ids int64 [T, K], weights fp32 [T, K].
+
+    Scores are a softmax over all experts. group_limited_greedy keeps the groups with the best single expert; the other
+    scores count as 0. With norm_topk_prob the weights are normalised *instead of* multiplied by routed_scaling_factor.
+    """
+    scores = torch.softmax(x.float() @ gate.T, dim=1)  # [T, E]
+    if config.topk_method == "group_limited_greedy":
+        groups = scores.view(len(scores), config.n_group, -1)  # [T, G, E/G]
+        kept = groups.amax(2).topk(config.topk_group, dim=1).indices
+        outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, kept, False)
+        scores = groups.masked_fill(outside[..., None], 0.0).flatten(1)
+    weights, ids = scores.topk(config.num_experts_per_tok, dim=1)
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        return ids, weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return ids, weights * config.routed_scaling_factor
+
+
+def write_latents(rows: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
+    """Fill cache rows [T, C + P] from kv_a [T, C + P]: the latent normed by weight [C], the rope key rotated."""
+    C = len(weight)
+    rows[:, :C] = rms_norm(kv_a[:, :C], weight, eps)
+    rows[:, C:] = rotate(kv_a[:, C:], rotation)
+
+
+def attention(
+    q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float, absorb: bool
+) -> Tensor:
+    """Causal latent attention, in either of its forms.
+
+    Args:
+        q: [T, H, N + P], not yet rotated; rotation: complex64 [T, P/2].
+        latents: [S, C + P], normed latents and rotated rope keys; the queries are the last T of the S positions.
+        w_uk: [H·C, N]; w_uv: [H·V, C].
+        scale: multiplies the scores; from N + P, whatever the form.
+        absorb: work in the latent space (the least work for few queries), or rebuild keys and values (for many).
+
+    Returns:
+        [T, H·V].
+    """
+    P = 2 * rotation.shape[1]
+    q_nope, q_rope = torch.split(q, [q.shape[2] - P, P], dim=2)
+    form = absorbed_attention if absorb else materialized_attention
+    return form(q_nope, rotate(q_rope, rotation), latents.to(q.dtype), w_uk, w_uv, scale)
+
+
 def absorbed_attention(
     q_nope: Tensor, q_rope: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
     """Attention in the latent space: the least work for few queries.
 
     q̃ = W_UKᵀ·q_nope; score = q̃·ĉ + q_rope·k_rope; out = W_UV·Σ p·ĉ (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
-    Args:
-        q_nope: [T, H, N]; q_rope: rotated, [T, H, P].
-        latents: [S, C + P], normed latents and rotated rope keys; the queries are the last T of the S positions.
-        w_uk: [H·C, N]; w_uv: [H·V, C].
-        scale: multiplies the scores; from N + P, whatever the form.
-
-    Returns:
-        [T, H·V].
+    q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H·V]; the rest as in `attention`.
     """
     T, H, N = q_nope.shape
     C = latents.shape[1] - q_rope.shape[2]

@@ -7,15 +7,23 @@ regimes (GPU slots, streamed or split misses) take this one's place without the 
 from torch import Tensor
 
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.layout import ExpertLayout
 from dsv2_local.quant.checkpoint import Checkpoint
 
 
 class MappedExperts:
     """Every expert from the page cache; pages are read from disk when first used and never written."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._layout = checkpoint.expert_layout
-        self._records = {layer: checkpoint.experts(layer) for layer in checkpoint.config.moe_layers}
+    def __init__(self, layout: ExpertLayout, records: dict[int, Tensor]) -> None:
+        """`records`: uint8 [E, layout.nbytes] by layer."""
+        self._layout, self._records = layout, records
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "MappedExperts":
+        """The experts of an opened checkpoint, mapped."""
+        return cls(
+            checkpoint.expert_layout, {layer: checkpoint.experts(layer) for layer in checkpoint.config.moe_layers}
+        )
 
     @property
     def nbytes(self) -> int:

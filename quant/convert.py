@@ -24,7 +24,6 @@ from torch import Tensor
 from dsv2_local.config import ModelConfig, read_config_json
 from dsv2_local.errors import CheckpointError, ConversionError
 from dsv2_local.kernels.layout import BLOCK, Format
-from dsv2_local.quant import int8, nf4
 from dsv2_local.quant.checkpoint import (
     MANIFEST,
     FileRecord,
@@ -34,6 +33,7 @@ from dsv2_local.quant.checkpoint import (
     safetensors_header,
 )
 from dsv2_local.quant.pieces import Piece, Plan, check_tensors
+from dsv2_local.quant.quantize import quantize
 from dsv2_local.quant.schema import FORMAT_VERSION, UNQUANTISED, Recipe
 from dsv2_local.quant.source import Source
 
@@ -129,8 +129,7 @@ def _parts(piece: Piece, recipe: Recipe) -> tuple[Tensor, ...]:
         return (weight,)
     if format is Format.BF16:
         return (weight.bfloat16(),)
-    quantize = nf4.quantize if format is Format.NF4 else int8.quantize
-    return quantize(weight).parts
+    return quantize(weight, format).parts
 
 
 def _check_numbers(where: str, weight: Tensor, scaled: bool) -> None:

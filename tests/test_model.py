@@ -10,12 +10,14 @@ from torch import Tensor
 
 import dsv2_local
 from dsv2_local.config import ModelConfig
-from dsv2_local.kernels import ops, reference
+from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.layout import Format, Matrix
-from dsv2_local.model import route
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
+from tests.conftest import kernels
 from tests.models import TINY, Naive, rewrite_config, save_random, transformers_logits, yarn
+
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -100,7 +102,7 @@ def _fit_source(source: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> dsv2_local.LLM:
+def llm(tmp_path_factory, reference_kernels) -> dsv2_local.LLM:
     directory = tmp_path_factory.mktemp("model")
     source = save_random(directory / "source", **{**GROUPS, "rope_parameters": yarn(0.707, 0.707)})
     return loaded(source, directory, Recipe.NF4)
@@ -144,7 +146,8 @@ def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypa
         Matrix(Format.BF16, heads * C, N, uk.view(-1, N)), Matrix(Format.BF16, heads * V, C, uv.view(-1, C)),
     )  # fmt: skip
     q_nope, q_rope, latents = torch.randn(queries, heads, N), torch.randn(queries, heads, P), torch.randn(S, C + P)
-    args = (q_nope, q_rope, latents, *matrices, 0.11)
+    unrotated = torch.ones(queries, P // 2, dtype=torch.complex64)
+    args = (torch.cat((q_nope, q_rope), 2), unrotated, latents, *matrices, 0.11)
     keys = torch.einsum("sc,hcn->shn", latents[:, :C], uk)
     scores = torch.einsum("thn,shn->hts", q_nope, keys) + torch.einsum("thp,sp->hts", q_rope, latents[:, C:])
     visible = torch.arange(S)[None] <= torch.arange(S - queries, S)[:, None]
@@ -152,14 +155,17 @@ def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypa
     values = torch.einsum("sc,hvc->shv", latents[:, :C], uv)
     naive = torch.einsum("hts,shv->thv", weights, values).flatten(1)
     monkeypatch.setattr(reference, "ATTENTION_WORKSPACE", 5 * S * 56)  # several groups of heads
-    for form in (reference.absorbed_attention, reference.materialized_attention, ops.attention):
-        assert_close(form(*args), naive, 1e-5)
+    for result in (reference.attention(*args, True), reference.attention(*args, False), ops.attention(*args)):
+        assert_close(result, naive, 1e-5)
 
 
-def test_router_scores_a_group_by_its_maximum():
+@pytest.mark.parametrize("variant", [cpu.REFERENCE, *cpu.usable()])
+def test_router_scores_a_group_by_its_maximum(variant):
     config = ModelConfig.from_dict({**TINY, "model_type": "deepseek_v2", **GROUPS, "num_experts_per_tok": 2})
-    scores = torch.tensor([[0.30, 0.0, 0.20, 0.19, 0.0, 0.25, 0.03, 0.03]])  # by sums, group 1 would win over 2
-    ids, weights = route(scores, config)
+    scores = torch.tensor([0.30, 0.0, 0.20, 0.19, 0.0, 0.25, 0.03, 0.03])  # by sums, group 1 would win over 2
+    gate = scores.clamp_min(1e-30).log()[:, None]
+    with kernels(variant):
+        ids, weights = ops.route(torch.ones(1, 1), gate, config)
     assert ids.tolist() == [[0, 5]]
     assert weights[0].tolist() == pytest.approx([4.8, 4.0])
 

@@ -1,0 +1,295 @@
+"""A model of random weights, made in memory in the stored format: how fast a machine would run it, without it.
+
+The bytes are laid out as a converted checkpoint's (`kernels.layout`), every page is written, and the sizes of the
+weights keep activations finite, attention neither flat nor fixed on one token, and the choice of experts different
+from token to token. What the model says is noise.
+"""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2_local.cache import bytes_per_token
+from dsv2_local.config import ModelConfig, read_config_json
+from dsv2_local.errors import ConfigError, InputError
+from dsv2_local.kernels.layout import (
+    BLOCK,
+    NF4_LEVELS,
+    ROWS,
+    ExpertLayout,
+    Format,
+    Matrix,
+    matrix_nbytes,
+    pack_int8,
+    pack_nf4,
+    unpack_int8,
+    unpack_nf4,
+)
+from dsv2_local.machine import memory_available
+from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout
+
+_FAMILY: dict[str, Any] = {
+    "model_type": "deepseek_v2", "vocab_size": 102400, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
+    "max_position_embeddings": 163840, "rope_theta": 10000, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "attention_bias": False, "hidden_act": "silu", "bos_token_id": 100000, "eos_token_id": 100001,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+# What the config.json of the releases says, as far as the architecture needs it.
+RELEASED: dict[str, dict[str, Any]] = {
+    "deepseek-v2": {
+        **_FAMILY, "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "intermediate_size": 12288, "moe_intermediate_size": 1536, "q_lora_rank": 1536,
+        "n_routed_experts": 160, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 16.0,
+    },
+    "deepseek-v2-lite": {
+        **_FAMILY, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "intermediate_size": 10944, "moe_intermediate_size": 1408, "q_lora_rank": None,
+        "n_routed_experts": 64, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0,
+    },
+}  # fmt: skip
+
+# Random numbers are drawn once in this many bytes and copied from there: drawing 9 GB would take minutes.
+SOURCE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """Weights as `quant.checkpoint.Checkpoint` would give them; `records` are uint8 [E, layout.nbytes] by MoE layer."""
+
+    weights: dict[str, Matrix | Tensor]
+    layout: ExpertLayout
+    records: dict[int, Tensor]
+
+
+def read_config(name: str) -> ModelConfig:
+    """The configuration of a released model, of a config.json, or of a directory that has one.
+
+    Raises:
+        InputError: `name` is none of these.
+        ConfigError: the file is not a supported configuration.
+    """
+    if name in RELEASED:
+        return ModelConfig.from_dict(RELEASED[name], where=name)
+    path = Path(name)
+    if path.is_dir():
+        return ModelConfig.from_dict(read_config_json(path), where=str(path / "config.json"))
+    if not path.is_file():
+        raise InputError(f"--random-weights {name} is neither {' nor '.join(RELEASED)} nor a config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return ModelConfig.from_dict(raw, where=str(path))
+
+
+def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """The same architecture with its first `layers` layers only.
+
+    Raises:
+        InputError: fewer than have a layer of each kind of the model (so that the rest can be judged from them), or
+            more than the model has.
+    """
+    least, most = _least_layers(config), config.num_hidden_layers
+    if not least <= layers <= most:
+        raise InputError(f"--layers must lie between {least} (one layer of each kind) and {most}, not {layers:,}")
+    return replace(config, num_hidden_layers=layers)
+
+
+def _least_layers(config: ModelConfig) -> int:
+    kinds = [config.is_moe(layer) for layer in range(config.num_hidden_layers)]
+    return max(kinds.index(kind) for kind in set(kinds)) + 1
+
+
+def weight_bytes(config: ModelConfig, recipe: Recipe) -> int:
+    """Bytes of all weights with scales and padding; routers and norms at 16 bits."""
+    dense = sum(_spec_bytes(spec, recipe) for specs in dense_files(config).values() for spec in specs)
+    return dense + len(config.moe_layers) * config.n_routed_experts * expert_layout(config, recipe).nbytes
+
+
+def _spec_bytes(spec: TensorSpec, recipe: Recipe) -> int:
+    if not spec.quantised:
+        return 2 * prod(spec.shape)
+    rows, cols = spec.shape
+    return matrix_nbytes(recipe.format_of(spec.kind), rows, cols)
+
+
+def require_memory(config: ModelConfig, recipe: Recipe, *, context: int, dtype: torch.dtype, other: int) -> None:
+    """Refuse a model that does not fit beside a cache of `context` tokens of `dtype` and `other` bytes.
+
+    Raises:
+        InputError: with the bytes needed and available, and the number of layers that would fit.
+    """
+    available = memory_available()
+
+    def needed(layers: int) -> int:
+        cut = replace(config, num_hidden_layers=layers)
+        return weight_bytes(cut, recipe) + context * bytes_per_token(cut, dtype) + other
+
+    layers = config.num_hidden_layers
+    if needed(layers) <= available:
+        return
+    fitting = [n for n in range(_least_layers(config), layers) if needed(n) <= available]
+    remedy = f"--layers {fitting[-1]} fits" if fitting else "free memory or ask for a shorter --context"
+    weights, cache = weight_bytes(config, recipe), context * bytes_per_token(config, dtype)
+    raise InputError(
+        f"{layers} layers need {needed(layers) / 1e9:,.2f} GB (weights {weights / 1e9:,.2f}, cache of {context:,} "
+        f"tokens {cache / 1e9:,.2f}, working memory {other / 1e9:,.2f}) and {available / 1e9:,.2f} GB are available; "
+        f"{remedy}"
+    )
+
+
+def empty(nbytes: int) -> Tensor:
+    """Room for weights: uint8 [nbytes], not yet written."""
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def build(
+    config: ModelConfig,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    threads: int = 1,
+    report: Callable[[int, int], None] = lambda done, parts: None,
+) -> RandomModel:
+    """Make the model; the same seed makes the same. `report` is called with (parts done, parts in all).
+
+    Ask `require_memory` first: what is allocated is written, to the last page.
+    """
+    source = _Source(seed)
+    files, layout = dense_files(config), expert_layout(config, recipe)
+    parts = len(files) + len(config.moe_layers)
+    weights: dict[str, Matrix | Tensor] = {}
+    for done, specs in enumerate(files.values()):
+        report(done, parts)
+        weights |= {spec.name: _tensor(spec, recipe, source) for spec in specs}
+    records: dict[int, Tensor] = {}
+    # Threads of our own: a record is too small for torch's to share, and most of the time goes into fresh pages.
+    with ThreadPoolExecutor(threads) as pool:
+        for done, layer in enumerate(config.moe_layers, len(files)):
+            report(done, parts)
+            records[layer] = _records(config.n_routed_experts, layout, source, layer, pool)
+    report(parts, parts)
+    return RandomModel(weights, layout, records)
+
+
+class _Source:
+    """Random numbers, drawn once for each type of plane and copied from places that a tensor's name decides.
+
+    uint8: two NF4 codes a byte, of normal weights; int8: codes -127..127; float16: scales between 0.75 and 1.25;
+    bfloat16: normal numbers. `code_rms` is what a code stands for, before its scale, on average.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        draws = torch.Generator().manual_seed(seed)
+        levels = torch.tensor(NF4_LEVELS)
+        # With a deviation of 0.35 the largest of 64 weights is about 0.9 of the outermost level, as in a real block.
+        normal = torch.randn(2, SOURCE_BYTES, generator=draws) * 0.35
+        low, high = torch.bucketize(normal, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+        int8 = torch.randint(-127, 128, (SOURCE_BYTES,), dtype=torch.int8, generator=draws)
+        self.code_rms = {
+            Format.NF4: float(levels[low.int()].square().mean().sqrt()),
+            Format.INT8: float(int8.float().square().mean().sqrt()),
+            Format.BF16: 1.0,
+        }
+        self.numbers: dict[torch.dtype, Tensor] = {
+            torch.uint8: low | (high << 4),
+            torch.int8: int8,
+            torch.float16: (torch.rand(SOURCE_BYTES // 16, generator=draws) * 0.5 + 0.75).half(),
+            torch.bfloat16: torch.randn(SOURCE_BYTES // 2, generator=draws).bfloat16(),
+        }
+        self._scaled: dict[tuple[torch.dtype, float], Tensor] = {}
+
+    def fill(self, out: Tensor, places: Random, factor: float = 1.0) -> None:
+        """Write all of `out` (contiguous, of a type in `numbers`), times `factor`."""
+        numbers = self._times(out.dtype, factor)
+        half = len(numbers) // 2
+        # numpy copies in the calling thread; torch would wake its own for every piece.
+        target, found = out.view(-1).view(_BITS[out.itemsize]).numpy(), numbers.view(_BITS[out.itemsize]).numpy()
+        for begin in range(0, len(target), half):
+            piece = target[begin : begin + half]
+            start = places.randrange(half)
+            piece[:] = found[start : start + len(piece)]
+
+    def _times(self, dtype: torch.dtype, factor: float) -> Tensor:
+        """The numbers of a type times `factor`, kept: a model has few different ones."""
+        if factor == 1.0:
+            return self.numbers[dtype]
+        if (dtype, factor) not in self._scaled:
+            self._scaled[dtype, factor] = self.numbers[dtype].mul(factor)
+        return self._scaled[dtype, factor]
+
+    def places(self, *name: object) -> Random:
+        """Where the numbers of a tensor begin: the same for the same seed and name, in whatever order they are made."""
+        return Random(f"{self.seed} {name}")
+
+
+# numpy has no bfloat16; a copy needs only the size.
+_BITS = {1: torch.uint8, 2: torch.int16}
+
+
+def _tensor(spec: TensorSpec, recipe: Recipe, source: _Source) -> Matrix | Tensor:
+    """One tensor of the dense files: norms around 1, embedded tokens of rms 1, products that keep the rms."""
+    places = source.places(spec.name)
+    if not spec.quantised:
+        tensor = torch.empty(spec.shape, dtype=torch.bfloat16)
+        source.fill(tensor, places, 0.1 if spec.kind is Kind.NORM else spec.shape[1] ** -0.5)
+        return tensor.add_(1) if spec.kind is Kind.NORM else tensor
+    rows, cols = spec.shape
+    format = recipe.format_of(spec.kind)
+    matrix = Matrix.from_bytes(format, rows, cols, empty(matrix_nbytes(format, rows, cols)))
+    _fill(matrix, 1.0 if spec.kind is Kind.EMBEDDING else cols**-0.5, source, places)
+    return matrix
+
+
+def _records(experts: int, layout: ExpertLayout, source: _Source, layer: int, pool: ThreadPoolExecutor) -> Tensor:
+    """A layer's routed experts: uint8 [E, layout.nbytes]."""
+    records = empty(experts * layout.nbytes).view(experts, layout.nbytes)
+
+    def fill(expert: int) -> None:
+        places = source.places(layer, expert)
+        for matrix in layout.matrices(records[expert]):
+            _fill(matrix, matrix.cols**-0.5, source, places)
+
+    for _ in pool.map(fill, range(experts)):
+        pass
+    return records
+
+
+def _fill(matrix: Matrix, rms: float, source: _Source, places: Random) -> None:
+    """Write a matrix's planes, so that its weights have about this rms and its padding is zero."""
+    factor = rms / source.code_rms[matrix.format]
+    if matrix.scales is None:
+        source.fill(matrix.codes, places, factor)
+        return
+    source.fill(matrix.codes, places)
+    source.fill(matrix.scales, places, factor)
+    if matrix.rows % ROWS:
+        matrix.scales[-1, :, matrix.rows % ROWS :] = 0
+    if matrix.cols % BLOCK:
+        _zero_last_columns(matrix)
+
+
+def _zero_last_columns(matrix: Matrix) -> None:
+    """Give the columns that only fill up the last block the code of zero."""
+    nf4 = matrix.format is Format.NF4
+    unpack, pack, zero = (unpack_nf4, pack_nf4, NF4_LEVELS.index(0.0)) if nf4 else (unpack_int8, pack_int8, 0)
+    tail = unpack(matrix.codes[:, -1:].contiguous())  # [G, 8, 1, 64]
+    tail[..., matrix.cols % BLOCK :] = zero
+    matrix.codes[:, -1:] = pack(tail)

@@ -1,0 +1,192 @@
+"""The native CPU kernels: one shared library per instruction set, called through plain C.
+
+Signatures and meaning are those of `kernels.reference`, which names the shapes. All is computed from and to float32
+(other types are cast); matrix products quantise their input to int8 in blocks of 64, which costs 0.7 % of the result's
+norm on Gaussian numbers (nf4; int8 0.6 %). Latents are bfloat16. Calls release the interpreter's lock while they run.
+"""
+
+import ctypes
+import os
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import InputError
+from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
+from dsv2_local.machine import Threads, choose_threads, cpu_features
+
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+# Best first, with the CPU features that each needs (setup.py has the compiler's flags).
+VARIANTS = {
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+REFERENCE = "reference"
+VARIABLE = "DSV2_KERNELS"
+
+FORMATS = {Format.NF4: 0, Format.INT8: 1}
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of matrix.hpp."""
+
+    _fields_ = (("codes", c_void_p), ("scales", c_void_p), ("rows", c_int64), ("cols", c_int64), ("format", c_int32))
+
+
+_M, _P, _I, _F = POINTER(_Matrix), c_void_p, c_int64, c_float
+_SIGNATURES = {
+    "linear": (_P, _I, _I, _M, _P),
+    "swiglu": (_P, _I, _M, _M, _M, _P),
+    "experts": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
+    "attention": (_P, _P, _P, _M, _M, _F, _I, _I, _I, _I, c_int32, _P),
+    "rms_norm": (_P, _I, _I, _P, _F, _P),
+    "latents": (_P, _I, _I, _I, _P, _F, _P, _P),
+    "route": (_P, _I, _I, _P, _I, _I, _I, _I, c_int32, _F, _P, _P),
+    "embedding": (_P, _I, _M, _P),
+    "quantize_nf4": (_P, _I, _I, _P, _P),
+    "quantize_int8": (_P, _I, _I, _P, _P),
+    "set_threads": (c_int32, POINTER(c_int32)),
+    "read": (_P, _I),
+}
+
+
+def _input(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+def _struct(matrix: Matrix) -> "ctypes._Pointer[_Matrix]":
+    """The C view of a matrix, kept with it: its planes never move."""
+    struct = matrix.__dict__.get("_struct")
+    if struct is None:
+        assert matrix.scales is not None
+        codes, scales = matrix.codes.data_ptr(), matrix.scales.data_ptr()
+        view = _Matrix(codes, scales, matrix.rows, matrix.cols, FORMATS[matrix.format])
+        struct = matrix.__dict__["_struct"] = ctypes.pointer(view)
+    return struct
+
+
+class Kernels:
+    """One variant of the library, loaded, with its pool of threads."""
+
+    def __init__(self, variant: str, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.variant = variant
+        self._call = {name: getattr(library, "dsv2_" + name) for name in _SIGNATURES}
+        for name, function in self._call.items():
+            function.argtypes, function.restype = _SIGNATURES[name], None
+
+    def set_threads(self, threads: Threads) -> None:
+        """Make the pool anew. The caller of a kernel is the first thread and stays unpinned, the others are pinned."""
+        cpus = (c_int32 * threads.count)(*threads.cpus) if threads.cpus else None
+        self._call["set_threads"](threads.count, cpus)
+
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        x_ = _input(x)
+        y = x_.new_empty(len(x), weight.rows)
+        self._call["linear"](x_.data_ptr(), len(x), 1, _struct(weight), y.data_ptr())
+        return y.to(x.dtype)
+
+    def swiglu(self, x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
+        x_ = _input(x)
+        y = x_.new_empty(len(x), down.rows)
+        self._call["swiglu"](x_.data_ptr(), len(x), _struct(gate), _struct(up), _struct(down), y.data_ptr())
+        return y.to(x.dtype)
+
+    def experts(self, x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
+        x_, ids, weights = _input(x), ids.contiguous(), _input(weights)
+        y = torch.empty_like(x_)
+        self._call["experts"](
+            x_.data_ptr(), len(x), records.data_ptr(), records.stride(0), len(records), FORMATS[layout.format],
+            layout.hidden_size, layout.moe_intermediate_size, ids.data_ptr(), weights.data_ptr(), ids.shape[1],
+            y.data_ptr(),
+        )  # fmt: skip
+        return y.to(x.dtype)
+
+    def attention(
+        self, q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float, absorb: bool
+    ) -> Tensor:
+        q_ = _input(q)
+        T, H, _ = q.shape
+        out = q_.new_empty(T, w_uv.rows)
+        self._call["attention"](
+            q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T,
+            len(latents), H, 2 * rotation.shape[1], absorb, out.data_ptr(),
+        )  # fmt: skip
+        return out.to(q.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_ = _input(x)
+        y = torch.empty_like(x_)
+        self._call["rms_norm"](x_.data_ptr(), len(x), x.shape[1], weight.data_ptr(), eps, y.data_ptr())
+        return y.to(x.dtype)
+
+    def write_latents(self, rows: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
+        kv_a_ = _input(kv_a)
+        self._call["latents"](
+            kv_a_.data_ptr(), len(rows), len(weight), rows.shape[1] - len(weight), weight.data_ptr(), eps,
+            rotation.data_ptr(), rows.data_ptr(),
+        )  # fmt: skip
+
+    def route(self, x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+        x_, K = _input(x), config.num_experts_per_tok
+        ids = torch.empty(len(x), K, dtype=torch.int64)
+        weights = torch.empty(len(x), K)
+        grouped = config.topk_method == "group_limited_greedy"
+        self._call["route"](
+            x_.data_ptr(), len(x), x.shape[1], gate.data_ptr(), len(gate), K, config.n_group if grouped else 1,
+            config.topk_group, config.norm_topk_prob, config.routed_scaling_factor, ids.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
+        return ids, weights
+
+    def embedding(self, ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
+        y = torch.empty(len(ids), weight.cols)
+        self._call["embedding"](ids.data_ptr(), len(ids), _struct(weight), y.data_ptr())
+        return y.to(dtype)
+
+    def quantize(self, weight: Tensor, into: Matrix) -> None:
+        """Quantise [R, C] into the planes of `into`; one thread, so that callers can share the work by slices."""
+        x, (codes, scales) = _input(weight), into.parts
+        name = f"quantize_{into.format}"
+        self._call[name](x.data_ptr(), into.rows, into.cols, codes.data_ptr(), scales.data_ptr())
+
+    def read(self, data: Tensor) -> None:
+        """Read contiguous `data` once with all threads and do nothing with it: what memory can give."""
+        self._call["read"](data.data_ptr(), data.nbytes)
+
+
+def libraries() -> dict[str, Path]:
+    """The variants that were compiled when the package was installed."""
+    here = Path(__file__).parent
+    paths = {variant: here / f"_{variant}{EXTENSION_SUFFIXES[0]}" for variant in VARIANTS}
+    return {variant: path for variant, path in paths.items() if path.is_file()}
+
+
+def usable() -> list[str]:
+    """The compiled variants that this CPU can run, best first."""
+    features = cpu_features()
+    return [variant for variant in libraries() if VARIANTS[variant] <= features]
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The variant to use: the one that $DSV2_KERNELS names, else the best; None for the torch reference.
+
+    Raises:
+        InputError: the variable names a variant that is not compiled or that this CPU cannot run.
+    """
+    asked, found = os.environ.get(VARIABLE) or None, usable()
+    if asked == REFERENCE or (asked is None and not found):
+        return None
+    if asked is not None and asked not in found:
+        raise InputError(f"{VARIABLE}={asked} is not available here; use one of {', '.join([*found, REFERENCE])}")
+    variant = asked or found[0]
+    loaded = Kernels(variant, libraries()[variant])
+    loaded.set_threads(choose_threads(None))
+    return loaded

@@ -1,0 +1,350 @@
+// Latent attention over a cache of bf16 rows [latent C | rope key P], in both of its forms.
+//
+// Absorbed (few queries): scores and sums in the latent space, the cache read once for several heads.
+// Materialised (many queries): keys and values of one head are rebuilt block by block, and the softmax runs along.
+#include <vector>
+
+#include "api.hpp"
+#include "matrix.hpp"
+#include "rows.hpp"
+
+namespace dsv2 {
+namespace {
+
+// Shapes: T queries, the last of S positions; H heads; N, P numbers of a query with and without rotation; C latent; V.
+struct Shape {
+    int64_t T, S, H, N, P, C, V;
+    int64_t width() const { return C + P; }
+    int64_t visible(int64_t t) const { return S - T + t + 1; }  // positions that query t may see
+};
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// ---- absorbed -------------------------------------------------------------------------------------------------------
+
+constexpr int ROWS = 4;            // rows of queries (a token's head each) that share a pass over the cache
+constexpr int64_t CHUNK = 256;     // positions of a pass: with ROWS rows, a piece of work
+constexpr int64_t SPLIT_BELOW = 64;  // fewer passes than this are split along the positions too
+
+// What a query row is kept as, and how many numbers of it meet as many of a latent in one instruction.
+#if DSV2_AVX512 && defined(__AVX512BF16__)
+typedef uint16_t Query;
+constexpr int STEP = 2 * LANES;
+typedef __m512bh Packed;
+inline Query to_query(float x) { return to_bf16(x); }
+inline Packed load_query(const Query* p) { return (Packed)_mm512_loadu_si512(p); }
+inline Packed load_latent(const uint16_t* p) { return (Packed)_mm512_loadu_si512(p); }
+inline Vec dot_add(Vec sum, Packed a, Packed b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#else
+typedef float Query;
+constexpr int STEP = LANES;
+typedef Vec Packed;
+inline Query to_query(float x) { return x; }
+inline Packed load_query(const Query* p) { return load(p); }
+inline Packed load_latent(const uint16_t* p) { return load_bf16(p); }
+inline Vec dot_add(Vec sum, Packed a, Packed b) { return fma(a, b, sum); }
+#endif
+
+// scores[r][s] = queries[r] · latents[s] for s in [0, n); rows of `queries` are `padded` long, zeros past `width`.
+void score(const Query* queries, int64_t padded, const uint16_t* latents, int64_t width, int64_t n, float (*scores)[CHUNK]) {
+    const int64_t whole = width / STEP * STEP;
+    for (int64_t s = 0; s < n; s += 4) {
+        const uint16_t* rows[4];
+        for (int k = 0; k < 4; k++) rows[k] = latents + std::min(s + k, n - 1) * width;
+        Vec sums[ROWS][4] = {};
+        for (int64_t d = 0; d < whole; d += STEP) {
+            Packed keys[4];
+            for (int k = 0; k < 4; k++) keys[k] = load_latent(rows[k] + d);
+            for (int r = 0; r < ROWS; r++) {
+                const Packed query = load_query(queries + r * padded + d);
+                for (int k = 0; k < 4; k++) sums[r][k] = dot_add(sums[r][k], query, keys[k]);
+            }
+        }
+        if (whole < width) {  // the last numbers, from a copy that is as long as a register
+            for (int k = 0; k < 4; k++) {
+                uint16_t tail[STEP] = {};
+                std::memcpy(tail, rows[k] + whole, (width - whole) * sizeof *tail);
+                for (int r = 0; r < ROWS; r++)
+                    sums[r][k] = dot_add(sums[r][k], load_query(queries + r * padded + whole), load_latent(tail));
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int k = 0; k < 4; k++)
+                if (s + k < n) scores[r][s + k] = sum(sums[r][k]);
+    }
+}
+
+// out[r][c] += Σ_s weights[r][s] · latents[s][c]; n is even, and rows from `last` on repeat row `last` with weight 0.
+#if DSV2_AVX512 && defined(__AVX512BF16__)
+// Two positions meet in one instruction: their numbers are interleaved, which permutes the lanes until the end.
+void mix_block(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, int64_t last, float* out,
+               int64_t C) {
+    Vec sums[ROWS][2] = {};
+    for (int64_t s = 0; s < n; s += 2) {
+        const __m512i a = _mm512_loadu_si512(latents + std::min(s, last) * width);
+        const __m512i b = _mm512_loadu_si512(latents + std::min(s + 1, last) * width);
+        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        for (int r = 0; r < ROWS; r++) {
+            const uint32_t pair = to_bf16(weights[r][s]) | uint32_t(to_bf16(weights[r][s + 1])) << 16;
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(int32_t(pair));
+            sums[r][0] = dot_add(sums[r][0], both, low);
+            sums[r][1] = dot_add(sums[r][1], both, high);
+        }
+    }
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int r = 0; r < ROWS; r++) {
+        float* to = out + r * C;
+        store(to, load(to) + (Vec)_mm512_permutex2var_ps((__m512)sums[r][0], first, (__m512)sums[r][1]));
+        store(to + LANES, load(to + LANES) + (Vec)_mm512_permutex2var_ps((__m512)sums[r][0], second, (__m512)sums[r][1]));
+    }
+}
+constexpr int MIX = 2 * LANES;
+#else
+void mix_block(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, int64_t last, float* out,
+               int64_t C) {
+    Vec sums[ROWS][2] = {};
+    for (int64_t s = 0; s < n; s++) {
+        const uint16_t* row = latents + std::min(s, last) * width;
+        const Vec a = load_bf16(row), b = load_bf16(row + LANES);
+        for (int r = 0; r < ROWS; r++) {
+            const Vec weight = splat(weights[r][s]);
+            sums[r][0] = fma(weight, a, sums[r][0]);
+            sums[r][1] = fma(weight, b, sums[r][1]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int k = 0; k < 2; k++) {
+            float* to = out + r * C + k * LANES;
+            store(to, load(to) + sums[r][k]);
+        }
+}
+constexpr int MIX = 2 * LANES;
+#endif
+
+void mix(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, float* out, int64_t C) {
+    int64_t c = 0;
+    for (; c + MIX <= C; c += MIX) mix_block(weights, latents + c, width, round_up(n, 2), n - 1, out + c, C);
+    for (; c < C; c++)
+        for (int r = 0; r < ROWS; r++)
+            for (int64_t s = 0; s < n; s++) out[r * C + c] += weights[r][s] * from_bf16(latents[s * width + c]);
+}
+
+// Scores to exponentials below their maximum, zero from `limit` on; returns maximum and sum.
+void soften(float* scores, int64_t limit, float& maximum_score, float& total) {
+    limit = std::max<int64_t>(limit, 0);
+    for (int64_t s = limit; s < CHUNK; s++) scores[s] = -INFINITY;
+    Vec largest = splat(-INFINITY), sums{};
+    for (int64_t s = 0; s < CHUNK; s += LANES) largest = maximum(largest, load(scores + s));
+    maximum_score = max_lane(largest);
+    const float base = limit ? maximum_score : 0.0f;
+    for (int64_t s = 0; s < CHUNK; s += LANES) {
+        const Vec p = exponential(load(scores + s) - base);
+        store(scores + s, p);
+        sums += p;
+    }
+    total = sum(sums);
+}
+
+// Running softmax of some rows: maximum, sum and unnormalised result [ROWS, C].
+struct Partial {
+    float maximum[ROWS], total[ROWS];
+};
+
+void absorbed(const Shape& shape, const Query* queries, int64_t padded, const uint16_t* latents, float* mixed) {
+    const int64_t rows = shape.T * shape.H, passes = (rows + ROWS - 1) / ROWS, C = shape.C;
+    const int64_t chunks = (shape.S + CHUNK - 1) / CHUNK;
+    const int64_t parts = passes < SPLIT_BELOW ? chunks : 1;
+    thread_local Scratch partial_scratch, sum_scratch;
+    float* sums = sum_scratch.reserve<float>(passes * parts * ROWS * C);
+    Partial* partials = partial_scratch.reserve<Partial>(passes * parts);
+
+    parallel(passes * parts, [&](int64_t item) {
+        const int64_t pass = item / parts, part = item % parts, row = pass * ROWS;
+        float* out = sums + item * ROWS * C;
+        Partial& state = partials[item];
+        std::memset(out, 0, ROWS * C * sizeof(float));
+        for (int r = 0; r < ROWS; r++) state.maximum[r] = -INFINITY, state.total[r] = 0;
+        const int64_t see = shape.visible(std::min(row + ROWS - 1, rows - 1) / shape.H);
+        const int64_t from = parts > 1 ? part * CHUNK : 0, to = parts > 1 ? std::min(from + CHUNK, see) : see;
+        for (int64_t s = from; s < to; s += CHUNK) {
+            alignas(64) float weights[ROWS][CHUNK];
+            const int64_t n = std::min(CHUNK, to - s);
+            score(queries + row * padded, padded, latents + s * shape.width(), shape.width(), n, weights);
+            for (int r = 0; r < ROWS; r++) {
+                const int64_t t = std::min(row + r, rows - 1) / shape.H;
+                float largest, total;
+                soften(weights[r], std::min(n, shape.visible(t) - s), largest, total);
+                if (largest == -INFINITY) continue;
+                const float joint = std::max(largest, state.maximum[r]);
+                const float keep = std::exp(state.maximum[r] - joint), add = std::exp(largest - joint);
+                state.total[r] = state.total[r] * keep + total * add;
+                state.maximum[r] = joint;
+                if (keep != 1) for (int64_t c = 0; c < C; c++) out[r * C + c] *= keep;
+                if (add != 1) for (int64_t k = 0; k < CHUNK; k++) weights[r][k] *= add;
+            }
+            mix(weights, latents + s * shape.width(), shape.width(), n, out, C);
+        }
+    });
+
+    parallel(passes, [&](int64_t pass) {  // join the parts, in their order
+        for (int r = 0; r < ROWS && pass * ROWS + r < rows; r++) {
+            float largest = -INFINITY, total = 0;
+            for (int64_t k = 0; k < parts; k++) largest = std::max(largest, partials[pass * parts + k].maximum[r]);
+            float* to = mixed + (pass * ROWS + r) * C;
+            std::memset(to, 0, C * sizeof(float));
+            for (int64_t k = 0; k < parts; k++) {
+                const Partial& part = partials[pass * parts + k];
+                const float weight = std::exp(part.maximum[r] - largest);
+                const float* from = sums + ((pass * parts + k) * ROWS + r) * C;
+                if (weight > 0) for (int64_t c = 0; c < C; c++) to[c] += weight * from[c];
+                total += weight * part.total[r];
+            }
+            for (int64_t c = 0; c < C; c++) to[c] /= total;
+        }
+    });
+}
+
+// ---- materialised ---------------------------------------------------------------------------------------------------
+
+#if DSV2_AVX512
+constexpr int GEMM_ROWS = 12;
+#else
+constexpr int GEMM_ROWS = 6;
+#endif
+
+template <int M, int VECS>
+inline void gemm_tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K,
+                      bool add) {
+    Vec sums[M][VECS];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < VECS; v++) sums[m][v] = add ? load(c + m * ldc + v * LANES) : Vec{};
+    for (int64_t k = 0; k < K; k++) {
+        Vec right[VECS];
+        for (int v = 0; v < VECS; v++) right[v] = load(b + k * ldb + v * LANES);
+        for (int m = 0; m < M; m++) {
+            const Vec left = splat(a[m * am + k * ak]);
+            for (int v = 0; v < VECS; v++) sums[m][v] = fma(left, right[v], sums[m][v]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < VECS; v++) store(c + m * ldc + v * LANES, sums[m][v]);
+}
+
+template <int M, int VECS>
+inline void gemm_rows(int64_t rows, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
+                      int64_t K, bool add) {
+    if constexpr (M > 0) {
+        for (; rows >= M; rows -= M, a += M * am, c += M * ldc) gemm_tile<M, VECS>(a, am, ak, b, ldb, c, ldc, K, add);
+        gemm_rows<M / 2, VECS>(rows, a, am, ak, b, ldb, c, ldc, K, add);
+    }
+}
+
+// c[m][n] = (or +=) Σ_k a[m * am + k * ak] · b[k][n]; n in whole registers.
+void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
+          int64_t ldc, bool add) {
+    int64_t n = 0;
+    for (; n + 2 * LANES <= columns; n += 2 * LANES) gemm_rows<GEMM_ROWS, 2>(M, a, am, ak, b + n, ldb, c + n, ldc, K, add);
+    for (; n < columns; n += LANES) gemm_rows<GEMM_ROWS, 1>(M, a, am, ak, b + n, ldb, c + n, ldc, K, add);
+}
+
+constexpr int64_t KEYS = 128, QUERIES = 64;  // positions and queries of a block of scores
+
+// One head of nope [T, H, N] and rope [T, H, P] (the latter rotated and scaled) into out [T, H, V]. Lanes are queries.
+void materialised_head(const Shape& s, int64_t head, const float* nope, const float* rope, const uint16_t* latents,
+                       const Matrix& w_uk, const Matrix& w_uv, float scale, float* out) {
+    const int64_t N = round_up(s.N, LANES), V = round_up(s.V, LANES), T = round_up(s.T, LANES), K = N + s.P;
+    const int64_t sizes[] = {s.C * N, s.C * V, (s.N + s.P) * T, V * T, 2 * T, KEYS * s.C, KEYS * K, KEYS * V, KEYS * QUERIES};
+    int64_t all = 0;
+    for (int64_t size : sizes) all += round_up(size, 16);
+    thread_local Scratch scratch;
+    float *next = scratch.reserve<float>(all), *parts[9];
+    for (int i = 0; i < 9; i++) parts[i] = next, next += round_up(sizes[i], 16);
+    float *uk = parts[0], *uv = parts[1], *query = parts[2], *sums = parts[3], *largest = parts[4], *total = largest + T;
+    float *latent = parts[5], *key = parts[6], *value = parts[7], *scores = parts[8];
+
+    std::memset(uk, 0, (sums - uk) * sizeof(float));
+    for (int64_t c = 0; c < s.C; c++) w_uk.dequantize_row(head * s.C + c, uk + c * N, 1);
+    for (int64_t v = 0; v < s.V; v++) w_uv.dequantize_row(head * s.V + v, uv + v, V);
+    for (int64_t t = 0; t < s.T; t++) {
+        const int64_t row = t * s.H + head;
+        for (int64_t d = 0; d < s.N; d++) query[d * T + t] = nope[row * s.N + d] * scale;
+        for (int64_t d = 0; d < s.P; d++) query[(s.N + d) * T + t] = rope[row * s.P + d];
+    }
+    std::memset(sums, 0, V * T * sizeof(float));
+    for (int64_t t = 0; t < T; t++) largest[t] = -INFINITY, total[t] = 0;
+
+    for (int64_t from = 0; from < s.S; from += KEYS) {
+        const int64_t n = std::min(KEYS, s.S - from);
+        for (int64_t k = 0; k < n; k++) {
+            const uint16_t* row = latents + (from + k) * s.width();
+            for (int64_t c = 0; c < s.C; c++) latent[k * s.C + c] = from_bf16(row[c]);
+        }
+        gemm(n, N, s.C, latent, s.C, 1, uk, N, key, K, false);
+        gemm(n, V, s.C, latent, s.C, 1, uv, V, value, V, false);
+        for (int64_t k = 0; k < n; k++)
+            for (int64_t d = 0; d < s.P; d++) key[k * K + s.N + d] = from_bf16(latents[(from + k) * s.width() + s.C + d]);
+        for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
+            const int64_t columns = std::min(QUERIES, T - t0), last = std::min(t0 + columns, s.T) - 1;
+            if (from >= s.visible(last)) continue;
+            gemm(n, columns, s.N + s.P, key, K, 1, query + t0, T, scores, QUERIES, false);
+            for (int64_t t = t0; t < std::min(t0 + columns, s.T); t++)
+                for (int64_t k = std::max<int64_t>(0, s.visible(t) - from); k < n; k++)
+                    scores[k * QUERIES + t - t0] = -INFINITY;
+            for (int64_t i = 0; i < columns; i += LANES) {
+                Vec top = load(largest + t0 + i), sum_{};
+                const Vec old = top;
+                for (int64_t k = 0; k < n; k++) top = maximum(top, load(scores + k * QUERIES + i));
+                const Vec base = top > -INFINITY ? top : Vec{};  // a query that sees none of these
+                for (int64_t k = 0; k < n; k++) {
+                    const Vec p = exponential(load(scores + k * QUERIES + i) - base);
+                    store(scores + k * QUERIES + i, p);
+                    sum_ += p;
+                }
+                const Vec keep = exponential(old - base);
+                store(total + t0 + i, load(total + t0 + i) * keep + sum_);
+                store(largest + t0 + i, top);
+                for (int64_t v = 0; v < s.V; v++) store(sums + v * T + t0 + i, load(sums + v * T + t0 + i) * keep);
+            }
+            gemm(s.V, columns, n, value, 1, V, scores, QUERIES, sums + t0, T, true);
+        }
+    }
+    for (int64_t t = 0; t < s.T; t++)
+        for (int64_t v = 0; v < s.V; v++) out[(t * s.H + head) * s.V + v] = sums[v * T + t] / total[t];
+}
+
+}  // namespace
+}  // namespace dsv2
+
+using namespace dsv2;
+
+// q [T, H, N + P], not yet rotated; rotation [T, P / 2] of (cos, sin); latents bf16 [S, C + P]; w_uk [H·C, N];
+// w_uv [H·V, C]; out [T, H·V].
+API void dsv2_attention(const float* q, const float* rotation, const uint16_t* latents, const Matrix* w_uk, const Matrix* w_uv,
+                        float scale, int64_t T, int64_t S, int64_t H, int64_t P, int32_t absorb, float* out) {
+    const Shape shape{T, S, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
+    const int64_t rows = T * H, N = shape.N, C = shape.C;
+    thread_local Scratch nope_scratch, rope_scratch, query_scratch, latent_scratch;
+    float *nope = nope_scratch.reserve<float>(rows * N), *rope = rope_scratch.reserve<float>(rows * P);
+    each_row(rows, [&](int64_t row) {
+        const float* from = q + row * (N + P);
+        for (int64_t d = 0; d < N; d++) nope[row * N + d] = from[d];
+        rotate(from + N, rotation + row / H * P, P, [&](int64_t d, float value) { rope[row * P + d] = value * scale; });
+    });
+    if (!absorb) {
+        parallel(H, [&](int64_t head) { materialised_head(shape, head, nope, rope, latents, *w_uk, *w_uv, scale, out); });
+        return;
+    }
+    const int64_t padded = round_up(shape.width(), STEP), passes = (rows + ROWS - 1) / ROWS;
+    float* latent = latent_scratch.reserve<float>(rows * C);
+    heads_linear(nope, T, H, *w_uk, latent);
+    Query* queries = query_scratch.reserve<Query>(passes * ROWS * padded);
+    std::memset(queries, 0, passes * ROWS * padded * sizeof(Query));
+    each_row(rows, [&](int64_t row) {
+        Query* query = queries + row * padded;
+        for (int64_t c = 0; c < C; c++) query[c] = to_query(latent[row * C + c] * scale);
+        for (int64_t d = 0; d < P; d++) query[C + d] = to_query(rope[row * P + d]);
+    });
+    absorbed(shape, queries, padded, latents, latent);
+    heads_linear(latent, T, H, *w_uv, out);
+}

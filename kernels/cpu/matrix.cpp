@@ -1,0 +1,210 @@
+// Matrix products: one matrix, and whole mixtures of experts.
+#include "matrix.hpp"
+
+#include <vector>
+
+#include "api.hpp"
+#include "rows.hpp"
+
+namespace dsv2 {
+
+void Matrix::dequantize_row(int64_t row, float* out, int64_t stride) const {
+    const int64_t r = row % GROUP;
+    const uint8_t* group = group_codes(row / GROUP);
+    const uint16_t* group_scale = group_scales(row / GROUP);
+    for (int64_t col = 0; col < cols; col++) {
+        const int64_t b = col / BLOCK, c = col % BLOCK;
+        const float scale = from_fp16(group_scale[b * GROUP + r]);
+        if (format == NF4) {
+            const uint8_t byte = group[b * tile_bytes() + (c / 8 * GROUP + r) * 4 + c % 4];
+            out[col * stride] = (NF4_CODES[c % 8 < 4 ? byte & 15 : byte >> 4] - NF4_BIAS) * NF4_STEP * scale;
+        } else {
+            out[col * stride] = int8_t(group[b * tile_bytes() + (c / 4 * GROUP + r) * 4 + c % 4]) * scale;
+        }
+    }
+}
+
+namespace {
+
+// Bytes of weights that a thread takes at a time: long enough to read at full speed, short enough to share evenly.
+constexpr int64_t ITEM_BYTES = 1 << 16;
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Groups of rows an item should have: whole tiles of panels, about ITEM_BYTES for one token.
+int64_t item_groups(const Matrix& m, int64_t tokens) {
+    const int64_t unit = 2 * TILE_PANELS * PANEL_GROUPS;
+    if (tokens > 1) return unit;
+    return std::max<int64_t>(1, ITEM_BYTES / (m.blocks() * m.tile_bytes()) / unit) * unit;
+}
+
+// One expert's work: `count` tokens of x with their weights; its hidden rows begin at `slot`.
+struct Expert {
+    Matrix gate, up, down;
+    int64_t count, slot;
+    const int32_t* tokens;  // null: all tokens in order
+    const float* weights;   // null: all one
+};
+
+// y [tokens, D] = Σ over experts, in their order, of weight · down(silu(gate x) · up x).
+void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts, float* y) {
+    thread_local Scratch input_scratch, hidden_scratch;
+    const Matrix &gate = experts[0].gate, &down = experts[0].down;
+    Activations input(input_scratch, tokens, gate.cols, gate.format);
+    each_row(tokens, [&](int64_t t) { input.quantize(t, x + t * gate.cols, gate.cols); });
+
+    struct Item {
+        const Expert* expert;
+        int64_t block, from, count;
+    };
+    std::vector<Item> items;
+    int64_t slots = 0;
+    for (const Expert& expert : experts) {
+        slots = std::max(slots, expert.slot + expert.count);
+        for (int64_t from = 0; from < expert.count; from += TOKEN_BLOCK)
+            for (int64_t block = 0; block < down.blocks(); block++)
+                items.push_back({&expert, block, from, std::min(TOKEN_BLOCK, expert.count - from)});
+    }
+    Activations hidden(hidden_scratch, slots, down.cols, down.format);
+    parallel(int64_t(items.size()), [&](int64_t i) {
+        // 64 hidden numbers are a block of the next product's activations, so they are quantised where they are made.
+        const Item& item = items[i];
+        const Expert& expert = *item.expert;
+        thread_local Scratch scratch;
+        float* gates = scratch.reserve<float>(2 * item.count * BLOCK);
+        float* ups = gates + item.count * BLOCK;
+        const int64_t first = item.block * BLOCK, group = first / GROUP;
+        const int64_t end = std::min(group + BLOCK / GROUP, expert.gate.groups());
+        if ((end - group) * GROUP < BLOCK) std::memset(gates, 0, 2 * item.count * BLOCK * sizeof(float));
+        const Selection selected = Selection{input, expert.count, 0, expert.tokens}.part(item.from, item.count);
+        const auto into = [&](float* out) {
+            return [=](int64_t row, int64_t t, Vec v) {
+                store_lanes(out + t * BLOCK + row - first, v, end * GROUP - row);
+            };
+        };
+        multiply(expert.gate, group, end, selected, into(gates));
+        multiply(expert.up, group, end, selected, into(ups));
+        for (int64_t t = 0; t < item.count; t++) {
+            float* h = gates + t * BLOCK;
+            for (int k = 0; k < BLOCK; k += LANES) store(h + k, silu(load(h + k)) * load(ups + t * BLOCK + k));
+            hidden.quantize_block(expert.slot + item.from + t, item.block, h);
+        }
+    });
+
+    const int64_t step = item_groups(down, tokens), groups = down.groups();
+    parallel(ceil_div(groups, step), [&](int64_t i) {
+        const int64_t group = i * step, end = std::min(group + step, groups);
+        const int64_t row0 = group * GROUP, width = std::min(end * GROUP, down.rows) - row0;
+        for (int64_t t = 0; t < tokens; t++) std::memset(y + t * down.rows + row0, 0, width * sizeof(float));
+        for (const Expert& expert : experts)
+            for (int64_t from = 0; from < expert.count; from += TOKEN_BLOCK) {
+                const int64_t count = std::min(TOKEN_BLOCK, expert.count - from);
+                const Selection selected{hidden, count, expert.slot + from, nullptr};
+                multiply(expert.down, group, end, selected, [&](int64_t row, int64_t k, Vec v) {
+                    const int64_t t = expert.tokens ? expert.tokens[from + k] : from + k;
+                    const Vec weight = splat(expert.weights ? expert.weights[from + k] : 1.0f);
+                    const int64_t valid = std::min(end * GROUP, down.rows) - row;
+                    float* out = y + t * down.rows + row;
+                    float old[LANES] = {};
+                    std::memcpy(old, out, std::min<int64_t>(valid, LANES) * sizeof(float));
+                    store_lanes(out, fma(v, weight, load(old)), valid);
+                });
+            }
+    });
+}
+
+// Cut gate, up and down out of an expert's record, as `layout.ExpertLayout` puts them there.
+Expert expert_at(const uint8_t* record, int32_t format, int64_t hidden, int64_t intermediate) {
+    Expert expert{};
+    Matrix* matrices[] = {&expert.gate, &expert.up, &expert.down};
+    for (Matrix* m : matrices) {
+        const bool down = m == &expert.down;
+        *m = {record, nullptr, down ? hidden : intermediate, down ? intermediate : hidden, format};
+        m->scales = reinterpret_cast<const uint16_t*>(record + m->code_bytes());
+        record += m->nbytes();
+    }
+    return expert;
+}
+
+}  // namespace
+
+void heads_linear(const float* x, int64_t tokens, int64_t heads, const Matrix& m, float* y) {
+    thread_local Scratch scratch;
+    Activations input(scratch, tokens * heads, m.cols, m.format);
+    each_row(tokens * heads, [&](int64_t row) {  // row: head by head, so that a head's tokens lie together
+        const int64_t head = row / tokens, t = row % tokens;
+        input.quantize(row, x + (t * heads + head) * m.cols, m.cols);
+    });
+    const int64_t head_groups = m.groups() / heads, step = std::min(item_groups(m, tokens), head_groups);
+    const int64_t per_head = ceil_div(head_groups, step), passes = ceil_div(tokens, TOKEN_BLOCK);
+    parallel(passes * heads * per_head, [&](int64_t i) {
+        const int64_t head = i % (heads * per_head) / per_head, from = i / (heads * per_head) * TOKEN_BLOCK;
+        const int64_t group = head * head_groups + i % per_head * step;
+        const int64_t end = std::min(group + step, (head + 1) * head_groups);
+        const Selection selected{input, std::min(TOKEN_BLOCK, tokens - from), head * tokens + from, nullptr};
+        multiply(m, group, end, selected, [&](int64_t row, int64_t t, Vec v) {
+            store_lanes(y + (from + t) * m.rows + row, v, std::min(end * GROUP, m.rows) - row);
+        });
+    });
+}
+
+}  // namespace dsv2
+
+using namespace dsv2;
+
+API void dsv2_linear(const float* x, int64_t tokens, int64_t heads, const Matrix* m, float* y) {
+    heads_linear(x, tokens, heads, *m, y);
+}
+
+API void dsv2_swiglu(const float* x, int64_t tokens, const Matrix* gate, const Matrix* up, const Matrix* down, float* y) {
+    mixture(x, tokens, {{*gate, *up, *down, tokens, 0, nullptr, nullptr}}, y);
+}
+
+// records [experts, stride]; ids [tokens, k] below `experts`; weights [tokens, k]; y [tokens, hidden].
+API void dsv2_experts(const float* x, int64_t tokens, const uint8_t* records, int64_t stride, int64_t experts,
+                      int32_t format, int64_t hidden, int64_t intermediate, const int64_t* ids, const float* weights,
+                      int64_t k, float* y) {
+    std::vector<int64_t> begin(experts + 1, 0);
+    for (int64_t i = 0; i < tokens * k; i++) begin[ids[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) begin[e + 1] += begin[e];
+    std::vector<int32_t> order(tokens * k);
+    std::vector<float> share(tokens * k);
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < tokens * k; i++) {
+        const int64_t slot = next[ids[i]]++;
+        order[slot] = int32_t(i / k);
+        share[slot] = weights[i];
+    }
+    std::vector<Expert> used;
+    for (int64_t e = 0; e < experts; e++) {
+        if (begin[e] == begin[e + 1]) continue;
+        used.push_back(expert_at(records + e * stride, format, hidden, intermediate));
+        used.back().count = begin[e + 1] - begin[e];
+        used.back().slot = begin[e];
+        used.back().tokens = order.data() + begin[e];
+        used.back().weights = share.data() + begin[e];
+    }
+    mixture(x, tokens, used, y);
+}
+
+// Read the bytes once with all threads: what memory gives when nothing is computed. Returns their sum as numbers.
+API uint64_t dsv2_read(const uint8_t* data, int64_t nbytes) {
+    typedef uint64_t Long __attribute__((vector_size(LANES * 4)));
+    constexpr int64_t CHUNK = 1 << 20, STRIDE = 4 * sizeof(Long);
+    std::vector<uint64_t> sums(ceil_div(nbytes, CHUNK));
+    parallel(int64_t(sums.size()), [&](int64_t i) {
+        const uint8_t* p = data + i * CHUNK;
+        const int64_t n = std::min(CHUNK, nbytes - i * CHUNK) / STRIDE * STRIDE;
+        Long total[4] = {};
+        for (int64_t at = 0; at < n; at += STRIDE)
+            for (int k = 0; k < 4; k++) {
+                Long v;
+                std::memcpy(&v, p + at + k * sizeof v, sizeof v);
+                total[k] += v;
+            }
+        const Long all = total[0] + total[1] + total[2] + total[3];
+        for (size_t k = 0; k < sizeof(Long) / 8; k++) sums[i] += all[k];
+    });
+    uint64_t total = 0;
+    for (uint64_t s : sums) total += s;
+    return total;
+}

@@ -1,0 +1,286 @@
+// Stored matrices, quantised activations, and the product of some rows of the one with some of the other.
+//
+// Activations are quantised to int8 with one scale per 64 columns, so that a block of a product is an exact sum of
+// integers; blocks are added in fp32 in the order of columns, whatever the number of tokens. One token at a time or a
+// thousand at once, every instruction set: the same numbers, up to the rounding of fused multiply-add.
+#pragma once
+
+#include <cstdlib>
+
+#include <algorithm>
+#include <new>
+
+#include "simd.hpp"
+
+namespace dsv2 {
+
+enum Format : int32_t { NF4 = 0, INT8 = 1 };
+
+// As `kernels/layout.py` lays it out. Python fills in this struct; keep `__init__.py` in step.
+struct Matrix {
+    const uint8_t* codes;
+    const uint16_t* scales;
+    int64_t rows, cols;
+    int32_t format;
+
+    int64_t blocks() const { return (cols + BLOCK - 1) / BLOCK; }
+    int64_t groups() const { return (rows + GROUP - 1) / GROUP; }
+    int64_t tile_bytes() const { return format == NF4 ? GROUP * BLOCK / 2 : GROUP * BLOCK; }
+    int64_t code_bytes() const { return groups() * blocks() * tile_bytes(); }
+    int64_t nbytes() const { return code_bytes() + groups() * blocks() * GROUP * 2; }
+    const uint8_t* group_codes(int64_t group) const { return codes + group * blocks() * tile_bytes(); }
+    const uint16_t* group_scales(int64_t group) const { return scales + group * blocks() * GROUP; }
+
+    // Row `row` in fp32, one number every `stride`: for the few places that want plain numbers.
+    void dequantize_row(int64_t row, float* out, int64_t stride) const;
+};
+
+// Memory that a thread keeps for its next call.
+class Scratch {
+  public:
+    ~Scratch() { std::free(data_); }
+    template <class T>
+    T* reserve(int64_t count) {
+        const size_t bytes = (size_t(count) * sizeof(T) + 127) / 64 * 64;
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = bytes;
+            data_ = std::aligned_alloc(64, bytes);
+            if (!data_) throw std::bad_alloc();
+        }
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Rows of int8 with a scale per block; `starts` is where a block's integer sum begins, so that offset and bias of the
+// format's levels cancel. Made for one format.
+struct Activations {
+    int8_t* codes;    // [rows, blocks * 64]
+    float* scales;    // [rows, blocks], times the format's step
+    int32_t* starts;  // [rows, blocks]
+    int64_t blocks;
+    Format format;
+
+    Activations(Scratch& scratch, int64_t rows, int64_t cols, int32_t matrix_format)
+        : blocks((cols + BLOCK - 1) / BLOCK), format(Format(matrix_format)) {
+        codes = scratch.reserve<int8_t>(rows * blocks * (BLOCK + 8));
+        scales = reinterpret_cast<float*>(codes + rows * blocks * BLOCK);
+        starts = reinterpret_cast<int32_t*>(scales + rows * blocks);
+    }
+
+    // One row from fp32; `cols` short of a block are zeros.
+    void quantize(int64_t row, const float* x, int64_t cols) {
+        for (int64_t b = 0; b < blocks; b++) {
+            if (cols - b * BLOCK >= BLOCK) {
+                quantize_block(row, b, x + b * BLOCK);
+            } else {
+                float padded[BLOCK] = {};
+                std::memcpy(padded, x + b * BLOCK, (cols - b * BLOCK) * sizeof(float));
+                quantize_block(row, b, padded);
+            }
+        }
+    }
+
+    void quantize_block(int64_t row, int64_t b, const float* x) {
+        typedef int8_t Char __attribute__((vector_size(LANES)));
+        Vec largest{};
+        for (int i = 0; i < BLOCK; i += LANES) largest = maximum(largest, absolute(load(x + i)));
+        const float scale = max_lane(largest) / 127.0f, inverse = scale > 1e-30f ? 1.0f / scale : 0.0f;
+        Int total{};
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const Int q = round_to_int(load(x + i) * inverse);
+            const Char bytes = __builtin_convertvector(q, Char);
+            std::memcpy(codes + (row * blocks + b) * BLOCK + i, &bytes, sizeof bytes);
+            total += q;
+        }
+        int32_t count = 0;
+        for (int i = 0; i < LANES; i++) count += total[i];
+        const bool nf4 = format == NF4;
+        scales[row * blocks + b] = nf4 ? scale * NF4_STEP : scale;
+        starts[row * blocks + b] = -LEVEL_OFFSET * count - (nf4 ? int32_t(std::lrint(NF4_BIAS * float(count))) : 0);
+    }
+};
+
+// Which rows of `all` a product takes: index[0..count), or the `count` rows from `first` on when there is no index.
+struct Selection {
+    const Activations& all;
+    int64_t count;
+    int64_t first;
+    const int32_t* index;
+
+    int64_t row(int64_t i) const { return index ? index[i] : first + i; }
+    Selection part(int64_t from, int64_t n) const {
+        return {all, n, first + from, index ? index + from : nullptr};
+    }
+};
+
+// Registers of one tile of a product: TILE_TOKENS x TILE_PANELS sums of integers and as many of floats.
+#if DSV2_AVX512
+constexpr int TILE_TOKENS = 6, TILE_PANELS = 2;
+#else
+constexpr int TILE_TOKENS = 4, TILE_PANELS = 1;
+#endif
+// Tokens that one pass over unpacked rows serves; their activations should stay in the second cache.
+constexpr int64_t TOKEN_BLOCK = 256;
+
+// Bytes ahead of the multiplication that codes are fetched into the second cache.
+constexpr int64_t AHEAD = 1 << 14;
+
+// LANES rows of a matrix; the second group is the first again where there is none (its lanes are then unused).
+template <int FORMAT>
+struct Panel {
+    const uint8_t *first, *second;
+    const uint16_t *first_scales, *second_scales;
+
+    Panel(const Matrix& m, int64_t group) {
+        const int64_t other = std::min(group + PANEL_GROUPS - 1, m.groups() - 1);
+        first = m.group_codes(group);
+        second = m.group_codes(other);
+        first_scales = m.group_scales(group);
+        second_scales = m.group_scales(other);
+    }
+
+    static constexpr int64_t TILE = FORMAT == NF4 ? GROUP * BLOCK / 2 : GROUP * BLOCK;
+
+    Vec scales(int64_t b) const { return load_scales(first_scales + b * GROUP, second_scales + b * GROUP); }
+
+    // Call use(quad, levels) for the 16 quads of columns of block b.
+    template <class Use>
+    void levels(int64_t b, Use&& use) const {
+        const uint8_t *p = first + b * TILE, *q = second + b * TILE;
+        for (int64_t i = 0; i < TILE; i += 64) {  // the next panel's: the hardware stops at every page
+            __builtin_prefetch(p + AHEAD + i, 0, 2);
+            if (PANEL_GROUPS > 1) __builtin_prefetch(q + AHEAD + i, 0, 2);
+        }
+        for (int i = 0; i < 8; i++) {
+            if (FORMAT == NF4) {
+                Levels low, high;
+                nf4_levels(p + i * 32, q + i * 32, low, high);
+                use(2 * i, low);
+                use(2 * i + 1, high);
+            } else {
+                use(2 * i, int8_levels(p + i * 64, q + i * 64));
+                use(2 * i + 1, int8_levels(p + i * 64 + 32, q + i * 64 + 32));
+            }
+        }
+    }
+};
+
+// One token: codes go from memory through registers into the sum, once.
+template <int FORMAT>
+inline Vec stream(const Panel<FORMAT>& panel, const Activations& x, int64_t row) {
+    const int8_t* codes = x.codes + row * x.blocks * BLOCK;
+    const float* scales = x.scales + row * x.blocks;
+    const int32_t* starts = x.starts + row * x.blocks;
+    Vec total{};
+    for (int64_t b = 0; b < x.blocks; b++) {
+        Int even = splat_int(starts[b]), odd{};  // two sums, since one would wait for itself
+        panel.levels(b, [&](int quad, Levels levels) {
+            Int& sum = quad % 2 ? odd : even;
+            sum = dot(sum, levels, codes + b * BLOCK + quad * 4);
+        });
+        total = fma(to_float(even + odd), panel.scales(b) * scales[b], total);
+    }
+    return total;
+}
+
+// A panel unpacked, to be used by many tokens.
+struct Unpacked {
+    const Levels* levels;  // [blocks, 16]
+    const Vec* scales;     // [blocks]
+};
+
+template <int TOKENS, int PANELS>
+inline void tile(const Unpacked (&panels)[PANELS], const Selection& x, int64_t from, Vec (&out)[PANELS][TOKENS]) {
+    const int64_t blocks = x.all.blocks;
+    int64_t rows[TOKENS];
+    for (int t = 0; t < TOKENS; t++) rows[t] = x.row(from + t) * blocks;
+    for (int p = 0; p < PANELS; p++)
+        for (int t = 0; t < TOKENS; t++) out[p][t] = Vec{};
+    for (int64_t b = 0; b < blocks; b++) {
+        Int sums[PANELS][TOKENS];
+        for (int t = 0; t < TOKENS; t++)
+            for (int p = 0; p < PANELS; p++) sums[p][t] = splat_int(x.all.starts[rows[t] + b]);
+        for (int quad = 0; quad < 16; quad++) {
+            Levels levels[PANELS];
+            for (int p = 0; p < PANELS; p++) levels[p] = load_levels(panels[p].levels + b * 16 + quad);
+            for (int t = 0; t < TOKENS; t++)
+                for (int p = 0; p < PANELS; p++)
+                    sums[p][t] = dot(sums[p][t], levels[p], x.all.codes + (rows[t] + b) * BLOCK + quad * 4);
+        }
+        for (int p = 0; p < PANELS; p++) {
+            const Vec scales = panels[p].scales[b];
+            for (int t = 0; t < TOKENS; t++)
+                out[p][t] = fma(to_float(sums[p][t]), scales * x.all.scales[rows[t] + b], out[p][t]);
+        }
+    }
+}
+
+// `tile` for the last tokens, fewer than a full tile.
+template <int TOKENS, int PANELS, class Sink>
+inline void tiles(const Unpacked (&panels)[PANELS], const Selection& x, int64_t from, int64_t row, Sink& sink) {
+    if constexpr (TOKENS > 0) {
+        for (; x.count - from >= TOKENS; from += TOKENS) {
+            Vec out[PANELS][TOKENS];
+            tile<TOKENS, PANELS>(panels, x, from, out);
+            for (int p = 0; p < PANELS; p++)
+                for (int t = 0; t < TOKENS; t++) sink(row + p * LANES, from + t, out[p][t]);
+        }
+        tiles<TOKENS - 1, PANELS>(panels, x, from, row, sink);
+    }
+}
+
+template <int FORMAT, int PANELS, class Sink>
+inline void multiply_panels(const Matrix& m, int64_t group, const Selection& x, Sink& sink) {
+    thread_local Scratch scratch;
+    const int64_t blocks = m.blocks();
+    Levels* levels = scratch.reserve<Levels>(PANELS * blocks * 17);
+    Unpacked panels[PANELS];
+    for (int p = 0; p < PANELS; p++) {
+        const Panel<FORMAT> panel(m, group + p * PANEL_GROUPS);
+        Levels* unpacked = levels + p * blocks * 16;
+        Vec* scales = reinterpret_cast<Vec*>(levels + PANELS * blocks * 16) + p * blocks;
+        for (int64_t b = 0; b < blocks; b++) {
+            panel.levels(b, [&](int quad, Levels value) { unpacked[b * 16 + quad] = value; });
+            scales[b] = panel.scales(b);
+        }
+        panels[p] = {unpacked, scales};
+    }
+    tiles<TILE_TOKENS, PANELS>(panels, x, 0, group * GROUP, sink);
+}
+
+template <int FORMAT, class Sink>
+inline void multiply_format(const Matrix& m, int64_t group, int64_t end, const Selection& x, Sink& sink) {
+    if (x.count == 1) {
+        const int64_t row = x.row(0);
+        for (; group < end; group += PANEL_GROUPS)
+            sink(group * GROUP, 0, stream(Panel<FORMAT>(m, group), x.all, row));
+        return;
+    }
+    for (; end - group >= TILE_PANELS * PANEL_GROUPS; group += TILE_PANELS * PANEL_GROUPS)
+        multiply_panels<FORMAT, TILE_PANELS>(m, group, x, sink);
+    for (; group < end; group += PANEL_GROUPS) multiply_panels<FORMAT, 1>(m, group, x, sink);
+}
+
+// Rows [group * 8, end * 8) of m times the selected activations: sink(row, i, value) gets LANES rows from `row` on of
+// the i-th selected; lanes past the end of the range are to be ignored.
+template <class Sink>
+inline void multiply(const Matrix& m, int64_t group, int64_t end, const Selection& x, Sink&& sink) {
+    if (m.format == NF4) multiply_format<NF4>(m, group, end, x, sink);
+    else multiply_format<INT8>(m, group, end, x, sink);
+}
+
+// The first `count` lanes (all, if there are more).
+inline void store_lanes(float* p, Vec v, int64_t count) {
+    if (count >= LANES) store(p, v);
+    else std::memcpy(p, &v, std::max<int64_t>(count, 0) * sizeof(float));
+}
+
+// y [tokens, rows] = x · mᵀ, where x is [tokens, heads, cols] and the rows of m are divided among the heads (8 by 8).
+void heads_linear(const float* x, int64_t tokens, int64_t heads, const Matrix& m, float* y);
+
+}  // namespace dsv2

@@ -1,0 +1,160 @@
+#include "pool.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dsv2 {
+namespace {
+
+// Longer than the pause between two kernels of a step, shorter than anybody notices.
+constexpr auto SPIN = std::chrono::microseconds(200);
+
+// The state of a parallel call in one word, so that an item is claimed from the call it was read from and no other:
+// a number that changes with every call (16 bits), its items (24 bits) and the next one to be claimed (24 bits).
+constexpr int FIELD = 24;
+constexpr uint64_t MASK = (uint64_t(1) << FIELD) - 1;
+
+inline uint64_t items_of(uint64_t ticket) { return ticket >> FIELD & MASK; }
+inline uint64_t next_of(uint64_t ticket) { return ticket & MASK; }
+
+inline void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+class Pool {
+  public:
+    ~Pool() { stop(); }
+
+    void resize(int count, const int32_t* cpus) {
+        std::lock_guard<std::mutex> turn(turn_);
+        stop();
+        stopping_ = false;
+        for (int i = 1; i < count; i++) {
+            workers_.emplace_back([this] { work(); });
+            if (cpus) pin(workers_.back(), cpus[i]);
+        }
+    }
+
+    int size() const { return int(workers_.size()) + 1; }
+
+    void run(int64_t items, void (*fn)(const void*, int64_t), const void* context) {
+        if (items <= 0) return;
+        std::lock_guard<std::mutex> turn(turn_);
+        while (items > int64_t(MASK)) {  // more than a ticket counts: the caller's own share
+            fn(context, --items);
+        }
+        if (workers_.empty() || items == 1) {
+            for (int64_t item = 0; item < items; item++) fn(context, item);
+            return;
+        }
+        fn_ = fn;
+        context_ = context;
+        done_.store(0, std::memory_order_relaxed);
+        const uint64_t call = (ticket_.load(std::memory_order_relaxed) >> 2 * FIELD) + 1;
+        ticket_.store(call << 2 * FIELD | uint64_t(items) << FIELD, std::memory_order_seq_cst);
+        if (sleeping_.load(std::memory_order_seq_cst)) wake();
+        while (claim()) {
+        }
+        for (int spins = 0; done_.load(std::memory_order_acquire) < items; spins++) {
+            if (spins < 20000) pause();
+            else sched_yield();  // whoever has the last item may be waiting for this very core
+        }
+    }
+
+  private:
+    // Do one item if there is one.
+    bool claim() {
+        uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        do {
+            if (next_of(ticket) >= items_of(ticket)) return false;
+        } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
+        // The claim holds the call open, so these are the claimed call's.
+        fn_(context_, int64_t(next_of(ticket)));
+        done_.fetch_add(1, std::memory_order_release);
+        return true;
+    }
+
+    void work() {
+        while (!stopping_.load(std::memory_order_acquire)) {
+            while (claim()) {
+            }
+            const auto until = std::chrono::steady_clock::now() + SPIN;
+            while (!available() && std::chrono::steady_clock::now() < until)
+                for (int i = 0; i < 20; i++) pause();
+            if (!available()) sleep();
+        }
+    }
+
+    bool available() const {
+        const uint64_t ticket = ticket_.load(std::memory_order_seq_cst);
+        return next_of(ticket) < items_of(ticket) || stopping_.load(std::memory_order_acquire);
+    }
+
+    void sleep() {
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        awake_.wait(lock, [this] { return available(); });
+        sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+
+    void wake() {
+        std::lock_guard<std::mutex> lock(sleep_);
+        awake_.notify_all();
+    }
+
+    void stop() {
+        stopping_ = true;
+        wake();
+        for (auto& worker : workers_) worker.join();
+        workers_.clear();
+    }
+
+    static void pin(std::thread& thread, int cpu) {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(cpu, &set);
+        pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);  // refused: it runs where it may
+    }
+
+    std::mutex turn_, sleep_;
+    std::condition_variable awake_;
+    std::vector<std::thread> workers_;
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<int64_t> done_{0};
+    alignas(64) std::atomic<int> sleeping_{0};
+    std::atomic<bool> stopping_{false};
+    void (*fn_)(const void*, int64_t) = nullptr;
+    const void* context_ = nullptr;
+};
+
+// Never destroyed: a worker may still be asleep when the process ends.
+Pool& pool() {
+    static Pool& instance = *new Pool;
+    return instance;
+}
+
+}  // namespace
+
+void set_threads(int count, const int32_t* cpus) { pool().resize(count, cpus); }
+int threads() { return pool().size(); }
+void run(int64_t items, void (*fn)(const void*, int64_t), const void* context) { pool().run(items, fn, context); }
+
+}  // namespace dsv2
+
+#include "api.hpp"
+
+API void dsv2_set_threads(int32_t count, const int32_t* cpus) { dsv2::set_threads(count, cpus); }
+API int32_t dsv2_threads() { return dsv2::threads(); }

@@ -1,0 +1,25 @@
+"""Which kernels a test runs on: those that the program would choose, unless it asks for others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from dsv2_local.kernels import cpu
+
+
+@contextmanager
+def kernels(variant: str) -> Iterator[None]:
+    """Compute with this variant, or with "reference", until the end of the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu.VARIABLE, variant)
+        cpu.kernels.cache_clear()
+        yield
+    cpu.kernels.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def reference_kernels() -> Iterator[None]:
+    """The torch reference: exact in fp32, where the native kernels quantise activations."""
+    with kernels(cpu.REFERENCE):
+        yield

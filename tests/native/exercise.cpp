@@ -1,0 +1,164 @@
+// Runs every entry point of the native kernels on awkward shapes, for the sanitizers (tools/sanitize). Results are
+// checked in Python; here they only have to be finite. Buffers are exactly as large as the interface promises.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "matrix.hpp"
+
+using dsv2::Matrix;
+
+extern "C" {
+void dsv2_set_threads(int32_t, const int32_t*);
+uint64_t dsv2_read(const uint8_t*, int64_t);
+void dsv2_linear(const float*, int64_t, int64_t, const Matrix*, float*);
+void dsv2_swiglu(const float*, int64_t, const Matrix*, const Matrix*, const Matrix*, float*);
+void dsv2_experts(const float*, int64_t, const uint8_t*, int64_t, int64_t, int32_t, int64_t, int64_t, const int64_t*,
+                  const float*, int64_t, float*);
+void dsv2_attention(const float*, const float*, const uint16_t*, const Matrix*, const Matrix*, float, int64_t, int64_t,
+                    int64_t, int64_t, int32_t, float*);
+void dsv2_rms_norm(const float*, int64_t, int64_t, const float*, float, float*);
+void dsv2_latents(const float*, int64_t, int64_t, int64_t, const float*, float, const float*, uint16_t*);
+void dsv2_route(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int32_t, float, int64_t*,
+                float*);
+void dsv2_embedding(const int64_t*, int64_t, const Matrix*, float*);
+void dsv2_quantize_nf4(const float*, int64_t, int64_t, uint8_t*, uint16_t*);
+void dsv2_quantize_int8(const float*, int64_t, int64_t, uint8_t*, uint16_t*);
+}
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+std::vector<float> numbers(int64_t count) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(count);
+    for (float& v : x) v = normal(random_bits);
+    return x;
+}
+
+void finite(const char* what, const std::vector<float>& y) {
+    for (float v : y)
+        if (!std::isfinite(v)) {
+            std::printf("%s: not finite\n", what);
+            std::exit(1);
+        }
+}
+
+int64_t nbytes(int64_t rows, int64_t cols, int32_t format) { return Matrix{nullptr, nullptr, rows, cols, format}.nbytes(); }
+
+// Quantise random numbers into `at`, as a record holds a matrix.
+Matrix fill(uint8_t* at, int64_t rows, int64_t cols, int32_t format) {
+    Matrix m{at, nullptr, rows, cols, format};
+    uint16_t* scales = reinterpret_cast<uint16_t*>(at + m.code_bytes());
+    m.scales = scales;
+    (format ? dsv2_quantize_int8 : dsv2_quantize_nf4)(numbers(rows * cols).data(), rows, cols, at, scales);
+    return m;
+}
+
+struct Stored {
+    std::unique_ptr<uint8_t[]> bytes;
+    Matrix m;
+    Stored(int64_t rows, int64_t cols, int32_t format)
+        : bytes(new uint8_t[nbytes(rows, cols, format)]), m(fill(bytes.get(), rows, cols, format)) {}
+};
+
+void products(int32_t format) {
+    for (int64_t tokens : {1, 2, 7, 300})
+        for (int64_t rows : {1, 24, 72})
+            for (int64_t cols : {5, 64, 200}) {
+                const Stored weight(rows, cols, format);
+                std::vector<float> y(tokens * rows);
+                dsv2_linear(numbers(tokens * cols).data(), tokens, 1, &weight.m, y.data());
+                finite("linear", y);
+                std::vector<int64_t> ids(tokens);
+                for (auto& id : ids) id = random_bits() % rows;
+                std::vector<float> embedded(tokens * cols);
+                dsv2_embedding(ids.data(), tokens, &weight.m, embedded.data());
+                finite("embedding", embedded);
+            }
+}
+
+void mixtures(int32_t format) {
+    for (int64_t tokens : {1, 3, 270})
+        for (int64_t hidden : {64, 100})
+            for (int64_t intermediate : {44, 128}) {
+                const Stored gate(intermediate, hidden, format), up(intermediate, hidden, format), down(hidden, intermediate, format);
+                std::vector<float> y(tokens * hidden);
+                const auto x = numbers(tokens * hidden);
+                dsv2_swiglu(x.data(), tokens, &gate.m, &up.m, &down.m, y.data());
+                finite("swiglu", y);
+                const int64_t E = 6, K = 2, wide = nbytes(intermediate, hidden, format);
+                const int64_t record = 2 * wide + nbytes(hidden, intermediate, format);
+                std::unique_ptr<uint8_t[]> records(new uint8_t[E * record]);
+                for (int64_t e = 0; e < E; e++) {
+                    fill(records.get() + e * record, intermediate, hidden, format);
+                    fill(records.get() + e * record + wide, intermediate, hidden, format);
+                    fill(records.get() + e * record + 2 * wide, hidden, intermediate, format);
+                }
+                std::vector<int64_t> ids(tokens * K);
+                std::vector<float> weights(tokens * K);
+                const auto gates = numbers(E * hidden);
+                dsv2_route(x.data(), tokens, hidden, gates.data(), E, K, 3, 2, tokens % 2, 1.0f, ids.data(), weights.data());
+                dsv2_experts(x.data(), tokens, records.get(), record, E, format, hidden, intermediate, ids.data(),
+                             weights.data(), K, y.data());
+                finite("experts", y);
+            }
+}
+
+void attention() {
+    const int64_t H = 3, N = 16, P = 6, C = 40, V = 24;
+    const Stored uk(H * C, N, 1), uv(H * V, C, 1);
+    for (int64_t tokens : {1, 5, 90})
+        for (int64_t cached : {0, 3, 600}) {
+            const auto kv_a = numbers((cached + tokens) * (C + P)), weight = numbers(C), rotation = numbers((cached + tokens) * P);
+            std::vector<uint16_t> rows((cached + tokens) * (C + P));
+            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), rows.data());
+            for (int absorb : {0, 1}) {
+                std::vector<float> out(tokens * H * V);
+                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.data(), &uk.m, &uv.m, 0.1f, tokens,
+                               cached + tokens, H, P, absorb, out.data());
+                finite("attention", out);
+            }
+        }
+}
+
+void everything() {
+    for (int32_t format : {0, 1}) {
+        products(format);
+        mixtures(format);
+    }
+    attention();
+    std::vector<float> y(7 * 100);
+    dsv2_rms_norm(numbers(700).data(), 7, 100, numbers(100).data(), 1e-6f, y.data());
+    finite("rms_norm", y);
+    const std::vector<uint8_t> bytes(3'000'001, 1);
+    dsv2_read(bytes.data(), int64_t(bytes.size()));
+}
+
+}  // namespace
+
+int main() {
+    for (int count : {4, 1, 3}) {
+        dsv2_set_threads(count, nullptr);
+        everything();
+    }
+    dsv2_set_threads(4, nullptr);
+    const Stored weight(256, 256, 0);  // callers from several threads share the pool
+    const auto x = numbers(5 * 256);
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 3; i++)
+        callers.emplace_back([&] {
+            for (int k = 0; k < 50; k++) {
+                std::vector<float> y(5 * 256);
+                dsv2_linear(x.data(), 5, 1, &weight.m, y.data());
+            }
+        });
+    for (auto& caller : callers) caller.join();
+    dsv2_set_threads(1, nullptr);
+    std::puts("ok");
+}
