@@ -322,9 +322,9 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_alone(dsv2):
     dsv2.expect(r"\[\?2004h")  # the prompt is there again
     dsv2.send("Tell me everything.\r")
     dsv2.expect(r"\[\?2004l")  # prompt_toolkit has let go of the terminal: the answer is being made
-    for _ in range(50):  # one that comes before the answer has begun is prompt_toolkit's, and lost
+    for _ in range(20):  # one that comes before the answer has begun is prompt_toolkit's, and lost
         dsv2.send("\x03")
-        if dsv2.expect(["stopped by Ctrl-C|taken back", pexpect.TIMEOUT], timeout=0.1) == 0:
+        if dsv2.expect(["stopped by Ctrl-C|taken back", pexpect.TIMEOUT], timeout=0.4) == 0:
             break
     else:
         pytest.fail("Ctrl-C did not stop the answer")

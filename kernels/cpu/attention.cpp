@@ -68,63 +68,76 @@ void score(const Query* queries, int64_t padded, const uint16_t* latents, int64_
                     sums[r][k] = dot_add(sums[r][k], load_query(queries + r * padded + whole), load_latent(tail));
             }
         }
-        for (int r = 0; r < ROWS; r++)
-            for (int k = 0; k < 4; k++)
-                if (s + k < n) scores[r][s + k] = sum(sums[r][k]);
+        for (int r = 0; r < ROWS; r++) sum_four(sums[r], scores[r] + s);  // past n: not read
     }
 }
 
-// out[r][c] += Σ_s weights[r][s] · latents[s][c]; n is even, and rows from `last` on repeat row `last` with weight 0.
+// What a position's weights are kept as for `mix_columns`, and how many positions meet in one instruction.
 #if DSV2_AVX512 && defined(__AVX512BF16__)
-// Two positions meet in one instruction: their numbers are interleaved, which permutes the lanes until the end.
-void mix_block(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, int64_t last, float* out,
-               int64_t C) {
-    Vec sums[ROWS][2] = {};
-    for (int64_t s = 0; s < n; s += 2) {
-        const __m512i a = _mm512_loadu_si512(latents + std::min(s, last) * width);
-        const __m512i b = _mm512_loadu_si512(latents + std::min(s + 1, last) * width);
-        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
-        for (int r = 0; r < ROWS; r++) {
-            const uint32_t pair = to_bf16(weights[r][s]) | uint32_t(to_bf16(weights[r][s + 1])) << 16;
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(int32_t(pair));
-            sums[r][0] = dot_add(sums[r][0], both, low);
-            sums[r][1] = dot_add(sums[r][1], both, high);
-        }
-    }
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int r = 0; r < ROWS; r++) {
-        float* to = out + r * C;
-        store(to, load(to) + (Vec)_mm512_permutex2var_ps((__m512)sums[r][0], first, (__m512)sums[r][1]));
-        store(to + LANES, load(to + LANES) + (Vec)_mm512_permutex2var_ps((__m512)sums[r][0], second, (__m512)sums[r][1]));
-    }
+constexpr int TOGETHER = 2;
+inline void pack_weights(const float* weights, uint32_t* packed) {
+    for (int64_t s = 0; s < CHUNK; s += 2)
+        packed[s / 2] = to_bf16(weights[s]) | uint32_t(to_bf16(weights[s + 1])) << 16;
 }
-constexpr int MIX = 2 * LANES;
 #else
-void mix_block(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, int64_t last, float* out,
-               int64_t C) {
-    Vec sums[ROWS][2] = {};
-    for (int64_t s = 0; s < n; s++) {
-        const uint16_t* row = latents + std::min(s, last) * width;
-        const Vec a = load_bf16(row), b = load_bf16(row + LANES);
-        for (int r = 0; r < ROWS; r++) {
-            const Vec weight = splat(weights[r][s]);
-            sums[r][0] = fma(weight, a, sums[r][0]);
-            sums[r][1] = fma(weight, b, sums[r][1]);
-        }
-    }
-    for (int r = 0; r < ROWS; r++)
-        for (int k = 0; k < 2; k++) {
-            float* to = out + r * C + k * LANES;
-            store(to, load(to) + sums[r][k]);
-        }
-}
-constexpr int MIX = 2 * LANES;
+constexpr int TOGETHER = 1;
+inline void pack_weights(const float* weights, uint32_t* packed) { std::memcpy(packed, weights, CHUNK * sizeof *packed); }
 #endif
 
+// out[r][c] += Σ_s weights[r][s] · latents[s][c] for VECS pairs of registers of columns and n positions. Weights from n
+// on are 0, so that a last row without a partner meets itself.
+template <int VECS>
+inline void mix_columns(const uint32_t (*packed)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, float* out,
+                        int64_t C) {
+    Vec sums[ROWS][2 * VECS] = {};
+    for (int64_t s = 0; s < n; s += TOGETHER) {
+        const uint16_t* row = latents + s * width;
+#if DSV2_AVX512 && defined(__AVX512BF16__)
+        // The numbers of two positions are interleaved, which permutes the lanes until the end.
+        const uint16_t* next = s + 1 < n ? row + width : row;
+        __m512bh columns[2 * VECS];
+        for (int v = 0; v < VECS; v++) {
+            const __m512i a = _mm512_loadu_si512(row + v * 2 * LANES), b = _mm512_loadu_si512(next + v * 2 * LANES);
+            columns[2 * v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+            columns[2 * v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            const __m512bh weight = (__m512bh)_mm512_set1_epi32(int32_t(packed[r][s / 2]));
+            for (int v = 0; v < 2 * VECS; v++) sums[r][v] = dot_add(sums[r][v], weight, columns[v]);
+        }
+#else
+        Vec columns[2 * VECS];
+        for (int v = 0; v < 2 * VECS; v++) columns[v] = load_bf16(row + v * LANES);
+        for (int r = 0; r < ROWS; r++) {
+            float weight;
+            std::memcpy(&weight, &packed[r][s], 4);
+            for (int v = 0; v < 2 * VECS; v++) sums[r][v] = fma(splat(weight), columns[v], sums[r][v]);
+        }
+#endif
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECS; v++) {
+            float* to = out + r * C + v * 2 * LANES;
+            Vec low = sums[r][2 * v], high = sums[r][2 * v + 1];
+#if DSV2_AVX512 && defined(__AVX512BF16__)
+            const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+            const __m512 a = (__m512)low, b = (__m512)high;
+            low = (Vec)_mm512_permutex2var_ps(a, first, b), high = (Vec)_mm512_permutex2var_ps(a, second, b);
+#endif
+            store(to, load(to) + low);
+            store(to + LANES, load(to + LANES) + high);
+        }
+}
+
 void mix(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, float* out, int64_t C) {
+    constexpr int VECS = DSV2_AVX512 + 1;  // as many registers as there are
+    constexpr int64_t COLUMNS = 2 * LANES;
+    alignas(64) uint32_t packed[ROWS][CHUNK];
+    for (int r = 0; r < ROWS; r++) pack_weights(weights[r], packed[r]);
     int64_t c = 0;
-    for (; c + MIX <= C; c += MIX) mix_block(weights, latents + c, width, round_up(n, 2), n - 1, out + c, C);
+    for (; c + VECS * COLUMNS <= C; c += VECS * COLUMNS) mix_columns<VECS>(packed, latents + c, width, n, out + c, C);
+    for (; c + COLUMNS <= C; c += COLUMNS) mix_columns<1>(packed, latents + c, width, n, out + c, C);
     for (; c < C; c++)
         for (int r = 0; r < ROWS; r++)
             for (int64_t s = 0; s < n; s++) out[r * C + c] += weights[r][s] * from_bf16(latents[s * width + c]);

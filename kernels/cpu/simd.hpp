@@ -17,6 +17,12 @@
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define DSV2_AVX2 1
 #endif
+#ifndef DSV2_AVX512
+#define DSV2_AVX512 0
+#endif
+#ifndef DSV2_AVX2
+#define DSV2_AVX2 0
+#endif
 
 namespace dsv2 {
 
@@ -63,6 +69,24 @@ inline float sum(Vec v) {
         for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
     total = lanes[0];
     return total;
+#endif
+}
+
+// out[i] = the sum of v[i]'s lanes, for four at once.
+inline void sum_four(const Vec (&v)[4], float* out) {
+#if DSV2_AVX512 || DSV2_AVX2
+#if DSV2_AVX512
+    __m256 half[4];
+    for (int i = 0; i < 4; i++)
+        half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+#else
+    const __m256 half[4] = {(__m256)v[0], (__m256)v[1], (__m256)v[2], (__m256)v[3]};
+#endif
+    const __m256 ab = _mm256_hadd_ps(half[0], half[1]), cd = _mm256_hadd_ps(half[2], half[3]);
+    const __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+    for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
 #endif
 }
 
