@@ -22,9 +22,9 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 
 // ---- absorbed -------------------------------------------------------------------------------------------------------
 
-constexpr int ROWS = 4;            // rows of queries (a token's head each) that share a pass over the cache
-constexpr int64_t CHUNK = 256;     // positions of a pass: with ROWS rows, a piece of work
-constexpr int64_t SPLIT_BELOW = 64;  // fewer passes than this are split along the positions too
+constexpr int ROWS = 8;              // rows of queries (a token's head each) that share a pass over the cache
+constexpr int64_t CHUNK = 256;       // positions of a pass: with ROWS rows, a piece of work
+constexpr int64_t SPLIT_BELOW = 32;  // fewer passes than this are split along the positions too
 
 // What a query row is kept as, and how many numbers of it meet as many of a latent in one instruction.
 #if DSV2_AVX512 && defined(__AVX512BF16__)
@@ -45,30 +45,44 @@ inline Packed load_latent(const uint16_t* p) { return load_bf16(p); }
 inline Vec dot_add(Vec sum, Packed a, Packed b) { return fma(a, b, sum); }
 #endif
 
+constexpr int64_t AHEAD_ROWS = 8;  // positions that are fetched ahead of their scores
+constexpr int TILE = DSV2_AVX512 ? 2 : 1;  // positions, and registers of columns, that ROWS rows meet at a time
+
 // scores[r][s] = queries[r] · latents[s] for s in [0, n); rows of `queries` are `padded` long, zeros past `width`.
 void score(const Query* queries, int64_t padded, const uint16_t* latents, int64_t width, int64_t n, float (*scores)[CHUNK]) {
     const int64_t whole = width / STEP * STEP;
-    for (int64_t s = 0; s < n; s += 4) {
-        const uint16_t* rows[4];
-        for (int k = 0; k < 4; k++) rows[k] = latents + std::min(s + k, n - 1) * width;
-        Vec sums[ROWS][4] = {};
-        for (int64_t d = 0; d < whole; d += STEP) {
-            Packed keys[4];
-            for (int k = 0; k < 4; k++) keys[k] = load_latent(rows[k] + d);
+    for (int64_t s = 0; s < n; s += TILE) {
+        const uint16_t* rows[TILE];
+        for (int k = 0; k < TILE; k++) rows[k] = latents + std::min(s + k, n - 1) * width;
+        Vec sums[TILE][ROWS] = {};
+        const auto meet = [&](int64_t d, const Packed (&keys)[TILE]) {
             for (int r = 0; r < ROWS; r++) {
                 const Packed query = load_query(queries + r * padded + d);
-                for (int k = 0; k < 4; k++) sums[r][k] = dot_add(sums[r][k], query, keys[k]);
+                for (int k = 0; k < TILE; k++) sums[k][r] = dot_add(sums[k][r], query, keys[k]);
             }
+        };
+        Packed keys[TILE];
+        for (int64_t d = 0; d < whole; d += STEP) {
+            for (int k = 0; k < TILE; k++) {
+                __builtin_prefetch(rows[k] + d + AHEAD_ROWS * width, 0, 2);
+                keys[k] = load_latent(rows[k] + d);
+            }
+            meet(d, keys);
         }
         if (whole < width) {  // the last numbers, from a copy that is as long as a register
-            for (int k = 0; k < 4; k++) {
+            for (int k = 0; k < TILE; k++) {
                 uint16_t tail[STEP] = {};
                 std::memcpy(tail, rows[k] + whole, (width - whole) * sizeof *tail);
-                for (int r = 0; r < ROWS; r++)
-                    sums[r][k] = dot_add(sums[r][k], load_query(queries + r * padded + whole), load_latent(tail));
+                keys[k] = load_latent(tail);
             }
+            meet(whole, keys);
         }
-        for (int r = 0; r < ROWS; r++) sum_four(sums[r], scores[r] + s);  // past n: not read
+        for (int k = 0; k < TILE; k++)
+            for (int r = 0; r < ROWS; r += 4) {
+                float four[4];
+                sum_four({sums[k][r], sums[k][r + 1], sums[k][r + 2], sums[k][r + 3]}, four);
+                for (int i = 0; i < 4 && s + k < n; i++) scores[r + i][s + k] = four[i];
+            }
     }
 }
 
@@ -84,60 +98,52 @@ constexpr int TOGETHER = 1;
 inline void pack_weights(const float* weights, uint32_t* packed) { std::memcpy(packed, weights, CHUNK * sizeof *packed); }
 #endif
 
-// out[r][c] += Σ_s weights[r][s] · latents[s][c] for VECS pairs of registers of columns and n positions. Weights from n
-// on are 0, so that a last row without a partner meets itself.
-template <int VECS>
+// out[r][c] += Σ_s weights[r][s] · latents[s][c] for TILE registers of columns and n positions. Weights from n on are 0,
+// so that a last row without a partner meets itself.
 inline void mix_columns(const uint32_t (*packed)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, float* out,
                         int64_t C) {
-    Vec sums[ROWS][2 * VECS] = {};
+    Vec sums[ROWS][TILE] = {};
     for (int64_t s = 0; s < n; s += TOGETHER) {
         const uint16_t* row = latents + s * width;
 #if DSV2_AVX512 && defined(__AVX512BF16__)
         // The numbers of two positions are interleaved, which permutes the lanes until the end.
         const uint16_t* next = s + 1 < n ? row + width : row;
-        __m512bh columns[2 * VECS];
-        for (int v = 0; v < VECS; v++) {
-            const __m512i a = _mm512_loadu_si512(row + v * 2 * LANES), b = _mm512_loadu_si512(next + v * 2 * LANES);
-            columns[2 * v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
-            columns[2 * v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
-        }
+        const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(next);
+        const __m512bh columns[TILE] = {(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)};
         for (int r = 0; r < ROWS; r++) {
             const __m512bh weight = (__m512bh)_mm512_set1_epi32(int32_t(packed[r][s / 2]));
-            for (int v = 0; v < 2 * VECS; v++) sums[r][v] = dot_add(sums[r][v], weight, columns[v]);
+            for (int v = 0; v < TILE; v++) sums[r][v] = dot_add(sums[r][v], weight, columns[v]);
         }
 #else
-        Vec columns[2 * VECS];
-        for (int v = 0; v < 2 * VECS; v++) columns[v] = load_bf16(row + v * LANES);
+        Vec columns[TILE];
+        for (int v = 0; v < TILE; v++) columns[v] = load_bf16(row + v * LANES);
         for (int r = 0; r < ROWS; r++) {
             float weight;
             std::memcpy(&weight, &packed[r][s], 4);
-            for (int v = 0; v < 2 * VECS; v++) sums[r][v] = fma(splat(weight), columns[v], sums[r][v]);
+            for (int v = 0; v < TILE; v++) sums[r][v] = fma(splat(weight), columns[v], sums[r][v]);
         }
 #endif
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECS; v++) {
-            float* to = out + r * C + v * 2 * LANES;
-            Vec low = sums[r][2 * v], high = sums[r][2 * v + 1];
+    for (int r = 0; r < ROWS; r++) {
 #if DSV2_AVX512 && defined(__AVX512BF16__)
-            const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-            const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-            const __m512 a = (__m512)low, b = (__m512)high;
-            low = (Vec)_mm512_permutex2var_ps(a, first, b), high = (Vec)_mm512_permutex2var_ps(a, second, b);
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        const __m512 low = (__m512)sums[r][0], high = (__m512)sums[r][1];
+        sums[r][0] = (Vec)_mm512_permutex2var_ps(low, first, high);
+        sums[r][1] = (Vec)_mm512_permutex2var_ps(low, second, high);
 #endif
-            store(to, load(to) + low);
-            store(to + LANES, load(to + LANES) + high);
+        for (int v = 0; v < TILE; v++) {
+            float* to = out + r * C + v * LANES;
+            store(to, load(to) + sums[r][v]);
         }
+    }
 }
 
 void mix(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, float* out, int64_t C) {
-    constexpr int VECS = DSV2_AVX512 + 1;  // as many registers as there are
-    constexpr int64_t COLUMNS = 2 * LANES;
     alignas(64) uint32_t packed[ROWS][CHUNK];
     for (int r = 0; r < ROWS; r++) pack_weights(weights[r], packed[r]);
     int64_t c = 0;
-    for (; c + VECS * COLUMNS <= C; c += VECS * COLUMNS) mix_columns<VECS>(packed, latents + c, width, n, out + c, C);
-    for (; c + COLUMNS <= C; c += COLUMNS) mix_columns<1>(packed, latents + c, width, n, out + c, C);
+    for (; c + TILE * LANES <= C; c += TILE * LANES) mix_columns(packed, latents + c, width, n, out + c, C);
     for (; c < C; c++)
         for (int r = 0; r < ROWS; r++)
             for (int64_t s = 0; s < n; s++) out[r * C + c] += weights[r][s] * from_bf16(latents[s * width + c]);
@@ -173,7 +179,8 @@ void absorbed(const Shape& shape, const Query* queries, int64_t padded, const ui
     Partial* partials = partial_scratch.reserve<Partial>(passes * parts);
 
     parallel(passes * parts, [&](int64_t item) {
-        const int64_t pass = item / parts, part = item % parts, row = pass * ROWS;
+        // Neighbours share a part of the cache, so that it comes from memory once.
+        const int64_t pass = item % passes, part = item / passes, row = pass * ROWS;
         float* out = sums + item * ROWS * C;
         Partial& state = partials[item];
         std::memset(out, 0, ROWS * C * sizeof(float));
@@ -203,13 +210,13 @@ void absorbed(const Shape& shape, const Query* queries, int64_t padded, const ui
     parallel(passes, [&](int64_t pass) {  // join the parts, in their order
         for (int r = 0; r < ROWS && pass * ROWS + r < rows; r++) {
             float largest = -INFINITY, total = 0;
-            for (int64_t k = 0; k < parts; k++) largest = std::max(largest, partials[pass * parts + k].maximum[r]);
+            for (int64_t k = 0; k < parts; k++) largest = std::max(largest, partials[k * passes + pass].maximum[r]);
             float* to = mixed + (pass * ROWS + r) * C;
             std::memset(to, 0, C * sizeof(float));
             for (int64_t k = 0; k < parts; k++) {
-                const Partial& part = partials[pass * parts + k];
+                const Partial& part = partials[k * passes + pass];
                 const float weight = std::exp(part.maximum[r] - largest);
-                const float* from = sums + ((pass * parts + k) * ROWS + r) * C;
+                const float* from = sums + ((k * passes + pass) * ROWS + r) * C;
                 if (weight > 0) for (int64_t c = 0; c < C; c++) to[c] += weight * from[c];
                 total += weight * part.total[r];
             }
