@@ -70,7 +70,7 @@ class Attention:
 
     def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
         """x [T, D] at the positions after `cache.length` -> [T, D]."""
-        c, T = self.config, len(x)
+        c, T = self.config, x.shape[0]
         q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
         kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
         ops.write_latents(cache.rows(self.layer, T), kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)

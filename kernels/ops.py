@@ -52,10 +52,9 @@ def cache_dtype(w_uk: Matrix, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if _native(w_uk) else dtype
 
 
-def _native(*weights: Matrix) -> cpu.Kernels | None:
-    """The native kernels, if they know the formats of these weights."""
-    kernels = cpu.kernels()
-    return kernels if kernels and all(weight.format in cpu.FORMATS for weight in weights) else None
+def _native(weight: Matrix) -> cpu.Kernels | None:
+    """The native kernels, if they know the format of this weight: all that have scales."""
+    return cpu.kernels() if weight.scales is not None else None
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
@@ -78,7 +77,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
     """down(silu(gate(x)) · up(x)) for x [T, D] -> [T, D]."""
-    native = _native(gate, up, down)
+    native = _native(down)
     return native.swiglu(x, gate, up, down) if native else reference.swiglu(x, gate, up, down)
 
 
@@ -113,7 +112,7 @@ def attention(q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: 
     T, N, C, V = len(q), w_uk.cols, w_uv.cols, w_uv.rows // q.shape[1]
     P = latents.shape[1] - C
     absorb = T * (2 * C + P) <= T * (N + P + V) + C * (N + V)
-    native = _native(w_uk, w_uv)
+    native = _native(w_uk)
     # The native products of one head take whole groups of 8 rows.
     if native and latents.dtype == torch.bfloat16 and C % 8 == 0 and V % 8 == 0:
         return native.attention(q, rotation, latents, w_uk, w_uv, scale, absorb)

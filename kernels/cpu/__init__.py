@@ -58,7 +58,12 @@ _SIGNATURES = {
 
 
 def _input(x: Tensor) -> Tensor:
-    return x.float().contiguous()
+    """x as contiguous float32. Decoding makes hundreds of these small calls, so nothing is called in vain."""
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def _output(y: Tensor, like: Tensor) -> Tensor:
+    return y if y.dtype is like.dtype else y.to(like.dtype)
 
 
 def _struct(matrix: Matrix) -> "ctypes._Pointer[_Matrix]":
@@ -89,65 +94,65 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         x_ = _input(x)
-        y = x_.new_empty(len(x), weight.rows)
-        self._call["linear"](x_.data_ptr(), len(x), 1, _struct(weight), y.data_ptr())
-        return y.to(x.dtype)
+        y = torch.empty(x.shape[0], weight.rows)
+        self._call["linear"](x_.data_ptr(), x.shape[0], 1, _struct(weight), y.data_ptr())
+        return _output(y, x)
 
     def swiglu(self, x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
         x_ = _input(x)
-        y = x_.new_empty(len(x), down.rows)
-        self._call["swiglu"](x_.data_ptr(), len(x), _struct(gate), _struct(up), _struct(down), y.data_ptr())
-        return y.to(x.dtype)
+        y = torch.empty(x.shape[0], down.rows)
+        self._call["swiglu"](x_.data_ptr(), x.shape[0], _struct(gate), _struct(up), _struct(down), y.data_ptr())
+        return _output(y, x)
 
     def experts(self, x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
         x_, ids, weights = _input(x), ids.contiguous(), _input(weights)
         y = torch.empty_like(x_)
         self._call["experts"](
-            x_.data_ptr(), len(x), records.data_ptr(), records.stride(0), len(records), FORMATS[layout.format],
+            x_.data_ptr(), x.shape[0], records.data_ptr(), records.stride(0), records.shape[0], FORMATS[layout.format],
             layout.hidden_size, layout.moe_intermediate_size, ids.data_ptr(), weights.data_ptr(), ids.shape[1],
             y.data_ptr(),
         )  # fmt: skip
-        return y.to(x.dtype)
+        return _output(y, x)
 
     def attention(
         self, q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float, absorb: bool
     ) -> Tensor:
         q_ = _input(q)
         T, H, _ = q.shape
-        out = q_.new_empty(T, w_uv.rows)
+        out = torch.empty(T, w_uv.rows)
         self._call["attention"](
             q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T,
-            len(latents), H, 2 * rotation.shape[1], absorb, out.data_ptr(),
+            latents.shape[0], H, 2 * rotation.shape[1], absorb, out.data_ptr(),
         )  # fmt: skip
-        return out.to(q.dtype)
+        return _output(out, q)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x_ = _input(x)
         y = torch.empty_like(x_)
-        self._call["rms_norm"](x_.data_ptr(), len(x), x.shape[1], weight.data_ptr(), eps, y.data_ptr())
-        return y.to(x.dtype)
+        self._call["rms_norm"](x_.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, y.data_ptr())
+        return _output(y, x)
 
     def write_latents(self, rows: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
         kv_a_ = _input(kv_a)
         self._call["latents"](
-            kv_a_.data_ptr(), len(rows), len(weight), rows.shape[1] - len(weight), weight.data_ptr(), eps,
+            kv_a_.data_ptr(), rows.shape[0], weight.shape[0], rows.shape[1] - weight.shape[0], weight.data_ptr(), eps,
             rotation.data_ptr(), rows.data_ptr(),
         )  # fmt: skip
 
     def route(self, x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
         x_, K = _input(x), config.num_experts_per_tok
-        ids = torch.empty(len(x), K, dtype=torch.int64)
-        weights = torch.empty(len(x), K)
+        ids = torch.empty(x.shape[0], K, dtype=torch.int64)
+        weights = torch.empty(x.shape[0], K)
         grouped = config.topk_method == "group_limited_greedy"
         self._call["route"](
-            x_.data_ptr(), len(x), x.shape[1], gate.data_ptr(), len(gate), K, config.n_group if grouped else 1,
+            x_.data_ptr(), x.shape[0], x.shape[1], gate.data_ptr(), gate.shape[0], K, config.n_group if grouped else 1,
             config.topk_group, config.norm_topk_prob, config.routed_scaling_factor, ids.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         return ids, weights
 
     def embedding(self, ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
-        y = torch.empty(len(ids), weight.cols)
-        self._call["embedding"](ids.data_ptr(), len(ids), _struct(weight), y.data_ptr())
+        y = torch.empty(ids.shape[0], weight.cols)
+        self._call["embedding"](ids.data_ptr(), ids.shape[0], _struct(weight), y.data_ptr())
         return y.to(dtype)
 
     def quantize(self, weight: Tensor, into: Matrix) -> None:
