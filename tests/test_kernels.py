@@ -245,6 +245,27 @@ def test_nano_says_the_same_as_on_the_reference(native):
         assert compared > 30
 
 
+def test_perplexity_of_nano_is_unchanged(native):
+    """To 0.5 %, on answers sampled from the reference."""
+    words = "violin river doctor hammer bread piano dog water book house tree stone king song boat".split()
+    with kernels(cpu.REFERENCE):
+        llm, texts = dsv2_local.load(), []
+        for seed, word in enumerate(words):
+            prompt = llm.tokenizer.encode_chat([{"role": "user", "content": f"What is a {word}?"}])
+            steps = llm.generate(prompt, max_tokens=40, temperature=1.0, top_p=1.0, seed=seed)
+            texts.append((len(prompt), prompt + [step.token_id for step in steps if step.token_id is not None]))
+
+    def perplexity(variant: str) -> float:
+        with kernels(variant):
+            llm, logprobs = dsv2_local.load(), []
+            for prompt, ids in texts:
+                found = llm.logits(ids)[prompt - 1 : -1].log_softmax(1)
+                logprobs.append(found.gather(1, torch.tensor(ids[prompt:])[:, None]))
+        return float(torch.cat(logprobs).mean().neg().exp())
+
+    assert perplexity(native.variant) == pytest.approx(perplexity(cpu.REFERENCE), rel=0.005)
+
+
 def test_chunks_do_not_change_what_nano_says(native):
     with kernels(native.variant):
         llm = dsv2_local.load()
