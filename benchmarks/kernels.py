@@ -1,0 +1,98 @@
+"""Matrix kernels side by side: GB/s of one token, GFLOP/s of many, by shape; torch's int4 and bitsandbytes beside ours.
+
+    python benchmarks/kernels.py [--threads 2] [--seconds 0.3]
+
+Weights of one shape are several matrices, more than the caches hold, used in turn, as a model's are. Every figure is
+the median of its runs; the first line is what a plain read of memory gives with the same threads.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dsv2_local.kernels import cpu, ops
+from dsv2_local.kernels.layout import Format, Matrix, matrix_nbytes, planes
+
+SHAPES = {"Lite's expert": (1408, 2048), "Lite's q_proj": (3072, 2048), "236B's expert": (1536, 5120)}  # [R, C]
+TOKENS = (1, 8, 64, 512)
+WORKING_SET = 300 << 20  # bytes of weights of a shape
+
+
+def ours(format: Format, rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tensor], int]:
+    """The product with the i-th of many matrices, and how many there are."""
+    count = WORKING_SET // matrix_nbytes(format, rows, cols)
+    matrices = []
+    for _ in range(count):
+        codes, scales = planes(format, rows, cols)
+        parts = (torch.randint(0, 100, codes.shape).to(codes.dtype), torch.full(scales.shape, 0.01, dtype=scales.dtype))
+        matrices.append(Matrix(format, rows, cols, *parts))
+    return lambda x, i: ops.linear(x, matrices[i]), count
+
+
+def torch_int4(rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tensor], int]:
+    """torch's own 4-bit product (groups of 64, bf16 activations)."""
+    count = WORKING_SET // (rows * cols // 2)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        torch.randint(0, 16, (rows, cols), dtype=torch.int32), 1
+    )
+    weights = [packed.clone() for _ in range(count)]
+    scales = torch.full((cols // 64, rows, 2), 0.01, dtype=torch.bfloat16)
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return lambda x, i: product(x.bfloat16(), weights[i], 64, scales), count
+
+
+def bitsandbytes_nf4(rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tensor], int]:
+    """bitsandbytes' NF4 product on the CPU."""
+    import bitsandbytes.functional as bnb
+    from bitsandbytes import matmul_4bit
+
+    packed, state = bnb.quantize_4bit(torch.randn(rows, cols), blocksize=64, quant_type="nf4")
+    weights = [packed.clone() for _ in range(8)]  # it is far from the speed of memory
+    return lambda x, i: matmul_4bit(x, weights[i].t(), quant_state=state), len(weights)
+
+
+def seconds_of(product: Callable[[Tensor, int], Tensor], count: int, x: Tensor, budget: float) -> float:
+    """Median seconds of one product, the matrices in turn, for about `budget` seconds."""
+    product(x, 0)
+    times: list[float] = []
+    while sum(times) < budget or len(times) < 3:
+        start = time.perf_counter()
+        product(x, len(times) % count)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    given = parser.parse_args()
+    threads = ops.set_threads(given.threads, Format.NF4).count
+    if native := cpu.kernels():
+        buffer = torch.ones(1 << 30, dtype=torch.uint8)
+        seconds = seconds_of(lambda x, _: native.read(buffer) or x, 1, buffer, 1.0)
+        print(f"{ops.variant()}, {threads} threads, plain read {buffer.nbytes / seconds / 1e9:.1f} GB/s")
+    for name, (rows, cols) in SHAPES.items():
+        rivals = {
+            "dsv2 nf4": (1, ours(Format.NF4, rows, cols)),
+            "dsv2 int8": (1, ours(Format.INT8, rows, cols)),
+            "torch int4": (threads, torch_int4(rows, cols)),
+            "bitsandbytes nf4": (threads, bitsandbytes_nf4(rows, cols)),
+        }
+        for rival, (torch_threads, (product, count)) in rivals.items():
+            torch.set_num_threads(torch_threads)
+            bits = 8.25 if rival == "dsv2 int8" else 4.25
+            figures = []
+            for tokens in TOKENS:
+                seconds = seconds_of(product, count, torch.randn(tokens, cols), given.seconds)
+                rate = f"{rows * cols * bits / 8 / seconds / 1e9:.1f} GB/s" if tokens == 1 else ""
+                figures.append(rate or f"{2 * tokens * rows * cols / seconds / 1e9:.0f}")
+            print(f"{name:16}{rival:18}1 token {figures[0]:>10}; {TOKENS[1:]} tokens {', '.join(figures[1:])} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
