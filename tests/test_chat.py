@@ -283,7 +283,7 @@ def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
     environment.pop("DSV2_MODEL", None)
     command = ["-c", "from dsv2_local.cli import main; main()", "chat", "--temperature", "0"]
     child = pexpect.spawn(
-        sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 100), echo=False,
+        sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 140), echo=False,
         preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     child.expect("lists commands")
