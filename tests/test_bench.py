@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from dsv2_local import bench, cli, random_weights
+from dsv2_local.bench import hardware, report, request, subject
+from dsv2_local.bench.subject import Subject
+from dsv2_local.bench.timing import Stopwatch
 from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ConfigError, InputError
@@ -44,10 +47,11 @@ def write_config(directory: Path, **changes: Any) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """Measure the machine with less, and nothing twice for the sake of a better figure."""
-    monkeypatch.setattr(bench, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "last_level_cache_bytes", lambda: 0)
-    monkeypatch.setattr(bench, "MATMUL_SIZE", 64)
-    monkeypatch.setattr(bench, "FILLED_SECONDS", 0.0)
+    monkeypatch.setattr(request, "READ_BYTES", 1 << 20)
+    for user in (request, subject):
+        monkeypatch.setattr(user, "last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr(hardware, "MATMUL_SIZE", 64)
+    monkeypatch.setattr(hardware, "FILLED_SECONDS", 0.0)
     monkeypatch.setattr(random_weights, "SOURCE_BYTES", 1 << 16)
     monkeypatch.delenv("DSV2_MODEL", raising=False)
 
@@ -125,17 +129,17 @@ def test_the_figures_agree_with_one_another(told, tmp_path):
 def test_a_token_reads_what_the_tensors_take(recipe, tied):
     config = tiny(tie_word_embeddings=tied)
     model = made(config, recipe)
-    subject = bench.Subject("tiny", recipe, transformer(config, model), summarise(config, recipe))
+    measured = Subject("tiny", recipe, transformer(config, model), summarise(config, recipe))
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors(model).items()}
-    assert subject.weight_bytes == random_weights.weight_bytes(config, recipe) == sum(sizes.values())
-    assert subject.model.config.moe_layers == (1, 2)
+    assert measured.weight_bytes == random_weights.weight_bytes(config, recipe) == sum(sizes.values())
+    assert measured.model.config.moe_layers == (1, 2)
     padded_rows = config.vocab_size if recipe is Recipe.BF16 else -(-config.vocab_size // ROWS) * ROWS
     row = sizes["model.embed_tokens.weight"] // padded_rows
     experts = 2 * config.num_experts_per_tok * sizes["experts 1"] // config.n_routed_experts
     every_token = sum(size for name, size in sizes.items() if "embed" not in name and "experts " not in name)
     if tied:
         every_token += sizes["model.embed_tokens.weight"]
-    assert subject.bytes_per_token == every_token + row + experts
+    assert measured.bytes_per_token == every_token + row + experts
 
 
 def test_released_sizes_are_those_of_the_reference():
@@ -145,9 +149,9 @@ def test_released_sizes_are_those_of_the_reference():
     ):
         config = random_weights.read_config(name)
         kinds = summarise(config, Recipe.NF4)
-        subject = bench.Subject(name, Recipe.NF4, HasConfig(config), kinds)  # type: ignore[arg-type]
+        measured = Subject(name, Recipe.NF4, HasConfig(config), kinds)  # type: ignore[arg-type]
         assert sum(kind.parameters for kind in kinds.values()) == total
-        assert subject.active_weights + embedding == pytest.approx(active, rel=0.005)
+        assert measured.active_weights + embedding == pytest.approx(active, rel=0.005)
     assert config.softmax_scale == pytest.approx(0.1147214, abs=1e-7)
 
 
@@ -173,13 +177,13 @@ def test_layers_cut_the_model_and_the_whole_is_extrapolated(told, tmp_path, caps
 
 def test_missing_layers_take_the_mean_of_their_kind():
     whole = tiny(num_hidden_layers=9, first_k_dense_replace=2)
-    watch = bench.Stopwatch()
+    watch = Stopwatch()
     watch.seconds = {"dense layers": 0.8, "mixture layers": 1.2}  # of 2 and 2 layers in 4 steps
-    plan = bench.Plan(
-        bench.Request(decode=4), None, whole, random_weights.first_layers(whole, 4), Recipe.NF4,
-        bench.Lengths((), (0,), 4), 0,
+    plan = request.Plan(
+        request.Request(decode=4), None, whole, random_weights.first_layers(whole, 4), Recipe.NF4,
+        request.Lengths((), (0,), 4), 0,
     )  # fmt: skip
-    facts = bench._cut_facts(plan, 2.4, watch)
+    facts = report.cut_facts(plan, 2.4, watch)
     assert 1 / facts["extrapolated"]["decode_tok_s"] == pytest.approx(0.6 + 5 * 0.15)
 
 
@@ -353,7 +357,7 @@ def test_the_stopwatch_counts_the_outermost_call_and_leaves_no_trace():
         def down(self, depth: int) -> int:
             return self.down(depth - 1) + 1 if depth else 0
 
-    counter, watch = Counter(), bench.Stopwatch()
+    counter, watch = Counter(), Stopwatch()
     original = ops.linear
     with watch.on([(counter, "down", "down"), (ops, "linear", "kernels")]):
         assert ops.linear is not original
@@ -373,8 +377,8 @@ def test_caches_of_the_highest_level_are_added_up(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         for file, value in zip(("level", "shared_cpu_list", "size"), values, strict=True):
             (tmp_path / name / file).write_text(value + "\n")
-    assert bench.last_level_cache_bytes(tmp_path) == 24 << 20
-    assert bench.last_level_cache_bytes(tmp_path / "none") == 0
+    assert hardware.last_level_cache_bytes(tmp_path) == 24 << 20
+    assert hardware.last_level_cache_bytes(tmp_path / "none") == 0
 
 
 def test_help_imports_no_torch():

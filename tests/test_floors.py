@@ -18,7 +18,8 @@ FLOORS = [
     {"model", "sampling", "tokenizer"},
     {"engine"},
     {"llm"},
-    {"chat", "pipe", "bench", "inspection", "quantizing", "markdown", "console"},
+    {"chat", "pipe", "inspection", "quantizing", "markdown", "console"}
+    | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report", "bench"},
     {"cli"},
 ]
 # Within a floor, in the order in which they may import each other; elsewhere a floor's modules are strangers.
@@ -32,7 +33,16 @@ ORDERED = [
     ["quant.checkpoint", "quant.hub"],
     ["console", "markdown", "pipe", "chat"],
     ["console", "quantizing"],
-    ["console", "inspection", "bench"],
+    [
+        "console",
+        "inspection",
+        "bench.hardware",
+        "bench.request",
+        "bench.timing",
+        "bench.subject",
+        "bench.report",
+        "bench",
+    ],
 ]
 
 

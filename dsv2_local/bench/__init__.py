@@ -1,0 +1,72 @@
+"""`dsv2 bench`: how fast this machine runs a model, beside how fast the machine is.
+
+Decoding a token reads every active weight once, so reading memory bounds it; prefill uses a weight for many tokens,
+so arithmetic bounds it. Both bounds are measured in the same run, with the same threads.
+"""
+
+import json
+import sys
+from typing import Any
+
+from dsv2_local.bench import report, timing
+from dsv2_local.bench.hardware import forget_peak, matmul_rate, peak_bytes, read_bandwidth
+from dsv2_local.bench.request import Plan, Request, settle
+from dsv2_local.bench.subject import prepare
+from dsv2_local.bench.timing import Progress
+from dsv2_local.console import notice
+from dsv2_local.engine import Engine
+from dsv2_local.kernels import ops
+from dsv2_local.quant.schema import Kind
+
+__all__ = ["Request", "measure", "run"]
+
+
+def run(request: Request, as_json: bool) -> None:
+    """Measure, and print the result on stdout.
+
+    Raises:
+        Dsv2Error: any of its kinds; InputError for what the model or this machine's memory has no room for.
+    """
+    with Progress() as progress:
+        result = measure(settle(request), progress)
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        report.show(result)
+    sys.stdout.flush()
+
+
+def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Everything that the command tells, as plain values: the object that --json prints."""
+    threads = _set_threads(plan)
+    progress("measuring the machine")
+    read, matmul = read_bandwidth(plan.read_bytes, threads), matmul_rate(threads)
+    forget_peak()
+    subject = prepare(plan, threads, progress)
+    steps, contexts = plan.lengths.decode, plan.lengths.contexts
+    engine = Engine(subject.model, max(plan.lengths.cache, plan.warm_up_tokens + 1))
+    timing.prefill(engine, plan.warm_up_tokens, progress)
+    prefill = [timing.measure_prefill(engine, tokens, progress) for tokens in plan.lengths.prompts]
+    decode = [timing.measure_decode(engine, context, steps, progress) for context in contexts]
+    watch = timing.measure_parts(engine, contexts[0], steps, progress)
+    peak = peak_bytes()
+    progress("measuring the machine again")
+    read = max(read, read_bandwidth(plan.read_bytes, threads))
+    return {
+        "machine": {"read_gb_s": read, "matmul_gflops": matmul, "threads": threads, "kernels": ops.variant()},
+        "model": report.model_facts(subject),
+        "prefill": [report.prefill_facts(run, subject) for run in prefill],
+        "decode": [report.decode_facts(*run, steps, subject, read) for run in zip(contexts, decode, strict=True)],
+        "parts": report.part_facts(watch, steps),
+        "peak_rss_bytes": peak,
+        "weight_bytes": subject.weight_bytes,
+        **report.cut_facts(plan, decode[0], watch),
+    }
+
+
+def _set_threads(plan: Plan) -> int:
+    threads = ops.set_threads(plan.request.threads, plan.recipe.format_of(Kind.ROUTED))
+    for warning in (threads.warning, ops.slow_notice()):
+        if warning:
+            notice(warning)
+    return threads.count

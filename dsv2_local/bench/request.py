@@ -1,0 +1,142 @@
+"""What will be measured: the options settled against the model's limits and the memory, before anything is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv2_local import llm, random_weights
+from dsv2_local.bench.hardware import last_level_cache_bytes
+from dsv2_local.config import ModelConfig
+from dsv2_local.console import notice
+from dsv2_local.engine import PREFILL_CHUNK
+from dsv2_local.errors import InputError
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.layout import Matrix
+from dsv2_local.machine import choose_threads
+from dsv2_local.quant import hub
+from dsv2_local.quant.checkpoint import Manifest
+from dsv2_local.quant.schema import Kind, Recipe
+
+PROMPTS, CONTEXTS = (128, 512), (0, 4_096, 32_768)
+DTYPE = llm.DTYPES["auto"]
+WARM_UP_TOKENS = 32  # of prefill, where weights lie in memory
+WORKING_BYTES = 1 << 30  # room to compute beside weights and cache
+READ_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command's options as they were given; None where one was not."""
+
+    model: str | None = None
+    random_weights: str | None = None
+    layers: int | None = None
+    prompt: str | None = None
+    decode: int = 32
+    context: str | None = None
+    threads: int | None = None
+    recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for options out of range or that contradict each other."""
+        if self.model is not None and self.random_weights is not None:
+            raise InputError("-m measures a converted model and --random-weights makes one; drop one of them")
+        if self.recipe is not None and self.random_weights is None:
+            raise InputError("--recipe belongs to --random-weights; a converted model has its own")
+        if self.decode < 1:
+            raise InputError(f"--decode must be at least 1, not {self.decode}")
+        choose_threads(self.threads)  # refuses what is no number of threads
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each prompt, tokens in the cache before each decode, and tokens decoded there."""
+
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    decode: int
+
+    @property
+    def cache(self) -> int:
+        """Tokens that the cache must hold; the engine keeps room for one after a prompt."""
+        return max(max(self.contexts) + self.decode, *(length + 1 for length in (*self.prompts, 1)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be measured. `whole` is the architecture before --layers cut it; no directory means random weights."""
+
+    request: Request
+    directory: Path | None
+    whole: ModelConfig
+    config: ModelConfig
+    recipe: Recipe
+    lengths: Lengths
+    read_bytes: int
+
+    @property
+    def warm_up_tokens(self) -> int:
+        """A prompt that does not count: a short one wakes the threads, a chunk touches nearly all of a mapped file."""
+        return min(PREFILL_CHUNK if self.directory else WARM_UP_TOKENS, self.config.max_position_embeddings - 1)
+
+
+def settle(request: Request) -> Plan:
+    """Settle what will be measured, and refuse what cannot be, before anything large is made."""
+    directory, whole = _architecture(request)
+    config = whole if request.layers is None else random_weights.first_layers(whole, request.layers)
+    recipe = Manifest.load(directory).recipe if directory else request.recipe or Recipe.NF4
+    lengths = _lengths(request, config.max_position_embeddings)
+    read_bytes = max(READ_BYTES, 4 * last_level_cache_bytes())
+    if directory is None:
+        dtype, other = _cache_dtype(recipe), read_bytes + WORKING_BYTES
+        random_weights.require_memory(config, recipe, context=lengths.cache, dtype=dtype, other=other)
+    return Plan(request, directory, whole, config, recipe, lengths, read_bytes)
+
+
+def _cache_dtype(recipe: Recipe) -> torch.dtype:
+    """The type that the cache of a model of this recipe will have, asked with a matrix of no size."""
+    return ops.cache_dtype(Matrix(recipe.format_of(Kind.KV_B), 0, 0, torch.empty(0)), DTYPE)
+
+
+def _architecture(request: Request) -> tuple[Path | None, ModelConfig]:
+    """The directory of the model that was asked for (None: random weights) and its configuration."""
+    if request.random_weights is not None:
+        return None, random_weights.read_config(request.random_weights)
+    if request.model is None:
+        notice("measuring the bundled dsv2-nano; choose another model with -m or --random-weights")
+    directory = llm.bundled_model() if request.model is None else hub.resolve_converted(request.model)
+    return directory, ModelConfig.load(directory)
+
+
+def _lengths(request: Request, limit: int) -> Lengths:
+    """The lengths asked for, or those of the defaults that fit in `limit` tokens."""
+    if request.decode > limit:
+        raise InputError(f"--decode {request.decode:,} is more than the model's context of {limit:,} tokens")
+    prompts = _fitting("--prompt", request.prompt, PROMPTS, 1, limit - 1, limit)
+    contexts = _fitting("--context", request.context, CONTEXTS, 0, limit - request.decode, limit)
+    return Lengths(prompts, contexts, request.decode)
+
+
+def _fitting(
+    option: str, given: str | None, default: tuple[int, ...], least: int, most: int, limit: int
+) -> tuple[int, ...]:
+    """Lengths between `least` and `most`: all that were given, or InputError; of the default those that fit."""
+    lengths = default if given is None else _numbers(option, given)
+    wrong = [length for length in lengths if not least <= length <= most]
+    if not wrong:
+        return lengths
+    shown = ", ".join(f"{length:,}" for length in wrong)
+    if given is not None:
+        raise InputError(
+            f"{option} must lie between {least} and {most:,} in a context of {limit:,} tokens, not {shown}"
+        )
+    notice(f"left out {option} {shown}: the model's context is {limit:,} tokens")
+    return tuple(length for length in lengths if length not in wrong)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} must be whole numbers with commas between, not {text!r}") from None
