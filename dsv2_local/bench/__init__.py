@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from dsv2_local.bench import report, timing
-from dsv2_local.bench.hardware import forget_peak, matmul_rate, peak_bytes, read_bandwidth
+from dsv2_local.bench.hardware import Reader, forget_peak, matmul_rate, peak_bytes
 from dsv2_local.bench.request import Plan, Request, settle
 from dsv2_local.bench.subject import prepare
 from dsv2_local.bench.timing import Progress
@@ -40,27 +40,24 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Everything that the command tells, as plain values: the object that --json prints."""
     threads = _set_threads(plan)
     progress("measuring the machine")
-    read, matmul = read_bandwidth(plan.read_bytes, threads), matmul_rate(threads)
+    matmul, reader = matmul_rate(threads), Reader(plan.read_bytes, threads)
     forget_peak()
     subject = prepare(plan, threads, progress)
     steps, contexts = plan.lengths.decode, plan.lengths.contexts
     engine = Engine(subject.model, max(plan.lengths.cache, plan.warm_up_tokens + 1))
     timing.prefill(engine, plan.warm_up_tokens, progress)
     prefill = [timing.measure_prefill(engine, tokens, progress) for tokens in plan.lengths.prompts]
-    decode = [timing.measure_decode(engine, context, steps, progress) for context in contexts]
+    decode = [timing.measure_decode(engine, context, steps, reader, progress) for context in contexts]
     watch = timing.measure_parts(engine, contexts[0], steps, progress)
-    peak = peak_bytes()
-    progress("measuring the machine again")
-    read = max(read, read_bandwidth(plan.read_bytes, threads))
     return {
-        "machine": {"read_gb_s": read, "matmul_gflops": matmul, "threads": threads, "kernels": ops.variant()},
+        "machine": report.machine_facts(decode, matmul, threads),
         "model": report.model_facts(subject),
         "prefill": [report.prefill_facts(run, subject) for run in prefill],
-        "decode": [report.decode_facts(*run, steps, subject, read) for run in zip(contexts, decode, strict=True)],
+        "decode": [report.decode_facts(run, subject) for run in decode],
         "parts": report.part_facts(watch, steps),
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": peak_bytes() - reader.nbytes,
         "weight_bytes": subject.weight_bytes,
-        **report.cut_facts(plan, decode[0], watch),
+        **report.cut_facts(plan, decode[0].seconds, watch),
     }
 
 

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -27,14 +26,28 @@ def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
     return sum(found[max(found)].values()) if found else 0
 
 
-def read_bandwidth(nbytes: int, threads: int) -> float:
-    """GB/s of reading a buffer of this size from memory, the best of several passes."""
-    buffer, native = random_weights.empty(nbytes), cpu.kernels()
-    # Written by as many threads as read it, as weights are: on two NUMA nodes one would put all of it on its own.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda piece: piece.fill_(1), buffer.chunk(threads)))
-    read = buffer.view(torch.int64).sum if native is None else partial(native.read, buffer)
-    return nbytes / 1e9 / _best_seconds(read)
+class Reader:
+    """A buffer in memory that no cache holds, to be read and nothing done with it: what decoding could reach."""
+
+    def __init__(self, nbytes: int, threads: int) -> None:
+        """`nbytes` should be several times the caches' size; all of them are written."""
+        self._buffer = random_weights.empty(nbytes)
+        # Written by as many threads as read it, as weights are: on two NUMA nodes one would put all of it on its own.
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda piece: piece.fill_(1), self._buffer.chunk(threads)))
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def seconds(self) -> float:
+        """Read the whole buffer once, with the threads of the kernels."""
+        native, start = cpu.kernels(), perf_counter()
+        if native:
+            native.read(self._buffer)
+        else:
+            self._buffer.view(torch.int64).sum()
+        return perf_counter() - start
 
 
 def matmul_rate(threads: int) -> float:
@@ -60,7 +73,7 @@ def _best_seconds(work: Callable[[], object]) -> float:
 
 
 def forget_peak() -> None:
-    """Make `peak_bytes` begin anew, so that the buffer of `read_bandwidth` is not in it; an old kernel may refuse."""
+    """Make `peak_bytes` begin anew; an old kernel may refuse."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

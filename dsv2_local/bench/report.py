@@ -1,6 +1,7 @@
 """From times to the object that `--json` prints, and from there to tables for people."""
 
 from dataclasses import asdict
+from statistics import harmonic_mean
 from typing import Any
 
 from rich.console import Console
@@ -8,11 +9,18 @@ from rich.table import Table
 
 from dsv2_local.bench.request import Plan
 from dsv2_local.bench.subject import Subject
-from dsv2_local.bench.timing import PrefillRun, Stopwatch, layer_kind
+from dsv2_local.bench.timing import DecodeRun, PrefillRun, Stopwatch, layer_kind
 from dsv2_local.config import ModelConfig
 from dsv2_local.inspection import human
+from dsv2_local.kernels import ops
 
 PARTS = ("attention", "dense", "shared", "routed", "head")
+
+
+def machine_facts(decode: list[DecodeRun], matmul: float, threads: int) -> dict[str, Any]:
+    """The bandwidth is the mean over all that was read while decoding."""
+    read_gb_s = harmonic_mean([run.read_gb_s for run in decode])
+    return {"read_gb_s": read_gb_s, "matmul_gflops": matmul, "threads": threads, "kernels": ops.variant()}
 
 
 def model_facts(subject: Subject) -> dict[str, Any]:
@@ -32,15 +40,17 @@ def prefill_facts(run: PrefillRun, subject: Subject) -> dict[str, Any]:
     return {**asdict(run), "tok_s": tok_s, "gflops": 2 * subject.active_weights * tok_s / 1e9}
 
 
-def decode_facts(context: int, seconds: float, steps: int, subject: Subject, read_gb_s: float) -> dict[str, Any]:
-    tok_s = steps / seconds
+def decode_facts(run: DecodeRun, subject: Subject) -> dict[str, Any]:
+    """GB/s are those of the weights; reading the cache is left out."""
+    tok_s = run.steps / run.seconds
     gb_s = subject.bytes_per_token * tok_s / 1e9
     return {
-        "context": context,
+        "context": run.context,
         "tok_s": tok_s,
         "bytes_per_token": subject.bytes_per_token,
         "gb_s": gb_s,
-        "read_fraction": gb_s / read_gb_s,
+        "read_gb_s": run.read_gb_s,
+        "read_fraction": gb_s / run.read_gb_s,
     }
 
 

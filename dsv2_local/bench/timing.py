@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsv2_local.bench import hardware
+from dsv2_local.bench.hardware import Reader
 from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Stats
@@ -22,7 +23,8 @@ from dsv2_local.kernels import ops
 from dsv2_local.model import MoE, Transformer
 from dsv2_local.sampling import SamplingParams
 
-WARM_UP_STEPS = 3  # of decode: not counted
+WARM_UP_STEPS = 2  # of a burst of decoding: not counted
+BURST = 8  # steps between two looks at memory
 GREEDY = SamplingParams(temperature=0)
 MATRIX_KERNELS = ("attention", "experts", "linear", "route", "swiglu")
 
@@ -75,13 +77,37 @@ def _prefill_progress(progress: Progress, done: int, tokens: int) -> None:
     progress(f"prefill of {tokens:,} tokens: {done:,} done")
 
 
-def measure_decode(engine: Engine, context: int, steps: int, progress: Progress) -> float:
-    """Seconds of `steps` decoded tokens after `context` tokens: the sum, in which slow steps count as they are felt."""
+@dataclass(frozen=True)
+class DecodeRun:
+    """`steps` decoded tokens after `context` tokens, and what memory gave meanwhile."""
+
+    context: int
+    steps: int
+    seconds: float
+    read_gb_s: float
+
+
+def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, progress: Progress) -> DecodeRun:
+    """Decode in bursts, and read memory between them: a shared machine's bandwidth changes from second to second.
+
+    Times are sums, in which slow steps count as they are felt; the steps that find their caches cold do not count.
+    """
     fill(engine.cache, context, engine.model.config)
-    for _ in range(min(WARM_UP_STEPS, steps)):
+    seconds = read_seconds = 0.0
+    bursts = range(0, steps, BURST)
+    for begin in bursts:
+        read_seconds += reader.seconds()
+        _warm_up(engine, min(WARM_UP_STEPS, steps - begin))
+        seconds += _steps(engine, min(BURST, steps - begin), f"decode at context {context:,}", progress)
+    return DecodeRun(context, steps, seconds, len(bursts) * reader.nbytes / 1e9 / read_seconds)
+
+
+def _warm_up(engine: Engine, steps: int) -> None:
+    """Steps that leave no trace but in the caches."""
+    length = engine.cache.length
+    for _ in range(steps):
         _step(engine)
-    engine.cache.truncate(context)
-    return _steps(engine, steps, f"decode at context {context:,}", progress)
+    engine.cache.truncate(length)
 
 
 def _steps(engine: Engine, steps: int, what: str, progress: Progress) -> float:
