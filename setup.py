@@ -12,7 +12,11 @@ from setuptools import Extension, setup
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"]
 VARIANTS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS |= {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+    VARIANTS |= {
+        "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+        "avx512": AVX512,
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    }
 
 # GCC 12 takes its own undefined vectors for mistakes, and notes an ABI that no call here depends on.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]

@@ -88,7 +88,8 @@ class LLM:
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
         if self._tokenizer and self._tokenizer.eos_id is not None:
             self._end_tokens |= {self._tokenizer.eos_id}
-        model = Transformer(self.config, checkpoint.dense(), MappedExperts.of(checkpoint), dtype)
+        self.experts = MappedExperts.of(checkpoint)
+        model = Transformer(self.config, checkpoint.dense(), self.experts, dtype)
         self.engine = Engine(model, _context(context, self.config))
 
     @property

@@ -16,7 +16,7 @@ class MappedExperts:
 
     def __init__(self, layout: ExpertLayout, records: dict[int, Tensor]) -> None:
         """`records`: uint8 [E, layout.nbytes] by layer."""
-        self._layout, self._records = layout, records
+        self._layout, self.records = layout, records
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "MappedExperts":
@@ -28,8 +28,8 @@ class MappedExperts:
     @property
     def nbytes(self) -> int:
         """Bytes of all records."""
-        return sum(records.nbytes for records in self._records.values())
+        return sum(records.nbytes for records in self.records.values())
 
     def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Σₖ weights[t, k] · expert[ids[t, k]](x[t]): x [T, D], ids and weights [T, K] -> [T, D]."""
-        return ops.experts(x, self._records[layer], self._layout, ids, weights)
+        return ops.experts(x, self.records[layer], self._layout, ids, weights)

@@ -130,7 +130,7 @@ def test_the_figures_agree_with_one_another(told, tmp_path):
 def test_a_token_reads_what_the_tensors_take(recipe, tied):
     config = tiny(tie_word_embeddings=tied)
     model = made(config, recipe)
-    measured = Subject("tiny", recipe, transformer(config, model), summarise(config, recipe))
+    measured = Subject("tiny", recipe, transformer(config, model), summarise(config, recipe), [])
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors(model).items()}
     assert measured.weight_bytes == random_weights.weight_bytes(config, recipe) == sum(sizes.values())
     assert measured.model.config.moe_layers == (1, 2)
@@ -150,7 +150,7 @@ def test_released_sizes_are_those_of_the_reference():
     ):
         config = random_weights.read_config(name)
         kinds = summarise(config, Recipe.NF4)
-        measured = Subject(name, Recipe.NF4, HasConfig(config), kinds)  # type: ignore[arg-type]
+        measured = Subject(name, Recipe.NF4, HasConfig(config), kinds, [])  # type: ignore[arg-type]
         assert sum(kind.parameters for kind in kinds.values()) == total
         assert measured.active_weights + embedding == pytest.approx(active, rel=0.005)
     assert config.softmax_scale == pytest.approx(0.1147214, abs=1e-7)

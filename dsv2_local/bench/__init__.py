@@ -40,9 +40,10 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Everything that the command tells, as plain values: the object that --json prints."""
     threads = _set_threads(plan)
     progress("measuring the machine")
-    matmul, reader = matmul_rate(threads), Reader(plan.read_bytes, threads)
+    matmul = matmul_rate(threads)
     forget_peak()
     subject = prepare(plan, threads, progress)
+    reader = Reader(subject.records, plan.read_bytes, threads)
     steps, contexts = plan.lengths.decode, plan.lengths.contexts
     engine = Engine(subject.model, max(plan.lengths.cache, plan.warm_up_tokens + 1))
     timing.prefill(engine, plan.warm_up_tokens, progress)
@@ -55,7 +56,7 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
         "prefill": [report.prefill_facts(run, subject) for run in prefill],
         "decode": [report.decode_facts(run, subject) for run in decode],
         "parts": report.part_facts(watch, steps),
-        "peak_rss_bytes": peak_bytes() - reader.nbytes,
+        "peak_rss_bytes": peak_bytes() - reader.buffer_bytes,
         "weight_bytes": subject.weight_bytes,
         **report.cut_facts(plan, decode[0].seconds, watch),
     }

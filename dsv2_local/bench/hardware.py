@@ -1,13 +1,15 @@
 """What the machine can do at best, measured with the threads that the kernels use: read memory, multiply matrices."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from dsv2_local import random_weights
 from dsv2_local.kernels import cpu
@@ -27,27 +29,38 @@ def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
 
 
 class Reader:
-    """A buffer in memory that no cache holds, to be read and nothing done with it: what decoding could reach."""
+    """Reads memory with the threads of the kernels and does nothing with it: what decoding could reach.
 
-    def __init__(self, nbytes: int, threads: int) -> None:
-        """`nbytes` should be several times the caches' size; all of them are written."""
-        self._buffer = random_weights.empty(nbytes)
-        # Written by as many threads as read it, as weights are: on two NUMA nodes one would put all of it on its own.
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda piece: piece.fill_(1), self._buffer.chunk(threads)))
+    It reads the weights where that is enough memory for no cache to hold: two buffers of one machine may lie in memory
+    of different speed.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        return self._buffer.nbytes
+    def __init__(self, weights: Sequence[Tensor], nbytes: int, threads: int) -> None:
+        """A pass reads at least `nbytes`: of `weights` if they have as many, else of a buffer, which is written."""
+        self.buffer_bytes = 0 if sum(part.nbytes for part in weights) >= nbytes else nbytes
+        if self.buffer_bytes:
+            buffer = random_weights.empty(nbytes)
+            # By as many threads as read it, as weights are: on two NUMA nodes one would put all of it on its own.
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda piece: piece.fill_(1), buffer.chunk(threads)))
+            weights = [buffer]
+        self._parts, self._least = cycle(weights), nbytes
 
-    def seconds(self) -> float:
-        """Read the whole buffer once, with the threads of the kernels."""
-        native, start = cpu.kernels(), perf_counter()
-        if native:
-            native.read(self._buffer)
-        else:
-            self._buffer.view(torch.int64).sum()
-        return perf_counter() - start
+    def gb_s(self) -> float:
+        """Bandwidth of a pass; the next one goes on where it ended."""
+        done, start = 0, perf_counter()
+        while done < self._least:
+            part = next(self._parts)
+            _read(part.view(-1))
+            done += part.nbytes
+        return done / 1e9 / (perf_counter() - start)
+
+
+def _read(data: Tensor) -> None:
+    if native := cpu.kernels():
+        native.read(data)
+    else:
+        data[: data.nbytes // 8 * 8].view(torch.int64).sum()
 
 
 def matmul_rate(threads: int) -> float:

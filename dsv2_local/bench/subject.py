@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from dsv2_local import llm, random_weights
 from dsv2_local.bench.hardware import last_level_cache_bytes
 from dsv2_local.bench.request import DTYPE, Plan
@@ -19,12 +21,13 @@ from dsv2_local.quant.schema import Kind, Recipe, expert_layout
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, with the sums of its tensors by kind."""
+    """The model that is measured, with the sums of its tensors by kind and its layers' routed experts."""
 
     name: str
     recipe: Recipe
     model: Transformer
     kinds: dict[Kind, KindSummary]
+    records: list[Tensor]
 
     @property
     def config(self) -> ModelConfig:
@@ -83,7 +86,7 @@ def _make(plan: Plan, threads: int, progress: Progress) -> Subject:
     if name not in random_weights.RELEASED:
         path = Path(name).resolve()
         name = path.name if path.is_dir() else path.parent.name
-    return Subject(f"random {name}", recipe, model, summarise(config, recipe))
+    return Subject(f"random {name}", recipe, model, summarise(config, recipe), list(made.records.values()))
 
 
 def _load(plan: Plan, directory: Path) -> Subject:
@@ -91,7 +94,8 @@ def _load(plan: Plan, directory: Path) -> Subject:
     loaded = llm.load(directory, context=2, threads=plan.request.threads)  # its own cache stays unused
     model = loaded.engine.model
     model.config, model.layers = plan.config, model.layers[: plan.config.num_hidden_layers]
-    subject = Subject(loaded.name, loaded.recipe, model, summarise(plan.config, loaded.recipe))
+    records = [loaded.experts.records[layer] for layer in plan.config.moe_layers]
+    subject = Subject(loaded.name, loaded.recipe, model, summarise(plan.config, loaded.recipe), records)
     if subject.weight_bytes > (available := memory_available()):
         notice(
             f"the weights take {human(subject.weight_bytes)} and {human(available)} of memory are available: "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import harmonic_mean
 from time import perf_counter
 from typing import Any
 
@@ -93,13 +94,12 @@ def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, pro
     Times are sums, in which slow steps count as they are felt; the steps that find their caches cold do not count.
     """
     fill(engine.cache, context, engine.model.config)
-    seconds = read_seconds = 0.0
-    bursts = range(0, steps, BURST)
-    for begin in bursts:
-        read_seconds += reader.seconds()
+    seconds, reads = 0.0, []
+    for begin in range(0, steps, BURST):
+        reads.append(reader.gb_s())
         _warm_up(engine, min(WARM_UP_STEPS, steps - begin))
         seconds += _steps(engine, min(BURST, steps - begin), f"decode at context {context:,}", progress)
-    return DecodeRun(context, steps, seconds, len(bursts) * reader.nbytes / 1e9 / read_seconds)
+    return DecodeRun(context, steps, seconds, harmonic_mean(reads))
 
 
 def _warm_up(engine: Engine, steps: int) -> None:

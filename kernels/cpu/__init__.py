@@ -23,7 +23,7 @@ from dsv2_local.machine import Threads, choose_threads, cpu_features
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 # Best first, with the CPU features that each needs (setup.py has the compiler's flags).
 VARIANTS = {
-    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512bf16": _AVX512 | {"avx512_bf16", "avx512vbmi"},
     "avx512": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set(),

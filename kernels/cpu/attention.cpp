@@ -48,8 +48,13 @@ inline Vec dot_add(Vec sum, Packed a, Packed b) { return fma(a, b, sum); }
 constexpr int64_t AHEAD_ROWS = 8;  // positions that are fetched ahead of their scores
 constexpr int TILE = DSV2_AVX512 ? 2 : 1;  // positions, and registers of columns, that ROWS rows meet at a time
 
-// scores[r][s] = queries[r] · latents[s] for s in [0, n); rows of `queries` are `padded` long, zeros past `width`.
-void score(const Query* queries, int64_t padded, const uint16_t* latents, int64_t width, int64_t n, float (*scores)[CHUNK]) {
+// Where number d of query row `row` is kept: what ROWS rows need in one step lies together. A row is `padded` long.
+inline int64_t query_place(int64_t row, int64_t d, int64_t padded) {
+    return (row / ROWS * padded + d / STEP * STEP) * ROWS + row % ROWS * STEP + d % STEP;
+}
+
+// scores[r][s] = queries[r] · latents[s] for s in [0, n); queries as `query_place` has them, zeros past `width`.
+void score(const Query* queries, const uint16_t* latents, int64_t width, int64_t n, float (*scores)[CHUNK]) {
     const int64_t whole = width / STEP * STEP;
     for (int64_t s = 0; s < n; s += TILE) {
         const uint16_t* rows[TILE];
@@ -57,7 +62,7 @@ void score(const Query* queries, int64_t padded, const uint16_t* latents, int64_
         Vec sums[TILE][ROWS] = {};
         const auto meet = [&](int64_t d, const Packed (&keys)[TILE]) {
             for (int r = 0; r < ROWS; r++) {
-                const Packed query = load_query(queries + r * padded + d);
+                const Packed query = load_query(queries + d * ROWS + r * STEP);
                 for (int k = 0; k < TILE; k++) sums[k][r] = dot_add(sums[k][r], query, keys[k]);
             }
         };
@@ -90,8 +95,10 @@ void score(const Query* queries, int64_t padded, const uint16_t* latents, int64_
 #if DSV2_AVX512 && defined(__AVX512BF16__)
 constexpr int TOGETHER = 2;
 inline void pack_weights(const float* weights, uint32_t* packed) {
-    for (int64_t s = 0; s < CHUNK; s += 2)
-        packed[s / 2] = to_bf16(weights[s]) | uint32_t(to_bf16(weights[s + 1])) << 16;
+    for (int64_t s = 0; s < CHUNK; s += LANES) {
+        const __m256bh halves = _mm512_cvtneps_pbh((__m512)load(weights + s));
+        std::memcpy(packed + s / 2, &halves, sizeof halves);
+    }
 }
 #else
 constexpr int TOGETHER = 1;
@@ -190,7 +197,7 @@ void absorbed(const Shape& shape, const Query* queries, int64_t padded, const ui
         for (int64_t s = from; s < to; s += CHUNK) {
             alignas(64) float weights[ROWS][CHUNK];
             const int64_t n = std::min(CHUNK, to - s);
-            score(queries + row * padded, padded, latents + s * shape.width(), shape.width(), n, weights);
+            score(queries + row * padded, latents + s * shape.width(), shape.width(), n, weights);
             for (int r = 0; r < ROWS; r++) {
                 const int64_t t = std::min(row + r, rows - 1) / shape.H;
                 float largest, total;
@@ -361,9 +368,9 @@ API void dsv2_attention(const float* q, const float* rotation, const uint16_t* l
     Query* queries = query_scratch.reserve<Query>(passes * ROWS * padded);
     std::memset(queries, 0, passes * ROWS * padded * sizeof(Query));
     each_row(rows, [&](int64_t row) {
-        Query* query = queries + row * padded;
-        for (int64_t c = 0; c < C; c++) query[c] = to_query(latent[row * C + c] * scale);
-        for (int64_t d = 0; d < P; d++) query[C + d] = to_query(rope[row * P + d]);
+        const auto put = [&](int64_t d, float value) { queries[query_place(row, d, padded)] = to_query(value); };
+        for (int64_t c = 0; c < C; c++) put(c, latent[row * C + c] * scale);
+        for (int64_t d = 0; d < P; d++) put(C + d, rope[row * P + d]);
     });
     absorbed(shape, queries, padded, latents, latent);
     heads_linear(latent, T, H, *w_uv, out);

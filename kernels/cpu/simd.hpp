@@ -44,7 +44,7 @@ inline Vec load(const float* p) {
     return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be computed: it is not x for x = -0
 inline Int splat_int(int32_t x) { return Int{} + x; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec to_float(Int v) { return __builtin_convertvector(v, Vec); }
@@ -131,9 +131,15 @@ inline Vec silu(Vec x) {
 
 // bfloat16 is the upper half of a float.
 inline Vec load_bf16(const uint16_t* p) {
+#if DSV2_AVX512
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif DSV2_AVX2
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
     Short half;
     std::memcpy(&half, p, sizeof half);
     return (Vec)(__builtin_convertvector(half, Int) << 16);
+#endif
 }
 inline float from_bf16(uint16_t half) {
     uint32_t bits = uint32_t(half) << 16;
