@@ -345,8 +345,6 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 
 using namespace dsv2;
 
-// q [T, H, N + P], not yet rotated; rotation [T, P / 2] of (cos, sin); latents bf16 [S, C + P]; w_uk [H·C, N];
-// w_uv [H·V, C]; out [T, H·V].
 API void dsv2_attention(const float* q, const float* rotation, const uint16_t* latents, const Matrix* w_uk, const Matrix* w_uv,
                         float scale, int64_t T, int64_t S, int64_t H, int64_t P, int32_t absorb, float* out) {
     const Shape shape{T, S, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};

@@ -159,7 +159,6 @@ API void dsv2_swiglu(const float* x, int64_t tokens, const Matrix* gate, const M
     mixture(x, tokens, {{*gate, *up, *down, tokens, 0, nullptr, nullptr}}, y);
 }
 
-// records [experts, stride]; ids [tokens, k] below `experts`; weights [tokens, k]; y [tokens, hidden].
 API void dsv2_experts(const float* x, int64_t tokens, const uint8_t* records, int64_t stride, int64_t experts,
                       int32_t format, int64_t hidden, int64_t intermediate, const int64_t* ids, const float* weights,
                       int64_t k, float* y) {
@@ -186,7 +185,6 @@ API void dsv2_experts(const float* x, int64_t tokens, const uint8_t* records, in
     mixture(x, tokens, used, y);
 }
 
-// Read the bytes once with all threads: what memory gives when nothing is computed. Returns their sum as numbers.
 API uint64_t dsv2_read(const uint8_t* data, int64_t nbytes) {
     typedef uint64_t Long __attribute__((vector_size(LANES * 4)));
     constexpr int64_t CHUNK = 1 << 20, STRIDE = 4 * sizeof(Long);

@@ -127,9 +127,9 @@ constexpr int TILE_TOKENS = 4, TILE_PANELS = 1;
 // Tokens that one pass over unpacked rows serves; their activations should stay in the second cache.
 constexpr int64_t TOKEN_BLOCK = 256;
 
-// Bytes ahead of a single token's product that nf4 codes are fetched into the second cache. The hardware's own
-// prefetching stops at every page; for int8, which comes twice as fast, it is enough.
-constexpr int64_t AHEAD = 1 << 12;
+// Bytes ahead of a single token's product that nf4 codes are fetched into the first cache, and numbers ahead that scales
+// are. The hardware's own prefetching stops at every page; for int8, whose codes come twice as fast, it is enough.
+constexpr int64_t AHEAD = 1 << 12, SCALES_AHEAD = 1 << 8;
 
 // LANES rows of a matrix; the second group is the first again where there is none (its lanes are then unused).
 template <int FORMAT>
@@ -201,13 +201,14 @@ inline __m256 stream_group(const uint8_t* p, const uint16_t* row_scales, const A
         for (int i = 0; i < TILE / 32; i++) {
             const __m256i bytes = _mm256_loadu_si256((const __m256i*)(p + i * 32));
             if (FORMAT == NF4) {
-                if (i % 2 == 0) __builtin_prefetch(p + AHEAD + i * 32, 0, 2);
+                if (i % 2 == 0) __builtin_prefetch(p + AHEAD + i * 32);
                 add(2 * i, look_up(table, bytes));
                 add(2 * i + 1, look_up(table, _mm256_srli_epi16(bytes, 4)));
             } else {
                 add(i, _mm256_xor_si256(bytes, flip));
             }
         }
+        __builtin_prefetch(row_scales + b * GROUP + SCALES_AHEAD);
         const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3]));
         const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(row_scales + b * GROUP)));
         total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, _mm256_set1_ps(scales[b])), total);
@@ -231,7 +232,8 @@ inline Vec stream(const Panel<FORMAT>& panel, const Activations& x, int64_t row)
     Vec total{};
     for (int64_t b = 0; b < x.blocks; b++) {
         for (int64_t i = 0; FORMAT == NF4 && i < panel.TILE; i += 64)
-            __builtin_prefetch(panel.first + b * panel.TILE + AHEAD + i, 0, 2);
+            __builtin_prefetch(panel.first + b * panel.TILE + AHEAD + i);
+        __builtin_prefetch(panel.first_scales + b * GROUP + SCALES_AHEAD);
         Int even = splat_int(starts[b]), odd{};  // two sums, since one would wait for itself
         panel.levels(b, [&](int quad, Levels levels) {
             Int& sum = quad % 2 ? odd : even;

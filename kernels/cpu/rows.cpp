@@ -41,12 +41,10 @@ void best(const float* scores, int32_t* order, int64_t size, int64_t k) {
 
 using namespace dsv2;
 
-// y = x / sqrt(mean(x²) + eps) · weight for each of `rows` rows.
 API void dsv2_rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* y) {
     each_row(rows, [&](int64_t t) { rms_norm(x + t * size, weight, eps, size, y + t * size); });
 }
 
-// Cache rows of bf16 [tokens, latent + rope] from kv_a [tokens, latent + rope]: the first normed, the second rotated.
 API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
                       const float* rotation, uint16_t* rows) {
     each_row(tokens, [&](int64_t t) {
@@ -60,8 +58,6 @@ API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t
     });
 }
 
-// softmax(gate · x), then the best `k` experts of the best `topk_group` groups (a group is as good as its best expert;
-// the scores of the others count as 0); see `reference.route`.
 API void dsv2_route(const float* x, int64_t tokens, int64_t hidden, const float* gate, int64_t experts, int64_t k,
                     int64_t groups, int64_t topk_group, int32_t normalise, float scaling, int64_t* ids, float* weights) {
     std::vector<float> logits(tokens * experts);
@@ -106,7 +102,6 @@ API void dsv2_route(const float* x, int64_t tokens, int64_t hidden, const float*
     });
 }
 
-// Rows `ids` of the embedding in fp32.
 API void dsv2_embedding(const int64_t* ids, int64_t tokens, const Matrix* m, float* y) {
     each_row(tokens, [&](int64_t t) { m->dequantize_row(ids[t], y + t * m->cols, 1); });
 }

@@ -6,7 +6,7 @@
 namespace dsv2 {
 
 // Rows of a small step that are worth a call of the pool.
-constexpr int64_t ROWS_TO_SHARE = 8;
+constexpr int64_t ROWS_TO_SHARE = 32;
 
 template <class F>
 void each_row(int64_t rows, const F& fn) {

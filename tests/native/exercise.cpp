@@ -8,27 +8,9 @@
 #include <thread>
 #include <vector>
 
-#include "matrix.hpp"
+#include "api.hpp"
 
 using dsv2::Matrix;
-
-extern "C" {
-void dsv2_set_threads(int32_t, const int32_t*);
-uint64_t dsv2_read(const uint8_t*, int64_t);
-void dsv2_linear(const float*, int64_t, int64_t, const Matrix*, float*);
-void dsv2_swiglu(const float*, int64_t, const Matrix*, const Matrix*, const Matrix*, float*);
-void dsv2_experts(const float*, int64_t, const uint8_t*, int64_t, int64_t, int32_t, int64_t, int64_t, const int64_t*,
-                  const float*, int64_t, float*);
-void dsv2_attention(const float*, const float*, const uint16_t*, const Matrix*, const Matrix*, float, int64_t, int64_t,
-                    int64_t, int64_t, int32_t, float*);
-void dsv2_rms_norm(const float*, int64_t, int64_t, const float*, float, float*);
-void dsv2_latents(const float*, int64_t, int64_t, int64_t, const float*, float, const float*, uint16_t*);
-void dsv2_route(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int32_t, float, int64_t*,
-                float*);
-void dsv2_embedding(const int64_t*, int64_t, const Matrix*, float*);
-void dsv2_quantize_nf4(const float*, int64_t, int64_t, uint8_t*, uint16_t*);
-void dsv2_quantize_int8(const float*, int64_t, int64_t, uint8_t*, uint16_t*);
-}
 
 namespace {
 
