@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -19,6 +20,9 @@ namespace {
 
 // Longer than the pause between two kernels of a step, shorter than anybody notices.
 constexpr auto SPIN = std::chrono::microseconds(200);
+
+// A claim takes this share of what is left for a thread.
+constexpr int CLAIMS = 4;
 
 // The state of a parallel call in one word, so that an item is claimed from the call it was read from and no other:
 // a number that changes with every call (16 bits), its items (24 bits) and the next one to be claimed (24 bits).
@@ -42,6 +46,7 @@ class Pool {
         std::lock_guard<std::mutex> turn(turn_);
         stop();
         stopping_ = false;
+        divisor_ = uint64_t(CLAIMS) * count;
         for (int i = 1; i < count; i++) {
             workers_.emplace_back([this] { work(); });
             if (cpus) pin(workers_.back(), cpus[i]);
@@ -75,15 +80,17 @@ class Pool {
     }
 
   private:
-    // Do one item if there is one.
+    // Do some items if there are any: many at first, since a claim costs a trip between cores, and one by one in the
+    // end, so that all threads end together.
     bool claim() {
-        uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        uint64_t ticket = ticket_.load(std::memory_order_acquire), count;
         do {
             if (next_of(ticket) >= items_of(ticket)) return false;
-        } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
+            count = std::max<uint64_t>(1, (items_of(ticket) - next_of(ticket)) / divisor_);
+        } while (!ticket_.compare_exchange_weak(ticket, ticket + count, std::memory_order_acq_rel));
         // The claim holds the call open, so these are the claimed call's.
-        fn_(context_, int64_t(next_of(ticket)));
-        done_.fetch_add(1, std::memory_order_release);
+        for (uint64_t item = next_of(ticket); item < next_of(ticket) + count; item++) fn_(context_, int64_t(item));
+        done_.fetch_add(int64_t(count), std::memory_order_release);
         return true;
     }
 
@@ -136,6 +143,7 @@ class Pool {
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<int> sleeping_{0};
     std::atomic<bool> stopping_{false};
+    uint64_t divisor_ = 1;
     void (*fn_)(const void*, int64_t) = nullptr;
     const void* context_ = nullptr;
 };
