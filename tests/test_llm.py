@@ -219,7 +219,7 @@ def scribble(path: Path) -> None:
 
 def test_loading_copies_no_expert(directory):
     llm = dsv2_local.load(directory)
-    [records] = llm.engine.model.layers[1].mlp.routed_experts._records.values()
+    [records] = llm.engine.model.layers[1].mlp.routed_experts.records.values()
     assert isinstance(llm.engine, Engine)
     start = records.data_ptr()
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
