@@ -7,9 +7,9 @@ be 40,960. In bf16 that is 1,152 bytes per token and layer: 69,120 per token of 
 """
 
 import torch
-from torch import Tensor
 
 from dsv2_local.config import ModelConfig
+from dsv2_local.errors import ContextLengthError
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -26,25 +26,30 @@ class LatentCache:
 
     def __init__(self, config: ModelConfig, context: int, dtype: torch.dtype) -> None:
         self.context = context
-        self.length = 0
+        self.filled = torch.zeros(1, dtype=torch.int64)
+        """`length`, where kernels find it: a replayed step has no other way to learn its position."""
         self._latents = torch.empty(config.num_hidden_layers, context, config.latent_dim, dtype=dtype)
+        self.layers = list(self._latents)
+        """Each layer's rows [context, C + P], of which the first `length` are written."""
 
     @property
     def nbytes(self) -> int:
         return self._latents.nbytes
 
-    def rows(self, layer: int, tokens: int) -> Tensor:
-        """Where a step of `tokens` writes its latents: a view [tokens, C + P] after `length`."""
-        return self._latents[layer, self.length : self.length + tokens]
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence so far."""
+        return int(self.filled)
 
-    def upto(self, layer: int, tokens: int) -> Tensor:
-        """The layer's latents with those of a step of `tokens`: a view [length + tokens, C + P]."""
-        return self._latents[layer, : self.length + tokens]
+    def check_room(self, tokens: int) -> None:
+        """ContextLengthError unless a step of `tokens` fits."""
+        if self.length + tokens > self.context:
+            raise ContextLengthError(self.length + tokens, self.context)
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that every layer has written."""
-        self.length += tokens
+        self.filled += tokens
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self.length = min(length, self.length)
+        self.filled.clamp_(max=length)

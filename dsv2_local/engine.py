@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv2_local.cache import LatentCache
 from dsv2_local.errors import ContextLengthError, InputError
-from dsv2_local.model import Transformer
+from dsv2_local.model import DecodeStep, Transformer
 from dsv2_local.sampling import Sampler, SamplingParams
 
 # Tokens of one prefill step: enough for full-rate matrix products, few enough to report and stop every second or so.
@@ -64,6 +64,7 @@ class Engine:
         self.model = model
         self.chunk = chunk
         self.cache = LatentCache(model.config, context, model.cache_dtype)
+        self._step = DecodeStep(model, self.cache)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0
 
@@ -148,15 +149,19 @@ class Engine:
 
     def _decode(self, token: int, stats: Stats) -> Tensor:
         start = time.perf_counter()
-        logits = self.model.logits(self._run([token]))[0]
+        self._note([token])
+        logits = self._step.run(token)
         stats.decode_seconds += time.perf_counter() - start
         stats.context_used = self.cache.length
         return logits
 
     def _run(self, ids: list[int]) -> Tensor:
-        """One step; noted before it runs, so that an interrupt never leaves the cache with unknown tokens."""
-        self._tokens[self.cache.length :] = ids
+        self._note(ids)
         return self.model.forward(torch.tensor(ids), self.cache)
+
+    def _note(self, ids: list[int]) -> None:
+        """Remember what a step will add before it runs, so that an interrupt leaves no unknown tokens in the cache."""
+        self._tokens[self.cache.length :] = ids
 
     def _finish_reason(self, token: int, count: int, max_tokens: int | None, end: frozenset[int]) -> str | None:
         if token in end:

@@ -6,6 +6,7 @@ Shapes: `T` tokens of this step, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_he
 Names are those of the checkpoint. The mathematics is that of arXiv 2405.04434 and of the model's own code.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.rope import Rope
 
@@ -73,9 +75,9 @@ class Attention:
         c, T = self.config, x.shape[0]
         q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
         kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
-        ops.write_latents(cache.rows(self.layer, T), kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
-        latents = cache.upto(self.layer, T)  # [S, C + P]
-        out = ops.attention(q, rotation, latents, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
+        latents = cache.layers[self.layer]  # [context, C + P]
+        ops.write_latents(latents, cache.filled, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+        out = ops.attention(q, rotation, latents, cache.filled, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
         return ops.linear(out, self.o_proj)
 
     def query(self, x: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class MoE:
         """x [T, D] -> [T, D]."""
         ids, weights = ops.route(x, self.gate, self.config)
         y = self.routed_experts.experts(self.layer, x, ids, weights)
-        return y + self.shared_experts.forward(x) if self.shared_experts else y
+        return ops.add(y, self.shared_experts.forward(x)) if self.shared_experts else y
 
 
 class Block:
@@ -129,8 +131,8 @@ class Block:
 
     def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
         """x [T, D] -> [T, D]."""
-        x = x + self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, cache)
-        return x + self.mlp.forward(ops.rms_norm(x, self.post_attention_layernorm, self.eps))
+        x = ops.add(x, self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, cache))
+        return ops.add(x, self.mlp.forward(ops.rms_norm(x, self.post_attention_layernorm, self.eps)))
 
 
 class Transformer:
@@ -154,15 +156,80 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:
-        """Run tokens ids (int64 [T]) after those in the cache, and add them to it -> hidden states [T, D]."""
-        rotation = self.rope.rotation(torch.arange(cache.length, cache.length + len(ids)))
+        """Run tokens ids (int64 [T]) after those in the cache, and add them to it -> hidden states [T, D].
+
+        Raises:
+            ContextLengthError: the cache has no room for them.
+        """
+        cache.check_room(len(ids))
+        x = self.layers_of(ids, self.rotation(cache.length, len(ids)), cache)
+        cache.advance(len(ids))
+        return x
+
+    def rotation(self, position: int, tokens: int) -> Tensor:
+        """What rotates the rope parts of `tokens` from `position` on: complex64 [tokens, P/2]."""
+        return self.rope.rotation(torch.arange(position, position + tokens))
+
+    def layers_of(self, ids: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
+        """The step of `forward` but for counting its tokens: ids [T], rotation [T, P/2] -> [T, D]."""
         x = ops.embedding(ids, self.embed_tokens, self.dtype)
         for layer in self.layers:
             x = layer.forward(x, rotation, cache)
-        cache.advance(len(ids))
         return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> fp32 logits [T, vocab_size]."""
         return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head).float()
+
+
+class DecodeStep:
+    """One token after those in the cache, through the model and its head.
+
+    The first run records what it calls, the others replay it (`kernels/cpu/recording.py`), with the same result to the
+    last bit; where not all of it is native, every run is as the first.
+
+    Attributes:
+        recording: the calls; None before the first run, and for good where they cannot be replayed.
+    """
+
+    def __init__(self, model: Transformer, cache: LatentCache) -> None:
+        self.model, self.cache = model, cache
+        self.recording: Recording | None = None
+        self._recordable = True
+        self._ids = torch.empty(1, dtype=torch.int64)
+        self._rotation = torch.empty_like(model.rotation(0, 1))
+        self._logits = torch.empty(0)  # where a replay leaves them
+
+    @torch.inference_mode()
+    def run(self, token: int) -> Tensor:
+        """Add `token` to the cache -> fp32 logits [vocab_size], which the next run may overwrite.
+
+        Raises:
+            ContextLengthError: the cache is full.
+        """
+        self.cache.check_room(1)
+        self._ids.fill_(token)
+        self._rotation.copy_(self.model.rotation(self.cache.length, 1))
+        if self.recording:
+            self.recording.replay()
+        else:
+            self._logits = self._record() if self._recordable else self._compute()
+        self.cache.advance(1)
+        return self._logits
+
+    def _compute(self) -> Tensor:
+        return self.model.logits(self.model.layers_of(self._ids, self._rotation, self.cache))[0]
+
+    def _record(self) -> Tensor:
+        recording = self.recording = ops.recording()
+        try:
+            with recording or nullcontext():
+                logits = self._compute()
+        except BaseException:  # half a step: the next run begins again
+            self.recording = None
+            raise
+        self._recordable = recording is not None and recording.complete
+        if not self._recordable:
+            self.recording = None
+        return logits

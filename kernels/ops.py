@@ -9,12 +9,13 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import cpu, reference
+from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
 from dsv2_local.machine import Threads, choose_threads
 
 __all__ = [
-    "attention", "cache_dtype", "embedding", "experts", "linear", "rms_norm", "route", "set_threads", "slow_notice",
-    "swiglu", "variant", "write_latents",
+    "add", "attention", "cache_dtype", "embedding", "experts", "linear", "recording", "rms_norm", "route",
+    "set_threads", "slow_notice", "swiglu", "variant", "write_latents",
 ]  # fmt: skip
 
 
@@ -50,6 +51,12 @@ def set_threads(requested: int | None, format: Format) -> Threads:
 def cache_dtype(w_uk: Matrix, dtype: torch.dtype) -> torch.dtype:
     """The type of latents that `attention` wants: bf16 for the native kernels, else that of the activations."""
     return torch.bfloat16 if _native(w_uk) else dtype
+
+
+def recording() -> Recording | None:
+    """What can note a step's calls of kernels and make them again, where there are native ones."""
+    native = cpu.kernels()
+    return native.recording() if native else None
 
 
 def _native(weight: Matrix) -> cpu.Kernels | None:
@@ -95,15 +102,23 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
     return reference.experts(x, records, layout, ids, weights)
 
 
-def write_latents(rows: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
-    """Fill cache rows; see `reference.write_latents`."""
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, of one shape."""
     native = cpu.kernels()
-    if native and rows.dtype == torch.bfloat16:
-        return native.write_latents(rows, kv_a, weight, eps, rotation)
-    return reference.write_latents(rows, kv_a, weight, eps, rotation)
+    return native.add(a, b) if native else reference.add(a, b)
 
 
-def attention(q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float) -> Tensor:
+def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
+    """Fill the next rows of a layer's cache; see `reference.write_latents`."""
+    native = cpu.kernels()
+    if native and latents.dtype == torch.bfloat16:
+        return native.write_latents(latents, length, kv_a, weight, eps, rotation)
+    return reference.write_latents(latents, length, kv_a, weight, eps, rotation)
+
+
+def attention(
+    q: Tensor, rotation: Tensor, latents: Tensor, length: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+) -> Tensor:
     """Latent attention in the form that takes fewer operations; see `reference.attention`.
 
     Per head and cached position, absorbed attention does T·(2C + P) multiplications; the materialised form
@@ -115,5 +130,5 @@ def attention(q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: 
     native = _native(w_uk)
     # The native products of one head take whole groups of 8 rows.
     if native and latents.dtype == torch.bfloat16 and C % 8 == 0 and V % 8 == 0:
-        return native.attention(q, rotation, latents, w_uk, w_uv, scale, absorb)
-    return reference.attention(q, rotation, latents, w_uk, w_uv, scale, absorb)
+        return native.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)
+    return reference.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)

@@ -95,21 +95,39 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
     return ids, weights * config.routed_scaling_factor
 
 
-def write_latents(rows: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
-    """Fill cache rows [T, C + P] from kv_a [T, C + P]: the latent normed by weight [C], the rope key rotated."""
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b."""
+    return a + b
+
+
+def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
+    """Fill the rows of a layer's cache after the first `length` from kv_a [T, C + P].
+
+    The latent is normed by weight [C], the rope key rotated. `length` is an int64 [1] and not a number, so that a
+    recorded step can be replayed at the next position.
+    """
     C = len(weight)
+    rows = latents[int(length) :][: len(kv_a)]
     rows[:, :C] = rms_norm(kv_a[:, :C], weight, eps)
     rows[:, C:] = rotate(kv_a[:, C:], rotation)
 
 
 def attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float, absorb: bool
+    q: Tensor,
+    rotation: Tensor,
+    latents: Tensor,
+    length: Tensor,
+    w_uk: Matrix,
+    w_uv: Matrix,
+    scale: float,
+    absorb: bool,
 ) -> Tensor:
     """Causal latent attention, in either of its forms.
 
     Args:
         q: [T, H, N + P], not yet rotated; rotation: complex64 [T, P/2].
-        latents: [S, C + P], normed latents and rotated rope keys; the queries are the last T of the S positions.
+        latents: a layer's cache, normed latents and rotated rope keys: [S, C + P], and more after them.
+        length: int64 [1], the positions before the queries': S = length + T.
         w_uk: [H·C, N]; w_uv: [H·V, C].
         scale: multiplies the scores; from N + P, whatever the form.
         absorb: work in the latent space (the least work for few queries), or rebuild keys and values (for many).
@@ -118,6 +136,7 @@ def attention(
         [T, H·V].
     """
     P = 2 * rotation.shape[1]
+    latents = latents[: int(length) + len(q)]
     q_nope, q_rope = torch.split(q, [q.shape[2] - P, P], dim=2)
     form = absorbed_attention if absorb else materialized_attention
     return form(q_nope, rotate(q_rope, rotation), latents.to(q.dtype), w_uk, w_uv, scale)

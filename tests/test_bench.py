@@ -1,5 +1,6 @@
 """`dsv2 bench` on small models, and the random models it makes. No test looks at a time: this machine may be busy."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -178,13 +179,12 @@ def test_layers_cut_the_model_and_the_whole_is_extrapolated(told, tmp_path, caps
 
 def test_missing_layers_take_the_mean_of_their_kind():
     whole = tiny(num_hidden_layers=9, first_k_dense_replace=2)
-    watch = Stopwatch()
-    watch.seconds = {"dense layers": 0.8, "mixture layers": 1.2}  # of 2 and 2 layers in 4 steps
+    parts = {"dense layers": 0.8, "mixture layers": 1.2}  # of 2 and 2 layers in 4 steps
     plan = request.Plan(
         request.Request(decode=4), None, whole, random_weights.first_layers(whole, 4), Recipe.NF4,
         request.Lengths((), (0,), 4), 0,
     )  # fmt: skip
-    facts = report.cut_facts(plan, 2.4, watch)
+    facts = report.cut_facts(plan, 2.4, parts)
     assert 1 / facts["extrapolated"]["decode_tok_s"] == pytest.approx(0.6 + 5 * 0.15)
 
 
@@ -358,14 +358,14 @@ def test_the_stopwatch_counts_the_outermost_call_and_leaves_no_trace():
         def down(self, depth: int) -> int:
             return self.down(depth - 1) + 1 if depth else 0
 
-    counter, watch = Counter(), Stopwatch()
+    counter, watch = Counter(), Stopwatch(itertools.count().__next__)
     original = ops.linear
     with watch.on([(counter, "down", "down"), (ops, "linear", "kernels")]):
         assert ops.linear is not original
         assert counter.down(3) == 3
     assert vars(counter) == {}
     assert ops.linear is original
-    assert list(watch.seconds) == ["down"]
+    assert watch.spans == [("down", 0, 1)]
     with pytest.raises(ZeroDivisionError), watch.on([(counter, "down", "down")]):
         raise ZeroDivisionError
     assert vars(counter) == {}

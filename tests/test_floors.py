@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
     {"__init__", "config", "errors", "machine"},
-    {"kernels.layout", "cache", "rope", "kernels.reference", "kernels.cpu", "kernels.ops"},
+    {"kernels.layout", "cache", "rope", "kernels.reference", "kernels.cpu.recording"} | {"kernels.cpu", "kernels.ops"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
     {"offload.store", "random_weights"},
@@ -26,7 +26,7 @@ FLOORS = [
 ORDERED = [
     ["errors", "config", "__init__"],
     ["errors", "machine"],
-    ["kernels.layout", "rope", "kernels.reference", "kernels.cpu", "kernels.ops"],
+    ["kernels.layout", "rope", "kernels.reference", "kernels.cpu.recording", "kernels.cpu", "kernels.ops"],
     ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
     ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
     ["quant.nf4", "quant.int8", "quant.quantize", "quant.convert"],

@@ -147,7 +147,7 @@ def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypa
     )  # fmt: skip
     q_nope, q_rope, latents = torch.randn(queries, heads, N), torch.randn(queries, heads, P), torch.randn(S, C + P)
     unrotated = torch.ones(queries, P // 2, dtype=torch.complex64)
-    args = (torch.cat((q_nope, q_rope), 2), unrotated, latents, *matrices, 0.11)
+    args = (torch.cat((q_nope, q_rope), 2), unrotated, latents, torch.tensor([S - queries]), *matrices, 0.11)
     keys = torch.einsum("sc,hcn->shn", latents[:, :C], uk)
     scores = torch.einsum("thn,shn->hts", q_nope, keys) + torch.einsum("thp,sp->hts", q_rope, latents[:, C:])
     visible = torch.arange(S)[None] <= torch.arange(S - queries, S)[:, None]

@@ -49,16 +49,16 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     timing.prefill(engine, plan.warm_up_tokens, progress)
     prefill = [timing.measure_prefill(engine, tokens, progress) for tokens in plan.lengths.prompts]
     decode = [timing.measure_decode(engine, context, steps, reader, progress) for context in contexts]
-    watch = timing.measure_parts(engine, contexts[0], steps, progress)
+    parts = timing.measure_parts(engine, contexts[0], steps, progress)
     return {
         "machine": report.machine_facts(decode, matmul, threads),
         "model": report.model_facts(subject),
         "prefill": [report.prefill_facts(run, subject) for run in prefill],
         "decode": [report.decode_facts(run, subject) for run in decode],
-        "parts": report.part_facts(watch, steps),
+        "parts": report.part_facts(parts, steps),
         "peak_rss_bytes": peak_bytes() - reader.buffer_bytes,
         "weight_bytes": subject.weight_bytes,
-        **report.cut_facts(plan, decode[0].seconds, watch),
+        **report.cut_facts(plan, decode[0].seconds, parts),
     }
 
 

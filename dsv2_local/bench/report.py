@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dsv2_local.bench.request import Plan
 from dsv2_local.bench.subject import Subject
-from dsv2_local.bench.timing import DecodeRun, PrefillRun, Stopwatch, layer_kind
+from dsv2_local.bench.timing import DecodeRun, PrefillRun, layer_kind
 from dsv2_local.config import ModelConfig
 from dsv2_local.inspection import human
 from dsv2_local.kernels import ops
@@ -54,18 +54,18 @@ def decode_facts(run: DecodeRun, subject: Subject) -> dict[str, Any]:
     }
 
 
-def part_facts(watch: Stopwatch, steps: int) -> dict[str, float]:
+def part_facts(part_seconds: dict[str, float], steps: int) -> dict[str, float]:
     """Seconds per step of each part; the rest is router, norms, embedding, rotation and choosing the token."""
-    parts = {name: watch.seconds[name] / steps for name in PARTS}
-    whole = watch.seconds["steps"]
+    parts = {name: part_seconds[name] / steps for name in PARTS}
+    whole = part_seconds["steps"]
     return {
         **parts,
         "rest": whole / steps - sum(parts.values()),
-        "outside_kernels": 1 - watch.seconds["kernels"] / whole,
+        "outside_kernels": 1 - part_seconds["kernels"] / whole,
     }
 
 
-def cut_facts(plan: Plan, seconds: float, watch: Stopwatch) -> dict[str, Any]:
+def cut_facts(plan: Plan, seconds: float, part_seconds: dict[str, float]) -> dict[str, Any]:
     """What a model cut by --layers would do as a whole: each missing layer takes the mean time of its kind."""
     if plan.config == plan.whole:
         return {}
@@ -74,7 +74,7 @@ def cut_facts(plan: Plan, seconds: float, watch: Stopwatch) -> dict[str, Any]:
     for moe in (False, True):
         here, everywhere = (_layers_of_kind(config, moe) for config in (plan.config, plan.whole))
         if here:
-            step += (everywhere - here) * watch.seconds[layer_kind(moe)] / (here * steps)
+            step += (everywhere - here) * part_seconds[layer_kind(moe)] / (here * steps)
     return {
         "layers": plan.config.num_hidden_layers,
         "total_layers": plan.whole.num_hidden_layers,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from statistics import harmonic_mean
 from time import perf_counter
 from typing import Any
@@ -21,7 +22,7 @@ from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Stats
 from dsv2_local.kernels import ops
-from dsv2_local.model import MoE, Transformer
+from dsv2_local.model import DecodeStep, MoE, Transformer
 from dsv2_local.sampling import SamplingParams
 
 WARM_UP_STEPS = 2  # of a burst of decoding: not counted
@@ -94,36 +95,36 @@ def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, pro
     Times are sums, in which slow steps count as they are felt; the steps that find their caches cold do not count.
     """
     fill(engine.cache, context, engine.model.config)
+    step = DecodeStep(engine.model, engine.cache)
     seconds, reads = 0.0, []
     for begin in range(0, steps, BURST):
         reads.append(reader.gb_s())
-        _warm_up(engine, min(WARM_UP_STEPS, steps - begin))
-        seconds += _steps(engine, min(BURST, steps - begin), f"decode at context {context:,}", progress)
+        _warm_up(step, min(WARM_UP_STEPS, steps - begin))
+        seconds += _steps(step, min(BURST, steps - begin), f"decode at context {context:,}", progress)
     return DecodeRun(context, steps, seconds, harmonic_mean(reads))
 
 
-def _warm_up(engine: Engine, steps: int) -> None:
+def _warm_up(step: DecodeStep, steps: int) -> None:
     """Steps that leave no trace but in the caches."""
-    length = engine.cache.length
+    length = step.cache.length
     for _ in range(steps):
-        _step(engine)
-    engine.cache.truncate(length)
+        _timed(step)
+    step.cache.truncate(length)
 
 
-def _steps(engine: Engine, steps: int, what: str, progress: Progress) -> float:
+def _steps(step: DecodeStep, steps: int, what: str, progress: Progress) -> float:
     seconds = 0.0
-    for step in range(steps):
-        progress(f"{what}: {step}/{steps} tokens")
-        seconds += _step(engine)
+    for done in range(steps):
+        progress(f"{what}: {done}/{steps} tokens")
+        seconds += _timed(step)
     return seconds
 
 
-def _step(engine: Engine) -> float:
+def _timed(step: DecodeStep) -> float:
     """Seconds to decode a random token: the model, its logits, and the likeliest of them."""
-    ids = torch.randint(engine.model.config.vocab_size, (1,))
+    token = int(torch.randint(step.model.config.vocab_size, (1,)))
     start = perf_counter()
-    hidden = engine.model.forward(ids, engine.cache)
-    int(engine.model.logits(hidden).argmax())
+    int(step.run(token).argmax())
     return perf_counter() - start
 
 
@@ -132,24 +133,26 @@ def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
     cache.truncate(0)
     latents = torch.randn(tokens, config.latent_dim)
     for layer in range(config.num_hidden_layers):
-        cache.rows(layer, tokens)[:] = latents
+        cache.layers[layer][:tokens] = latents
     cache.advance(tokens)
 
 
 class Stopwatch:
-    """Seconds spent in callables, by name; of calls within one another under one name only the outermost counts."""
+    """Readings of a clock before and after callables, by name; of calls within one another under one name only the
+    outermost counts."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.spans: list[tuple[str, float, float]] = []
+        self._clock = clock
         self._running: set[str] = set()
 
     @contextmanager
     def on(self, targets: list[tuple[Any, str, str]]) -> Iterator[None]:
-        """Time the callables (owner, attribute, name) meanwhile, by putting others in their places."""
+        """Watch the callables (owner, attribute, name) meanwhile, by putting others in their places."""
         before = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute, _ in targets]
         try:
             for owner, attribute, name in targets:
-                setattr(owner, attribute, self._timed(getattr(owner, attribute), name))
+                setattr(owner, attribute, self._watched(getattr(owner, attribute), name))
             yield
         finally:
             for owner, attribute, own in before:
@@ -158,28 +161,45 @@ class Stopwatch:
                 else:
                     setattr(owner, attribute, own)
 
-    def _timed(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def timed(*args: Any, **options: Any) -> Any:
+    def _watched(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watched(*args: Any, **options: Any) -> Any:
             if name in self._running:
                 return call(*args, **options)
             self._running.add(name)
-            start = perf_counter()
+            start = self._clock()
             try:
                 return call(*args, **options)
             finally:
-                self.seconds[name] += perf_counter() - start
+                self.spans.append((name, start, self._clock()))
                 self._running.discard(name)
 
-        return timed
+        return watched
 
 
-def measure_parts(engine: Engine, context: int, steps: int, progress: Progress) -> Stopwatch:
-    """Where the time of decoding goes; apart from `measure_decode`, since taking times takes time itself."""
+def measure_parts(engine: Engine, context: int, steps: int, progress: Progress) -> dict[str, float]:
+    """Seconds of decoding `steps` tokens, by part, and in all as "steps".
+
+    Of a step that is replayed, what is watched is its recording, on a clock that counts the calls; then replays tell
+    what each call takes.
+    """
     fill(engine.cache, context, engine.model.config)
-    watch = Stopwatch()
+    step = DecodeStep(engine.model, engine.cache)
+    watch = Stopwatch(lambda: len(step.recording.names) if step.recording else perf_counter())
     with watch.on(_targets(engine.model)):
-        watch.seconds["steps"] = _steps(engine, steps, "decode by part", progress)
-    return watch
+        _warm_up(step, 1)  # recorded, if it can be
+        if not step.recording:
+            watch.spans.clear()
+            whole = _steps(step, steps, "decode by part", progress)
+    spans = watch.spans
+    if step.recording:
+        taken = step.recording.take_times()
+        whole = _steps(step, steps, "decode by part", progress)
+        clock = [0.0, *accumulate(taken)]
+        spans = [(name, clock[int(start)], clock[int(end)]) for name, start, end in spans]
+    seconds = defaultdict(float, steps=whole)
+    for name, start, end in spans:
+        seconds[name] += end - start
+    return seconds
 
 
 def _targets(model: Transformer) -> list[tuple[Any, str, str]]:

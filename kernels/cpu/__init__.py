@@ -11,12 +11,14 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError
+from dsv2_local.kernels.cpu.recording import AtWork, Recording
 from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
 from dsv2_local.machine import Threads, choose_threads, cpu_features
 
@@ -45,15 +47,17 @@ _SIGNATURES = {
     "linear": (_P, _I, _I, _M, _P),
     "swiglu": (_P, _I, _M, _M, _M, _P),
     "experts": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
-    "attention": (_P, _P, _P, _M, _M, _F, _I, _I, _I, _I, c_int32, _P),
+    "attention": (_P, _P, _P, _P, _M, _M, _F, _I, _I, _I, c_int32, _P),
     "rms_norm": (_P, _I, _I, _P, _F, _P),
-    "latents": (_P, _I, _I, _I, _P, _F, _P, _P),
+    "add": (_P, _P, _I, _P),
+    "latents": (_P, _I, _I, _I, _P, _F, _P, _P, _P),
     "route": (_P, _I, _I, _P, _I, _I, _I, _I, c_int32, _F, _P, _P),
     "embedding": (_P, _I, _M, _P),
     "quantize_nf4": (_P, _I, _I, _P, _P),
     "quantize_int8": (_P, _I, _I, _P, _P),
     "set_threads": (c_int32, POINTER(c_int32)),
     "read": (_P, _I),
+    "replay": (_P, _I, _P),
 }
 
 
@@ -83,60 +87,86 @@ class Kernels:
     def __init__(self, variant: str, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         self.variant = variant
-        self._call = {name: getattr(library, "dsv2_" + name) for name in _SIGNATURES}
-        for name, function in self._call.items():
+        self._at_work = AtWork()
+        self._functions = {name: getattr(library, "dsv2_" + name) for name in _SIGNATURES}
+        for name, function in self._functions.items():
             function.argtypes, function.restype = _SIGNATURES[name], None
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        self._functions[name](*arguments)
+        if recording := self._at_work.recording:
+            recording.add(name, _SIGNATURES[name], arguments)
+
+    def recording(self) -> Recording:
+        """A new one, to be entered while a step runs."""
+        return Recording(self._at_work, self._functions["replay"])
 
     def set_threads(self, threads: Threads) -> None:
         """Make the pool anew. The caller of a kernel is the first thread and stays unpinned, the others are pinned."""
         cpus = (c_int32 * threads.count)(*threads.cpus) if threads.cpus else None
-        self._call["set_threads"](threads.count, cpus)
+        self._call("set_threads", threads.count, cpus)
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         x_ = _input(x)
         y = torch.empty(x.shape[0], weight.rows)
-        self._call["linear"](x_.data_ptr(), x.shape[0], 1, _struct(weight), y.data_ptr())
+        self._call("linear", x_.data_ptr(), x.shape[0], 1, _struct(weight), y.data_ptr())
         return _output(y, x)
 
     def swiglu(self, x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
         x_ = _input(x)
         y = torch.empty(x.shape[0], down.rows)
-        self._call["swiglu"](x_.data_ptr(), x.shape[0], _struct(gate), _struct(up), _struct(down), y.data_ptr())
+        self._call("swiglu", x_.data_ptr(), x.shape[0], _struct(gate), _struct(up), _struct(down), y.data_ptr())
         return _output(y, x)
 
     def experts(self, x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
         x_, ids, weights = _input(x), ids.contiguous(), _input(weights)
         y = torch.empty_like(x_)
-        self._call["experts"](
-            x_.data_ptr(), x.shape[0], records.data_ptr(), records.stride(0), records.shape[0], FORMATS[layout.format],
-            layout.hidden_size, layout.moe_intermediate_size, ids.data_ptr(), weights.data_ptr(), ids.shape[1],
-            y.data_ptr(),
+        self._call(
+            "experts", x_.data_ptr(), x.shape[0], records.data_ptr(), records.stride(0), records.shape[0],
+            FORMATS[layout.format], layout.hidden_size, layout.moe_intermediate_size, ids.data_ptr(),
+            weights.data_ptr(), ids.shape[1], y.data_ptr(),
         )  # fmt: skip
         return _output(y, x)
 
     def attention(
-        self, q: Tensor, rotation: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float, absorb: bool
+        self,
+        q: Tensor,
+        rotation: Tensor,
+        latents: Tensor,
+        length: Tensor,
+        w_uk: Matrix,
+        w_uv: Matrix,
+        scale: float,
+        absorb: bool,
     ) -> Tensor:
         q_ = _input(q)
         T, H, _ = q.shape
         out = torch.empty(T, w_uv.rows)
-        self._call["attention"](
-            q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T,
-            latents.shape[0], H, 2 * rotation.shape[1], absorb, out.data_ptr(),
+        self._call(
+            "attention", q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), length.data_ptr(), _struct(w_uk),
+            _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb, out.data_ptr(),
         )  # fmt: skip
         return _output(out, q)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x_ = _input(x)
         y = torch.empty_like(x_)
-        self._call["rms_norm"](x_.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, y.data_ptr())
+        self._call("rms_norm", x_.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, y.data_ptr())
         return _output(y, x)
 
-    def write_latents(self, rows: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        a_, b_ = _input(a), _input(b)
+        y = torch.empty_like(a_)
+        self._call("add", a_.data_ptr(), b_.data_ptr(), a_.numel(), y.data_ptr())
+        return _output(y, a)
+
+    def write_latents(
+        self, latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+    ) -> None:
         kv_a_ = _input(kv_a)
-        self._call["latents"](
-            kv_a_.data_ptr(), rows.shape[0], weight.shape[0], rows.shape[1] - weight.shape[0], weight.data_ptr(), eps,
-            rotation.data_ptr(), rows.data_ptr(),
+        self._call(
+            "latents", kv_a_.data_ptr(), kv_a.shape[0], weight.shape[0], kv_a.shape[1] - weight.shape[0],
+            weight.data_ptr(), eps, rotation.data_ptr(), length.data_ptr(), latents.data_ptr(),
         )  # fmt: skip
 
     def route(self, x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -144,26 +174,27 @@ class Kernels:
         ids = torch.empty(x.shape[0], K, dtype=torch.int64)
         weights = torch.empty(x.shape[0], K)
         grouped = config.topk_method == "group_limited_greedy"
-        self._call["route"](
-            x_.data_ptr(), x.shape[0], x.shape[1], gate.data_ptr(), gate.shape[0], K, config.n_group if grouped else 1,
-            config.topk_group, config.norm_topk_prob, config.routed_scaling_factor, ids.data_ptr(), weights.data_ptr(),
+        self._call(
+            "route", x_.data_ptr(), x.shape[0], x.shape[1], gate.data_ptr(), gate.shape[0], K,
+            config.n_group if grouped else 1, config.topk_group, config.norm_topk_prob, config.routed_scaling_factor,
+            ids.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         return ids, weights
 
     def embedding(self, ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
         y = torch.empty(ids.shape[0], weight.cols)
-        self._call["embedding"](ids.data_ptr(), ids.shape[0], _struct(weight), y.data_ptr())
-        return y.to(dtype)
+        self._call("embedding", ids.data_ptr(), ids.shape[0], _struct(weight), y.data_ptr())
+        return y if dtype is y.dtype else y.to(dtype)
 
     def quantize(self, weight: Tensor, into: Matrix) -> None:
         """Quantise [R, C] into the planes of `into`; one thread, so that callers can share the work by slices."""
         x, (codes, scales) = _input(weight), into.parts
         name = f"quantize_{into.format}"
-        self._call[name](x.data_ptr(), into.rows, into.cols, codes.data_ptr(), scales.data_ptr())
+        self._call(name, x.data_ptr(), into.rows, into.cols, codes.data_ptr(), scales.data_ptr())
 
     def read(self, data: Tensor) -> None:
         """Read contiguous `data` once with all threads and do nothing with it: what memory can give."""
-        self._call["read"](data.data_ptr(), data.nbytes)
+        self._call("read", data.data_ptr(), data.nbytes)
 
 
 def libraries() -> dict[str, Path]:

@@ -345,9 +345,10 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 
 using namespace dsv2;
 
-API void dsv2_attention(const float* q, const float* rotation, const uint16_t* latents, const Matrix* w_uk, const Matrix* w_uv,
-                        float scale, int64_t T, int64_t S, int64_t H, int64_t P, int32_t absorb, float* out) {
-    const Shape shape{T, S, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
+API void dsv2_attention(const float* q, const float* rotation, const uint16_t* latents, const int64_t* length,
+                        const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t T, int64_t H, int64_t P, int32_t absorb,
+                        float* out) {
+    const Shape shape{T, *length + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
     const int64_t rows = T * H, N = shape.N, C = shape.C;
     thread_local Scratch nope_scratch, rope_scratch, query_scratch, latent_scratch;
     float *nope = nope_scratch.reserve<float>(rows * N), *rope = rope_scratch.reserve<float>(rows * P);

@@ -53,8 +53,6 @@ class Pool {
         }
     }
 
-    int size() const { return int(workers_.size()) + 1; }
-
     void run(int64_t items, void (*fn)(const void*, int64_t), const void* context) {
         if (items <= 0) return;
         std::lock_guard<std::mutex> turn(turn_);
@@ -157,7 +155,6 @@ Pool& pool() {
 }  // namespace
 
 void set_threads(int count, const int32_t* cpus) { pool().resize(count, cpus); }
-int threads() { return pool().size(); }
 void run(int64_t items, void (*fn)(const void*, int64_t), const void* context) { pool().run(items, fn, context); }
 
 }  // namespace dsv2
@@ -165,4 +162,3 @@ void run(int64_t items, void (*fn)(const void*, int64_t), const void* context) {
 #include "api.hpp"
 
 API void dsv2_set_threads(int32_t count, const int32_t* cpus) { dsv2::set_threads(count, cpus); }
-API int32_t dsv2_threads() { return dsv2::threads(); }

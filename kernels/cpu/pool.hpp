@@ -11,7 +11,6 @@ namespace dsv2 {
 
 // Replace the pool: `count` threads with the caller; thread i > 0 is pinned to cpus[i] unless `cpus` is null.
 void set_threads(int count, const int32_t* cpus);
-int threads();
 
 // Call fn(context, item) for every item in [0, items); returns when all are done. Calls from several threads take turns.
 void run(int64_t items, void (*fn)(const void*, int64_t), const void* context);

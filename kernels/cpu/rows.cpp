@@ -45,8 +45,16 @@ API void dsv2_rms_norm(const float* x, int64_t rows, int64_t size, const float* 
     each_row(rows, [&](int64_t t) { rms_norm(x + t * size, weight, eps, size, y + t * size); });
 }
 
+API void dsv2_add(const float* a, const float* b, int64_t count, float* y) {
+    constexpr int64_t ROW = 1 << 12;
+    each_row((count + ROW - 1) / ROW, [&](int64_t row) {
+        for (int64_t i = row * ROW; i < std::min((row + 1) * ROW, count); i++) y[i] = a[i] + b[i];
+    });
+}
+
 API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, uint16_t* rows) {
+                      const float* rotation, const int64_t* length, uint16_t* latents) {
+    uint16_t* rows = latents + *length * (latent + rope);
     each_row(tokens, [&](int64_t t) {
         thread_local Scratch scratch;
         float* normed = scratch.reserve<float>(latent);

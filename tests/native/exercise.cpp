@@ -99,14 +99,35 @@ void attention() {
         for (int64_t cached : {0, 3, 600}) {
             const auto kv_a = numbers((cached + tokens) * (C + P)), weight = numbers(C), rotation = numbers((cached + tokens) * P);
             std::vector<uint16_t> rows((cached + tokens) * (C + P));
-            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), rows.data());
+            const int64_t none = 0;
+            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), &none, rows.data());
             for (int absorb : {0, 1}) {
                 std::vector<float> out(tokens * H * V);
-                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.data(), &uk.m, &uv.m, 0.1f, tokens,
-                               cached + tokens, H, P, absorb, out.data());
+                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.data(), &cached, &uk.m, &uv.m,
+                               0.1f, tokens, H, P, absorb, out.data());
                 finite("attention", out);
             }
         }
+}
+
+// A norm and a sum of what it gives, as a list of calls.
+void replay() {
+    const auto x = numbers(700), weight = numbers(100);
+    std::vector<float> normed(700), sum(700);
+    const auto word = [](const auto& value) {
+        uint64_t bits = 0;
+        std::memcpy(&bits, &value, sizeof value);
+        return bits;
+    };
+    const dsv2::Call calls[] = {
+        {4, {word(x.data()), 7, 100, word(weight.data()), word(1e-6f), word(normed.data())}},
+        {8, {word(normed.data()), word(x.data()), 700, word(sum.data())}},
+    };
+    double seconds[2] = {};
+    dsv2_replay(calls, 2, nullptr);
+    dsv2_replay(calls, 2, seconds);
+    finite("replay", sum);
+    if (sum[3] != normed[3] + x[3] || seconds[0] <= 0) std::exit(1);
 }
 
 void everything() {
@@ -118,6 +139,9 @@ void everything() {
     std::vector<float> y(7 * 100);
     dsv2_rms_norm(numbers(700).data(), 7, 100, numbers(100).data(), 1e-6f, y.data());
     finite("rms_norm", y);
+    dsv2_add(numbers(700).data(), y.data(), 700, y.data());
+    finite("add", y);
+    replay();
     const std::vector<uint8_t> bytes(3'000'001, 1);
     dsv2_read(bytes.data(), int64_t(bytes.size()));
 }

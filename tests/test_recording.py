@@ -1,0 +1,178 @@
+"""A decode step replayed gives what computing it anew gives, to the last bit, and falls back where it cannot replay."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_local import random_weights
+from dsv2_local.cache import LatentCache
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import ContextLengthError
+from dsv2_local.kernels import cpu, ops
+from dsv2_local.model import DecodeStep, Transformer
+from dsv2_local.offload.store import MappedExperts
+from dsv2_local.quant.schema import Recipe
+from tests.conftest import kernels
+from tests.models import TINY
+from tests.test_model import GROUPS
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"q_lora_rank": None, "first_k_dense_replace": 0, "n_shared_experts": 0, "norm_topk_prob": True},
+    {**GROUPS, "tie_word_embeddings": True},
+]
+
+pytestmark = pytest.mark.skipif(not cpu.usable(), reason="the native kernels are not compiled")
+
+
+@pytest.fixture(params=cpu.usable(), autouse=True)
+def variant(request) -> Iterator[str]:
+    with kernels(request.param):
+        yield request.param
+
+
+def model(recipe: Recipe = Recipe.NF4, dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
+    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, **changes})
+    made = random_weights.build(config, recipe, threads=1)
+    return Transformer(config, made.weights, MappedExperts(made.layout, made.records), dtype)
+
+
+def cache(of: Transformer, context: int = 48) -> LatentCache:
+    return LatentCache(of.config, context, of.cache_dtype)
+
+
+def computed(of: Transformer, tokens: list[int]) -> list[Tensor]:
+    """Logits after each token, none of them replayed."""
+    empty = cache(of)
+    return [of.logits(of.forward(torch.tensor([token]), empty))[0] for token in tokens]
+
+
+TOKENS = [(7 * i * i + 3) % 199 for i in range(40)]
+
+
+@pytest.mark.parametrize("changes", CONFIGS)
+@pytest.mark.parametrize("recipe", [Recipe.NF4, Recipe.MIXED, Recipe.INT8])
+def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
+    made = model(recipe, **changes)
+    step = DecodeStep(made, cache(made))
+    for token, expected in zip(TOKENS, computed(made, TOKENS), strict=True):
+        assert torch.equal(step.run(token), expected)
+    assert step.recording is not None
+    assert step.cache.length == len(TOKENS)
+    step.cache.truncate(10)  # a turn taken back
+    again = computed(made, TOKENS[:10] + TOKENS[20:22])
+    for token, expected in zip(TOKENS[20:22], again[10:], strict=True):
+        assert torch.equal(step.run(token), expected)
+
+
+@pytest.mark.parametrize(("recipe", "dtype"), [(Recipe.BF16, torch.float32), (Recipe.NF4, torch.bfloat16)])
+def test_what_is_not_all_native_is_computed_every_time(recipe, dtype):
+    made = model(recipe, dtype)
+    step = DecodeStep(made, cache(made))
+    for token, expected in zip(TOKENS[:4], computed(made, TOKENS[:4]), strict=True):
+        assert torch.equal(step.run(token), expected)
+        assert step.recording is None
+
+
+def test_the_reference_is_not_recorded():
+    with kernels(cpu.REFERENCE):
+        assert ops.recording() is None
+        made = model()
+        step = DecodeStep(made, cache(made))
+        assert torch.equal(step.run(5), computed(made, [5])[0])
+
+
+def test_foreign_operations_are_found():
+    x, weight = torch.randn(2, 64), torch.ones(64)
+    for foreign in (lambda y: y + 1, lambda y: y.double(), lambda y: y.add_(1), lambda y: y.t().contiguous()):
+        recording = ops.recording()
+        assert recording is not None
+        with torch.inference_mode(), recording:
+            foreign(ops.rms_norm(x, weight, 1e-6))
+        assert not recording.complete
+    recording = ops.recording()
+    assert recording is not None
+    with torch.inference_mode(), recording:
+        ops.add(ops.rms_norm(x, weight, 1e-6).view(2, 64)[1:].float(), x[:1])
+    assert recording.complete
+    assert recording.names == ["rms_norm", "add"]
+
+
+def test_an_interrupt_leaves_the_sequence_as_it_was(monkeypatch):
+    made = model()
+    step = DecodeStep(made, cache(made))
+    expected = computed(made, TOKENS)
+    with monkeypatch.context() as patch:
+        patch.setattr(made.layers[1], "forward", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step.run(TOKENS[0])  # while it is recorded
+    assert (step.cache.length, step.recording) == (0, None)
+    for token, logits in zip(TOKENS[:5], expected, strict=False):
+        assert torch.equal(step.run(token), logits)
+    assert step.recording is not None
+    replay, calls = step.recording._replay, iter(range(2))
+
+    def stopping(*arguments: Any) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        replay(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.recording, "_replay", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            step.run(TOKENS[30])  # half a replay, of a token that does not come after all
+    assert step.cache.length == 5
+    assert torch.equal(step.run(TOKENS[5]), expected[5])
+
+
+def _interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_cache_is_refused():
+    made = model()
+    step = DecodeStep(made, cache(made, context=2))
+    step.run(1)
+    step.run(2)
+    with pytest.raises(ContextLengthError):
+        step.run(3)
+    with pytest.raises(ContextLengthError):
+        made.forward(torch.tensor([3]), step.cache)
+    assert step.cache.length == 2
+
+
+def test_times_are_taken_of_every_call():
+    made = model()
+    step = DecodeStep(made, cache(made))
+    step.run(1)
+    assert step.recording is not None
+    seconds = step.recording.take_times()
+    step.run(2)
+    assert len(seconds) == len(step.recording.names) > 3 * 8
+    assert min(seconds) > 0
+
+
+def test_calls_of_other_threads_are_not_recorded():
+    made, other = model(), torch.ones(1, 64)
+    recording = ops.recording()
+    assert recording is not None
+    with ThreadPoolExecutor(1) as executor, torch.inference_mode(), recording:
+        executor.submit(ops.rms_norm, other, torch.ones(64), 1e-6).result()
+        made.logits(torch.ones(1, made.config.hidden_size))
+    assert recording.names == ["rms_norm", "linear"]
+
+
+def test_recording_does_not_import_the_compiler():
+    """It would take a second of the first answer."""
+    code = (
+        "import sys, dsv2_local\n"
+        "list(dsv2_local.load().generate([5, 6, 7], max_tokens=4))\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
