@@ -9,6 +9,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from ctypes import c_double, c_int64, c_uint64, c_void_p
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # In the order of FUNCTIONS in replay.cpp.
 RECORDED = ("linear", "swiglu", "experts", "attention", "rms_norm", "latents", "route", "embedding", "add")
 ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
-# Calls between two moments in which Ctrl-C is heard: about a layer's.
-SLICE = 12
+# Seconds between two moments in which Ctrl-C is heard, and the calls until the first of them.
+SLICE_SECONDS, FIRST_SLICE = 0.1, 12
 
 
 class Call(ctypes.Structure):
@@ -54,6 +55,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept: list[Any] = []  # tensors and arguments that the calls point to
         self._made: list[Call] = []
         self._calls: ctypes.Array[Call] | None = None
+        self._slice = FIRST_SLICE  # calls made at a time
 
     def __enter__(self) -> "Recording":
         self._at_work.recording = self
@@ -93,10 +95,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         calls, seconds = self._calls, self.seconds
         assert calls is not None
-        for begin in range(0, len(calls), SLICE):
+        start = perf_counter()
+        for begin in range(0, len(calls), self._slice):
             first = ctypes.addressof(calls) + begin * ctypes.sizeof(Call)
             spent = None if seconds is None else ctypes.addressof(seconds) + begin * ctypes.sizeof(c_double)
-            self._replay(first, min(SLICE, len(calls) - begin), spent)
+            self._replay(first, min(self._slice, len(calls) - begin), spent)
+        self._slice = max(1, int(len(calls) * SLICE_SECONDS / (perf_counter() - start)))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
