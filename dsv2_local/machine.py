@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import floor
+from math import floor, inf
 from pathlib import Path, PurePosixPath
 
 from dsv2_local.errors import InputError
@@ -26,11 +26,11 @@ def cpu_features(root: Path = ROOT) -> frozenset[str]:
     return frozenset(line[1].split() if line else ())
 
 
-def numa_nodes(root: Path = ROOT) -> list[list[int]]:
-    """CPUs of each node that has both memory and CPUs, in the order of the nodes; one node if unreadable."""
+def numa_nodes(root: Path = ROOT) -> dict[int, list[int]]:
+    """CPUs of each node that has both memory and CPUs, by its number; one node if unreadable."""
     base = root / "sys/devices/system/node"
-    nodes = [_numbers(base / f"node{node}/cpulist") for node in _numbers(base / "has_memory")]
-    return [cpus for cpus in nodes if cpus] or [list(range(os.cpu_count() or 1))]
+    nodes = {node: _numbers(base / f"node{node}/cpulist") for node in _numbers(base / "has_memory")}
+    return {node: cpus for node, cpus in nodes.items() if cpus} or {0: list(range(os.cpu_count() or 1))}
 
 
 def physical_cores(affinity: Iterable[int], root: Path = ROOT) -> list[int]:
@@ -43,8 +43,8 @@ def physical_cores(affinity: Iterable[int], root: Path = ROOT) -> list[int]:
     for cpu in sorted(affinity):
         lowest.setdefault(_siblings(cpu, root), cpu)
     nodes = numa_nodes(root)
-    node_of = {cpu: index for index, cpus in enumerate(nodes) for cpu in cpus}
-    return sorted(lowest.values(), key=lambda cpu: (node_of.get(cpu, len(nodes)), cpu))
+    node_of = {cpu: node for node, cpus in nodes.items() for cpu in cpus}
+    return sorted(lowest.values(), key=lambda cpu: (node_of.get(cpu, inf), cpu))
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

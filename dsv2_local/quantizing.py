@@ -1,5 +1,6 @@
 """`dsv2 quantize`: fetch if need be, convert with progress on stderr, and say what came of it."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice
+from dsv2_local.numa import spread_memory
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.convert import Progress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
@@ -43,6 +45,7 @@ def run(
     source = resolve(src, revision=revision, token=token)
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
+    spread_memory(os.sched_getaffinity(0))  # what is written stays in memory, and is computed from there next
     start = time.perf_counter()
     if finished := finished_files(dst):
         notice(f"going on with an interrupted conversion: {finished} files are finished")

@@ -4,6 +4,8 @@ On the CPU that is the native library where it was compiled and knows the format
 kernels join here, with the same signatures.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from dsv2_local.kernels import cpu, reference
 from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
 from dsv2_local.machine import Threads, choose_threads
+from dsv2_local.numa import spread_memory
 
 __all__ = [
     "add", "attention", "cache_dtype", "embedding", "experts", "linear", "recording", "rms_norm", "route",
@@ -35,12 +38,14 @@ def slow_notice() -> str | None:
 
 
 def set_threads(requested: int | None, format: Format) -> Threads:
-    """Compute with this many threads; None: one a physical core that this process may use.
+    """Compute with this many threads; None: one a physical core that this process may use. Call it before loading.
 
+    Memory is spread over the NUMA nodes of the threads' cores.
     Where the native kernels do the work of weights in `format`, torch is left with one thread: two pools on the same
     cores would wait for each other.
     """
     threads = choose_threads(requested)
+    spread_memory(threads.cpus or os.sched_getaffinity(0))
     native = cpu.kernels()
     if native:
         native.set_threads(threads)

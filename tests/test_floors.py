@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
-    {"__init__", "config", "errors", "machine"},
+    {"__init__", "config", "errors", "machine", "numa"},
     {"kernels.layout", "cache", "rope", "kernels.reference", "kernels.cpu.recording"} | {"kernels.cpu", "kernels.ops"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
@@ -25,7 +25,7 @@ FLOORS = [
 # Within a floor, in the order in which they may import each other; elsewhere a floor's modules are strangers.
 ORDERED = [
     ["errors", "config", "__init__"],
-    ["errors", "machine"],
+    ["errors", "machine", "numa"],
     ["kernels.layout", "rope", "kernels.reference", "kernels.cpu.recording", "kernels.cpu", "kernels.ops"],
     ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
     ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],

@@ -110,12 +110,12 @@ def test_each_physical_core_gives_its_lowest_allowed_cpu(machine, files, allowed
 def test_nodes_are_listed_in_order_without_those_lacking_memory_or_cpus(machine):
     lists = {"2": "4-5", "10": "0-1,3", "3": "2", "4": ""}
     files = {f"{NODES}/node{node}/cpulist": f"{cpus}\n" for node, cpus in lists.items()}
-    assert numa_nodes(machine(files | {f"{NODES}/has_memory": "2,4,10\n"})) == [[4, 5], [0, 1, 3]]
+    assert numa_nodes(machine(files | {f"{NODES}/has_memory": "2,4,10\n"})) == {2: [4, 5], 10: [0, 1, 3]}
 
 
 def test_without_numa_all_cpus_are_one_node(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert numa_nodes(tmp_path) == [[0, 1, 2]]
+    assert numa_nodes(tmp_path) == {0: [0, 1, 2]}
 
 
 @pytest.mark.parametrize(
