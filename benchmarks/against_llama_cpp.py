@@ -6,6 +6,9 @@ The peer is installed by hand, in an environment of its own (it is built from so
     peer/bin/python benchmarks/against_llama_cpp.py make lite.gguf          # random Q4_0 weights, 8.9 GB
     python benchmarks/against_llama_cpp.py compare lite.gguf --peer peer/bin/python
 
+Q4_0 throughout reads the least a token can; `make --head Q6_K` is what llama.cpp's own converter makes of a model, with
+the head in 6 bits (our recipe keeps it in 8).
+
 Both sides compute the same shape with random weights, with as many threads, a prompt of 512 tokens and 32 decoded ones.
 """
 
@@ -22,8 +25,8 @@ HIDDEN, DENSE, EXPERT, EXPERTS, SHARED, ACTIVE, LAYERS = 2048, 10944, 1408, 64, 
 HEADS, LATENT, ROPE, NOPE, VALUE, VOCAB = 16, 512, 64, 128, 128, 102400
 
 
-def make(path: Path) -> None:
-    """Write a GGUF of random Q4_0 blocks (IQ4_NL where Q4_0 does not divide a row)."""
+def make(path: Path, head: str) -> None:
+    """Write a GGUF of random Q4_0 blocks (IQ4_NL where Q4_0 does not divide a row), the head in its own type."""
     import gguf  # type: ignore[import-not-found]
     import numpy as np
 
@@ -36,12 +39,15 @@ def make(path: Path) -> None:
         elif name.endswith("ffn_gate_inp.weight"):
             writer.add_tensor(name, random.standard_normal(shape, np.float32) * 0.02)
         else:
-            kind = gguf.GGMLQuantizationType.Q4_0
+            kind = gguf.GGMLQuantizationType[head if name == "output.weight" else "Q4_0"]
             if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
                 kind = gguf.GGMLQuantizationType.IQ4_NL
             weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
             blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // weights, nbytes), dtype=np.uint8)
-            blocks[..., :2] = np.array([0.004], np.float16).view(np.uint8)  # the scale stands first in both kinds
+            if kind == gguf.GGMLQuantizationType.Q6_K:  # its scale stands last, and multiplies 8-bit ones
+                blocks[..., -2:] = np.array([1.5e-5], np.float16).view(np.uint8)
+            else:
+                blocks[..., :2] = np.array([0.004], np.float16).view(np.uint8)
             writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -169,12 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["make", "compare", "peer"])
     parser.add_argument("gguf", type=Path)
+    parser.add_argument("--head", choices=["Q4_0", "Q6_K"], default="Q4_0")
     parser.add_argument("--peer", default="peer/bin/python", help="the python that has llama-cpp-python")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     if given.action == "make":
-        make(given.gguf)
+        make(given.gguf, given.head)
     elif given.action == "peer":
         peer(given.gguf, given.threads)
     else:

@@ -30,7 +30,7 @@ class Tokenizer:
         try:
             text = path.read_text(encoding="utf-8")
             self._tokenizer = FastTokenizer.from_str(text)
-            self._plain = _without_added_tokens(text)
+            self._plain = _without_added_tokens(self._tokenizer)
             self._settings = _read_settings(directory)
         except FileNotFoundError:
             raise CheckpointError(f"{directory} has no tokenizer.json; copy it from the model's release") from None
@@ -179,12 +179,13 @@ class StopFilter:
         return next((n for n in sizes if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)
 
 
-def _without_added_tokens(text: str) -> FastTokenizer:
-    """The same tokenizer knowing no special tokens: for text that must stay text."""
-    raw = json.loads(text)
-    raw["added_tokens"] = []
-    raw["post_processor"] = None
-    return FastTokenizer.from_str(json.dumps(raw))
+def _without_added_tokens(tokenizer: FastTokenizer) -> FastTokenizer:
+    """The same tokenizer knowing no special tokens, for text that must stay text; both share one vocabulary."""
+    plain = FastTokenizer(tokenizer.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if (value := getattr(tokenizer, part)) is not None:
+            setattr(plain, part, value)
+    return plain
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
