@@ -16,7 +16,7 @@ from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine import choose_threads
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest
-from dsv2_local.quant.schema import Kind, Recipe
+from dsv2_local.quant.schema import Kind, Recipe, expert_layout
 
 PROMPTS, CONTEXTS = (128, 512), (0, 4_096, 32_768)
 DTYPE = llm.DTYPES["auto"]
@@ -89,7 +89,9 @@ def settle(request: Request) -> Plan:
     lengths = _lengths(request, config.max_position_embeddings)
     read_bytes = max(READ_BYTES, 4 * last_level_cache_bytes())
     if directory is None:
-        dtype, other = _cache_dtype(recipe), read_bytes + WORKING_BYTES
+        experts = expert_layout(config, recipe).nbytes * config.n_routed_experts * len(config.moe_layers)
+        buffer = 0 if experts >= read_bytes else read_bytes  # `hardware.Reader`'s
+        dtype, other = _cache_dtype(recipe), buffer + WORKING_BYTES
         random_weights.require_memory(config, recipe, context=lengths.cache, dtype=dtype, other=other)
     return Plan(request, directory, whole, config, recipe, lengths, read_bytes)
 

@@ -65,34 +65,42 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
                 items.push_back({&expert, block, from, std::min(TOKEN_BLOCK, expert.count - from)});
     }
     Activations hidden(hidden_scratch, slots, down.cols, down.format);
-    parallel(int64_t(items.size()), [&](int64_t i) {
+    const auto hidden_blocks = [&](const Item& item, int64_t blocks) {
         // 64 hidden numbers are a block of the next product's activations, so they are quantised where they are made.
-        const Item& item = items[i];
         const Expert& expert = *item.expert;
         thread_local Scratch scratch;
-        float* gates = scratch.reserve<float>(2 * item.count * BLOCK);
-        float* ups = gates + item.count * BLOCK;
-        const int64_t first = item.block * BLOCK, group = first / GROUP;
-        const int64_t end = std::min(group + BLOCK / GROUP, expert.gate.groups());
-        if ((end - group) * GROUP < BLOCK) std::memset(gates, 0, 2 * item.count * BLOCK * sizeof(float));
+        const int64_t width = blocks * BLOCK, first = item.block * BLOCK, group = first / GROUP;
+        float* gates = scratch.reserve<float>(2 * item.count * width);
+        float* ups = gates + item.count * width;
+        const int64_t end = std::min(group + width / GROUP, expert.gate.groups());
+        if ((end - group) * GROUP < width) std::memset(gates, 0, 2 * item.count * width * sizeof(float));
         const Selection selected = Selection{input, expert.count, 0, expert.tokens}.part(item.from, item.count);
         const auto into = [&](float* out) {
             return [=](int64_t row, int64_t t, Vec v) {
-                store_lanes(out + t * BLOCK + row - first, v, end * GROUP - row);
+                store_lanes(out + t * width + row - first, v, end * GROUP - row);
             };
         };
         multiply(expert.gate, group, end, selected, into(gates));
         multiply(expert.up, group, end, selected, into(ups));
-        for (int64_t t = 0; t < item.count; t++) {
-            float* h = gates + t * BLOCK;
-            for (int k = 0; k < BLOCK; k += LANES) store(h + k, silu(load(h + k)) * load(ups + t * BLOCK + k));
-            hidden.quantize_block(expert.slot + item.from + t, item.block, h);
+        for (int64_t t = 0; t < item.count; t++)
+            for (int64_t b = 0; b < blocks; b++) {
+                float *h = gates + t * width + b * BLOCK, *up = ups + t * width + b * BLOCK;
+                for (int k = 0; k < BLOCK; k += LANES) store(h + k, silu(load(h + k)) * load(up + k));
+                hidden.quantize_block(expert.slot + item.from + t, item.block + b, h);
+            }
+    };
+    // Blocks of one expert with one token are done together: the longer a run of rows, the less often memory is waited for.
+    parallel_ranges(int64_t(items.size()), [&](int64_t i, int64_t to) {
+        for (int64_t next; i < to; i = next) {
+            next = i + 1;
+            while (next < to && items[i].count == 1 && items[next].expert == items[i].expert) next++;
+            hidden_blocks(items[i], next - i);
         }
     });
 
     const int64_t step = item_groups(down, tokens), groups = down.groups();
-    parallel(ceil_div(groups, step), [&](int64_t i) {
-        const int64_t group = i * step, end = std::min(group + step, groups);
+    parallel_ranges(ceil_div(groups, step), [&](int64_t i, int64_t to) {
+        const int64_t group = i * step, end = std::min(to * step, groups);
         const int64_t row0 = group * GROUP, width = std::min(end * GROUP, down.rows) - row0;
         for (int64_t t = 0; t < tokens; t++) std::memset(y + t * down.rows + row0, 0, width * sizeof(float));
         for (const Expert& expert : experts)

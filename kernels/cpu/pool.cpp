@@ -53,16 +53,14 @@ class Pool {
         }
     }
 
-    void run(int64_t items, void (*fn)(const void*, int64_t), const void* context) {
+    void run(int64_t items, void (*fn)(const void*, int64_t, int64_t), const void* context) {
         if (items <= 0) return;
         std::lock_guard<std::mutex> turn(turn_);
-        while (items > int64_t(MASK)) {  // more than a ticket counts: the caller's own share
-            fn(context, --items);
+        if (items > int64_t(MASK)) {  // more than a ticket counts: the caller's own share
+            fn(context, MASK, items);
+            items = MASK;
         }
-        if (workers_.empty() || items == 1) {
-            for (int64_t item = 0; item < items; item++) fn(context, item);
-            return;
-        }
+        if (workers_.empty() || items == 1) return fn(context, 0, items);
         fn_ = fn;
         context_ = context;
         done_.store(0, std::memory_order_relaxed);
@@ -87,7 +85,7 @@ class Pool {
             count = std::max<uint64_t>(1, (items_of(ticket) - next_of(ticket)) / divisor_);
         } while (!ticket_.compare_exchange_weak(ticket, ticket + count, std::memory_order_acq_rel));
         // The claim holds the call open, so these are the claimed call's.
-        for (uint64_t item = next_of(ticket); item < next_of(ticket) + count; item++) fn_(context_, int64_t(item));
+        fn_(context_, int64_t(next_of(ticket)), int64_t(next_of(ticket) + count));
         done_.fetch_add(int64_t(count), std::memory_order_release);
         return true;
     }
@@ -142,7 +140,7 @@ class Pool {
     alignas(64) std::atomic<int> sleeping_{0};
     std::atomic<bool> stopping_{false};
     uint64_t divisor_ = 1;
-    void (*fn_)(const void*, int64_t) = nullptr;
+    void (*fn_)(const void*, int64_t, int64_t) = nullptr;
     const void* context_ = nullptr;
 };
 
@@ -155,7 +153,7 @@ Pool& pool() {
 }  // namespace
 
 void set_threads(int count, const int32_t* cpus) { pool().resize(count, cpus); }
-void run(int64_t items, void (*fn)(const void*, int64_t), const void* context) { pool().run(items, fn, context); }
+void run(int64_t items, void (*fn)(const void*, int64_t, int64_t), const void* context) { pool().run(items, fn, context); }
 
 }  // namespace dsv2
 
