@@ -28,6 +28,7 @@ namespace {
 
 // Bytes of weights that a thread takes at a time: long enough to read at full speed, short enough to share evenly.
 constexpr int64_t ITEM_BYTES = 1 << 16;
+Claim claim_of(int64_t tokens) { return tokens > 1 ? Claim::QUARTER : Claim::WHOLE; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Groups of rows an item should have: whole tiles of panels, about ITEM_BYTES for one token.
@@ -90,7 +91,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
             }
     };
     // Blocks of one expert with one token are done together: the longer a run of rows, the less often memory is waited for.
-    parallel_ranges(int64_t(items.size()), [&](int64_t i, int64_t to) {
+    parallel_ranges(int64_t(items.size()), claim_of(tokens), [&](int64_t i, int64_t to) {
         for (int64_t next; i < to; i = next) {
             next = i + 1;
             while (next < to && items[i].count == 1 && items[next].expert == items[i].expert) next++;
@@ -99,7 +100,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
     });
 
     const int64_t step = item_groups(down, tokens), groups = down.groups();
-    parallel_ranges(ceil_div(groups, step), [&](int64_t i, int64_t to) {
+    parallel_ranges(ceil_div(groups, step), claim_of(tokens), [&](int64_t i, int64_t to) {
         const int64_t group = i * step, end = std::min(to * step, groups);
         const int64_t row0 = group * GROUP, width = std::min(end * GROUP, down.rows) - row0;
         for (int64_t t = 0; t < tokens; t++) std::memset(y + t * down.rows + row0, 0, width * sizeof(float));
@@ -152,7 +153,7 @@ void heads_linear(const float* x, int64_t tokens, int64_t heads, const Matrix& m
         multiply(m, group, end, selected, [&](int64_t row, int64_t t, Vec v) {
             store_lanes(y + (from + t) * m.rows + row, v, std::min(end * GROUP, m.rows) - row);
         });
-    });
+    }, claim_of(tokens));
 }
 
 }  // namespace dsv2

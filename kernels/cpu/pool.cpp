@@ -21,9 +21,6 @@ namespace {
 // Longer than the pause between two kernels of a step, shorter than anybody notices.
 constexpr auto SPIN = std::chrono::microseconds(200);
 
-// A claim takes this share of what is left for a thread.
-constexpr int CLAIMS = 4;
-
 // The state of a parallel call in one word, so that an item is claimed from the call it was read from and no other:
 // a number that changes with every call (16 bits), its items (24 bits) and the next one to be claimed (24 bits).
 constexpr int FIELD = 24;
@@ -46,14 +43,13 @@ class Pool {
         std::lock_guard<std::mutex> turn(turn_);
         stop();
         stopping_ = false;
-        divisor_ = uint64_t(CLAIMS) * count;
         for (int i = 1; i < count; i++) {
             workers_.emplace_back([this] { work(); });
             if (cpus) pin(workers_.back(), cpus[i]);
         }
     }
 
-    void run(int64_t items, void (*fn)(const void*, int64_t, int64_t), const void* context) {
+    void run(int64_t items, Claim claim, void (*fn)(const void*, int64_t, int64_t), const void* context) {
         if (items <= 0) return;
         std::lock_guard<std::mutex> turn(turn_);
         if (items > int64_t(MASK)) {  // more than a ticket counts: the caller's own share
@@ -63,11 +59,12 @@ class Pool {
         if (workers_.empty() || items == 1) return fn(context, 0, items);
         fn_ = fn;
         context_ = context;
+        divisor_.store(uint64_t(claim) * (workers_.size() + 1), std::memory_order_relaxed);
         done_.store(0, std::memory_order_relaxed);
         const uint64_t call = (ticket_.load(std::memory_order_relaxed) >> 2 * FIELD) + 1;
         ticket_.store(call << 2 * FIELD | uint64_t(items) << FIELD, std::memory_order_seq_cst);
         if (sleeping_.load(std::memory_order_seq_cst)) wake();
-        while (claim()) {
+        while (work_on()) {
         }
         for (int spins = 0; done_.load(std::memory_order_acquire) < items; spins++) {
             if (spins < 20000) pause();
@@ -78,11 +75,11 @@ class Pool {
   private:
     // Do some items if there are any: many at first, since a claim costs a trip between cores, and one by one in the
     // end, so that all threads end together.
-    bool claim() {
+    bool work_on() {
         uint64_t ticket = ticket_.load(std::memory_order_acquire), count;
         do {
             if (next_of(ticket) >= items_of(ticket)) return false;
-            count = std::max<uint64_t>(1, (items_of(ticket) - next_of(ticket)) / divisor_);
+            count = std::max<uint64_t>(1, (items_of(ticket) - next_of(ticket)) / divisor_.load(std::memory_order_relaxed));
         } while (!ticket_.compare_exchange_weak(ticket, ticket + count, std::memory_order_acq_rel));
         // The claim holds the call open, so these are the claimed call's.
         fn_(context_, int64_t(next_of(ticket)), int64_t(next_of(ticket) + count));
@@ -92,7 +89,7 @@ class Pool {
 
     void work() {
         while (!stopping_.load(std::memory_order_acquire)) {
-            while (claim()) {
+            while (work_on()) {
             }
             const auto until = std::chrono::steady_clock::now() + SPIN;
             while (!available() && std::chrono::steady_clock::now() < until)
@@ -139,7 +136,7 @@ class Pool {
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<int> sleeping_{0};
     std::atomic<bool> stopping_{false};
-    uint64_t divisor_ = 1;
+    std::atomic<uint64_t> divisor_{1};  // of what is left: a claim
     void (*fn_)(const void*, int64_t, int64_t) = nullptr;
     const void* context_ = nullptr;
 };
@@ -153,7 +150,9 @@ Pool& pool() {
 }  // namespace
 
 void set_threads(int count, const int32_t* cpus) { pool().resize(count, cpus); }
-void run(int64_t items, void (*fn)(const void*, int64_t, int64_t), const void* context) { pool().run(items, fn, context); }
+void run(int64_t items, Claim claim, void (*fn)(const void*, int64_t, int64_t), const void* context) {
+    pool().run(items, claim, fn, context);
+}
 
 }  // namespace dsv2
 
