@@ -212,7 +212,7 @@ void absorbed(const Shape& shape, const Query* queries, int64_t padded, const ui
             }
             mix(weights, latents + s * shape.width(), shape.width(), n, out, C);
         }
-    });
+    }, Claim::WHOLE);
 
     parallel(passes, [&](int64_t pass) {  // join the parts, in their order
         for (int r = 0; r < ROWS && pass * ROWS + r < rows; r++) {
