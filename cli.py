@@ -164,6 +164,23 @@ def quantize(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="deepseek-v2, deepseek-v2-lite, a config.json or a directory.")],
+    recipe: Annotated[str | None, typer.Option(help="nf4, mixed, int8 or bf16.")] = None,
+    vram: Annotated[str | None, typer.Option(help="Of each GPU: 24GiB, or 24GiB,24GiB; 0 for none.")] = None,
+    ram: Annotated[str | None, typer.Option(help="RAM that may be used, such as 192GiB.")] = None,
+    context: Annotated[str | None, typer.Option(help="Tokens that must fit: 8192, or 128K.")] = None,
+    cache: Annotated[str, typer.Option(help="How latents are kept: bf16 or int8.")] = "bf16",
+    rates: Annotated[str, typer.Option(help="GB/s and GFLOP/s to reckon with: ram=80,link=25,vram=900.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show where a model would lie in memory, here or on another machine, before anything is downloaded."""
+    from dsv2_local import planning
+
+    planning.run(planning.Request(model, recipe, vram, ram, context, cache, rates), as_json)
+
+
+@app.command()
 def inspect(
     model: Annotated[str | None, typer.Argument(envvar="DSV2_MODEL", help="A directory or hub repository.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

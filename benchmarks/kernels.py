@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import cpu, ops
-from dsv2_local.kernels.layout import Format, Matrix, matrix_nbytes, planes
+from dsv2_local.kernels.format import Format, matrix_nbytes
+from dsv2_local.kernels.layout import Matrix, planes
 
 SHAPES = {"Lite's expert": (1408, 2048), "Lite's q_proj": (3072, 2048), "236B's expert": (1536, 5120)}  # [R, C]
 TOKENS = (1, 8, 64, 512)

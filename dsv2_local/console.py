@@ -22,6 +22,15 @@ def notice(text: str) -> None:
     print(f"dsv2: {text}", file=sys.stderr, flush=True)
 
 
+def human(size: float) -> str:
+    """Bytes in the largest decimal unit that keeps the number above one."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} GB"
+
+
 class PrefillProgress:
     """How far a prompt is read; shown once it has taken over a second and wiped when it is done.
 

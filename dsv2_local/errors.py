@@ -5,6 +5,7 @@ Dsv2Error                    exit code 1
 │   └── UnsupportedModelError    a sound model of a kind that is not supported, refused by name
 ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
 ├── ConversionError          `dsv2 quantize` cannot start or go on
+├── PlanError                the model does not fit in this machine's memory; carries shortfall and remedies
 ├── HubError                 a repository cannot be reached or read
 ├── TemplateError            the chat template is missing or refuses the messages
 └── InputError               exit code 2: the request itself is wrong
@@ -32,6 +33,21 @@ class CheckpointError(Dsv2Error):
 
 class ConversionError(Dsv2Error):
     """A conversion cannot start or go on: no space, destination in use, another source."""
+
+
+class PlanError(Dsv2Error):
+    """A model does not fit.
+
+    Attributes:
+        where: the memory that is too small, "RAM" or "GPU n".
+        shortfall: bytes that it lacks.
+        remedies: options of which each alone makes it fit.
+    """
+
+    def __init__(self, where: str, shortfall: int, remedies: tuple[str, ...] = ()) -> None:
+        self.where, self.shortfall, self.remedies = where, shortfall, remedies
+        helps = f"; any one of these makes it fit: {'; '.join(remedies)}" if remedies else "; no single change helps"
+        super().__init__(f"it does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
 
 
 class HubError(Dsv2Error):

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from dsv2_local.cache import bytes_per_token
 from dsv2_local.config import ModelConfig
-from dsv2_local.kernels.layout import matrix_nbytes
+from dsv2_local.console import human
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
-from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout
+from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout, stored_bytes
 
 CONTEXTS = (8_192, 32_768, 131_072)
 
@@ -49,7 +49,7 @@ def _add(summary: KindSummary, spec: TensorSpec, recipe: Recipe) -> None:
     format = recipe.format_of(spec.kind) if spec.quantised else None
     summary.tensors += 1
     summary.parameters += count
-    summary.bytes += matrix_nbytes(format, *spec.shape) if format else count * 2
+    summary.bytes += stored_bytes(spec, recipe)
     summary.format = format or "as released"
 
 
@@ -133,12 +133,3 @@ def _memory(facts: dict[str, Any]) -> Table:
 
 def _size(kind: dict[str, int]) -> tuple[str, str]:
     return f"{kind['bytes'] * 8 / kind['parameters']:.2f}", human(kind["bytes"])
-
-
-def human(size: float) -> str:
-    """Bytes in the largest decimal unit that keeps the number above one."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.2f} GB"

@@ -5,62 +5,21 @@ weights keep activations finite, attention neither flat nor fixed on one token, 
 from token to token. What the model says is noise.
 """
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from math import prod
-from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv2_local.cache import bytes_per_token
-from dsv2_local.config import ModelConfig, read_config_json
-from dsv2_local.errors import ConfigError, InputError
-from dsv2_local.kernels.layout import (
-    BLOCK,
-    NF4_LEVELS,
-    ROWS,
-    ExpertLayout,
-    Format,
-    Matrix,
-    matrix_nbytes,
-    pack_int8,
-    pack_nf4,
-    unpack_int8,
-    unpack_nf4,
-)
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import InputError
+from dsv2_local.kernels.format import BLOCK, ROWS, ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, pack_int8, pack_nf4, unpack_int8, unpack_nf4
 from dsv2_local.machine import memory_available
-from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout
-
-_FAMILY: dict[str, Any] = {
-    "model_type": "deepseek_v2", "vocab_size": 102400, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64, "v_head_dim": 128, "n_shared_experts": 2, "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
-    "max_position_embeddings": 163840, "rope_theta": 10000, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "attention_bias": False, "hidden_act": "silu", "bos_token_id": 100000, "eos_token_id": 100001,
-    "rope_scaling": {
-        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096,
-    },
-}  # fmt: skip
-# What the config.json of the releases says, as far as the architecture needs it.
-RELEASED: dict[str, dict[str, Any]] = {
-    "deepseek-v2": {
-        **_FAMILY, "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128,
-        "num_key_value_heads": 128, "intermediate_size": 12288, "moe_intermediate_size": 1536, "q_lora_rank": 1536,
-        "n_routed_experts": 160, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 16.0,
-    },
-    "deepseek-v2-lite": {
-        **_FAMILY, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "intermediate_size": 10944, "moe_intermediate_size": 1408, "q_lora_rank": None,
-        "n_routed_experts": 64, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0,
-    },
-}  # fmt: skip
+from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout, stored_bytes
 
 # Random numbers are drawn once in this many bytes and copied from there: drawing 9 GB would take minutes.
 SOURCE_BYTES = 16 << 20
@@ -73,29 +32,6 @@ class RandomModel:
     weights: dict[str, Matrix | Tensor]
     layout: ExpertLayout
     records: dict[int, Tensor]
-
-
-def read_config(name: str) -> ModelConfig:
-    """The configuration of a released model, of a config.json, or of a directory that has one.
-
-    Raises:
-        InputError: `name` is none of these.
-        ConfigError: the file is not a supported configuration.
-    """
-    if name in RELEASED:
-        return ModelConfig.from_dict(RELEASED[name], where=name)
-    path = Path(name)
-    if path.is_dir():
-        return ModelConfig.from_dict(read_config_json(path), where=str(path / "config.json"))
-    if not path.is_file():
-        raise InputError(f"--random-weights {name} is neither {' nor '.join(RELEASED)} nor a config.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return ModelConfig.from_dict(raw, where=str(path))
 
 
 def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
@@ -118,15 +54,8 @@ def _least_layers(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig, recipe: Recipe) -> int:
     """Bytes of all weights with scales and padding; routers and norms at 16 bits."""
-    dense = sum(_spec_bytes(spec, recipe) for specs in dense_files(config).values() for spec in specs)
+    dense = sum(stored_bytes(spec, recipe) for specs in dense_files(config).values() for spec in specs)
     return dense + len(config.moe_layers) * config.n_routed_experts * expert_layout(config, recipe).nbytes
-
-
-def _spec_bytes(spec: TensorSpec, recipe: Recipe) -> int:
-    if not spec.quantised:
-        return 2 * prod(spec.shape)
-    rows, cols = spec.shape
-    return matrix_nbytes(recipe.format_of(spec.kind), rows, cols)
 
 
 def require_memory(config: ModelConfig, recipe: Recipe, *, context: int, dtype: torch.dtype, other: int) -> None:
@@ -264,7 +193,7 @@ def _records(experts: int, layout: ExpertLayout, source: _Source, layer: int, po
 
     def fill(expert: int) -> None:
         places = source.places(layer, expert)
-        for matrix in layout.matrices(records[expert]):
+        for matrix in expert_matrices(layout, records[expert]):
             _fill(matrix, matrix.cols**-0.5, source, places)
 
     for _ in pool.map(fill, range(experts)):

@@ -15,28 +15,12 @@ The planes stay apart (all codes, then all scales), so that codes keep the align
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 from math import prod
 
 import torch
 from torch import Tensor
 
-ROWS = 8
-BLOCK = 64
-
-
-class Format(StrEnum):
-    """How weights are stored; the bits include the scales."""
-
-    NF4 = "nf4"
-    INT8 = "int8"
-    BF16 = "bf16"
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight of a matrix that needs no padding."""
-        return {Format.NF4: 4.25, Format.INT8: 8.25, Format.BF16: 16.0}[self]
-
+from dsv2_local.kernels.format import BLOCK, ROWS, ExpertLayout, Format, matrix_nbytes
 
 # The 16 levels of NF4 (QLoRA, arXiv 2305.14314, appendix E), as bitsandbytes has them.
 NF4_LEVELS = (
@@ -72,11 +56,6 @@ def planes(format: Format, rows: int, cols: int) -> tuple[Plane, ...]:
     return codes, Plane(".scales", torch.float16, (groups, blocks, ROWS))
 
 
-def matrix_nbytes(format: Format, rows: int, cols: int) -> int:
-    """Bytes of a matrix [rows, cols] with its scales and padding."""
-    return sum(plane.nbytes for plane in planes(format, rows, cols))
-
-
 @dataclass(frozen=True)
 class Matrix:
     """A weight matrix [rows, cols] in its stored format; `scales` is None for bf16 alone."""
@@ -102,34 +81,15 @@ class Matrix:
         return cls(format, rows, cols, *parts)
 
 
-@dataclass(frozen=True)
-class ExpertLayout:
-    """One routed expert's record: gate [I, D], up [I, D] and down [D, I], one after the other."""
-
-    format: Format
-    hidden_size: int
-    moe_intermediate_size: int
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """The three matrices by name, in the order in which they are stored."""
-        wide = (self.moe_intermediate_size, self.hidden_size)
-        return {"gate_proj": wide, "up_proj": wide, "down_proj": wide[::-1]}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one record."""
-        return sum(matrix_nbytes(self.format, *shape) for shape in self.shapes.values())
-
-    def matrices(self, record: Tensor) -> tuple[Matrix, Matrix, Matrix]:
-        """View a record (uint8 [nbytes]) as gate, up and down, without a copy."""
-        matrices, offset = [], 0
-        for shape in self.shapes.values():
-            size = matrix_nbytes(self.format, *shape)
-            matrices.append(Matrix.from_bytes(self.format, *shape, record[offset : offset + size]))
-            offset += size
-        gate, up, down = matrices
-        return gate, up, down
+def expert_matrices(layout: ExpertLayout, record: Tensor) -> tuple[Matrix, Matrix, Matrix]:
+    """View an expert's record (uint8 [nbytes]) as gate, up and down, without a copy."""
+    matrices, offset = [], 0
+    for shape in layout.shapes.values():
+        size = matrix_nbytes(layout.format, *shape)
+        matrices.append(Matrix.from_bytes(layout.format, *shape, record[offset : offset + size]))
+        offset += size
+    gate, up, down = matrices
+    return gate, up, down
 
 
 def to_tiles(values: Tensor) -> Tensor:

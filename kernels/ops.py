@@ -12,7 +12,8 @@ from torch import Tensor
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import cpu, reference
 from dsv2_local.kernels.cpu.recording import Recording
-from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
+from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine import Threads, choose_threads
 from dsv2_local.numa import spread_memory
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from dsv2_local.config import ModelConfig
-from dsv2_local.kernels.layout import BLOCK, NF4_LEVELS, ROWS, ExpertLayout, Format, Matrix, unpack_int8, unpack_nf4
+from dsv2_local.kernels.format import BLOCK, ROWS, ExpertLayout, Format
+from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, unpack_int8, unpack_nf4
 from dsv2_local.rope import rotate
 
 # Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
@@ -72,7 +73,7 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(ids).tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        out = swiglu(x[token], *layout.matrices(records[expert]))
+        out = swiglu(x[token], *expert_matrices(layout, records[expert]))
         y.index_add_(0, token, out.float() * weights[token, slot, None])
     return y.to(x.dtype)
 

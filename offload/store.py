@@ -7,7 +7,7 @@ regimes (GPU slots, streamed or split misses) take this one's place without the 
 from torch import Tensor
 
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.layout import ExpertLayout
+from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.quant.checkpoint import Checkpoint
 
 

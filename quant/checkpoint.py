@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import CheckpointError
-from dsv2_local.kernels.layout import ExpertLayout, Matrix, Plane, planes
+from dsv2_local.kernels.format import ExpertLayout
+from dsv2_local.kernels.layout import Matrix, Plane, planes
 from dsv2_local.quant.schema import (
     EXPERTS,
     FORMAT_VERSION,

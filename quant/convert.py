@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig, read_config_json
 from dsv2_local.errors import CheckpointError, ConversionError
-from dsv2_local.kernels.layout import BLOCK, Format
+from dsv2_local.kernels.format import BLOCK, Format
 from dsv2_local.quant.checkpoint import (
     MANIFEST,
     FileRecord,

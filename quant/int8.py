@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels.layout import Format, Matrix, pack_int8, to_tiles
+from dsv2_local.kernels.format import Format
+from dsv2_local.kernels.layout import Matrix, pack_int8, to_tiles
 
 
 def quantize(weight: Tensor) -> Matrix:

@@ -14,7 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels.layout import NF4_LEVELS, Format, Matrix, pack_nf4, to_tiles
+from dsv2_local.kernels.format import Format
+from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, pack_nf4, to_tiles
 
 CANDIDATES = 24
 BINS = 1024  # steps between zero and a block's maximum

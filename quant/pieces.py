@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import CheckpointError
-from dsv2_local.kernels.layout import ROWS, Plane, planes
+from dsv2_local.kernels.format import ROWS
+from dsv2_local.kernels.layout import Plane, planes
 from dsv2_local.quant.checkpoint import safetensors_header
 from dsv2_local.quant.schema import (
     EXPERTS,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import cpu
-from dsv2_local.kernels.layout import Format, Matrix, planes
+from dsv2_local.kernels.format import Format
+from dsv2_local.kernels.layout import Matrix, planes
 from dsv2_local.quant import int8, nf4
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dsv2_local.config import ModelConfig
-from dsv2_local.kernels.layout import ExpertLayout, Format
+from dsv2_local.kernels.format import ExpertLayout, Format, matrix_nbytes
 
 FORMAT_VERSION = 1
 
@@ -105,6 +105,14 @@ def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for expert in range(config.n_routed_experts):
             shapes |= {expert_source(layer, expert, matrix): shape for matrix, shape in record.shapes.items()}
     return shapes
+
+
+def stored_bytes(spec: TensorSpec, recipe: Recipe) -> int:
+    """Bytes of a tensor in a checkpoint, with scales and padding; routers and norms at 16 bits."""
+    if not spec.quantised:
+        return 2 * math.prod(spec.shape)
+    rows, cols = spec.shape
+    return matrix_nbytes(recipe.format_of(spec.kind), rows, cols)
 
 
 def parameters(config: ModelConfig) -> int:

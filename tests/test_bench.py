@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local import bench, cli, random_weights
+from dsv2_local import bench, cli, random_weights, released
 from dsv2_local.bench import hardware, report, request, subject
 from dsv2_local.bench.subject import Subject
 from dsv2_local.bench.timing import Stopwatch
@@ -20,7 +20,8 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ConfigError, InputError
 from dsv2_local.inspection import summarise
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.layout import BLOCK, ROWS, Format, Matrix
+from dsv2_local.kernels.format import BLOCK, ROWS, Format
+from dsv2_local.kernels.layout import Matrix, expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.model import Transformer
 from dsv2_local.offload.store import MappedExperts
@@ -149,7 +150,7 @@ def test_released_sizes_are_those_of_the_reference():
         ("deepseek-v2", 235_741_434_880, 21.4e9, 524.3e6),
         ("deepseek-v2-lite", 15_706_484_224, 2.66e9, 209.7e6),
     ):
-        config = random_weights.read_config(name)
+        config = released.read_config(name)
         kinds = summarise(config, Recipe.NF4)
         measured = Subject(name, Recipe.NF4, HasConfig(config), kinds, [])  # type: ignore[arg-type]
         assert sum(kind.parameters for kind in kinds.values()) == total
@@ -256,7 +257,7 @@ def test_a_file_that_is_no_configuration_is_named(text, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"other\.json"):
-        random_weights.read_config(str(path))
+        released.read_config(str(path))
 
 
 def test_too_little_memory_is_refused_with_the_layers_that_fit(quick, monkeypatch):
@@ -267,7 +268,7 @@ def test_too_little_memory_is_refused_with_the_layers_that_fit(quick, monkeypatc
     assert "60 layers need 127." in str(error.value)
     assert "20.00 GB are available" in str(error.value)
     layers = int(str(error.value).rsplit("--layers ", 1)[1].split()[0])
-    config, room = random_weights.read_config("deepseek-v2"), {"context": 513, "dtype": torch.bfloat16, "other": GB}
+    config, room = released.read_config("deepseek-v2"), {"context": 513, "dtype": torch.bfloat16, "other": GB}
     random_weights.require_memory(random_weights.first_layers(config, layers), Recipe.NF4, **room)
     with pytest.raises(InputError, match=f"--layers {layers} fits"):
         random_weights.require_memory(random_weights.first_layers(config, layers + 1), Recipe.NF4, **room)
@@ -309,7 +310,7 @@ def test_every_tensor_of_the_schema_is_there_in_its_format(recipe, quick):
 def test_weights_have_the_size_that_keeps_activations(recipe, quick):
     model = made(tiny(), recipe)
     matrices = [w for name, w in model.weights.items() if isinstance(w, Matrix) and "embed" not in name]
-    matrices += model.layout.matrices(model.records[1][3])
+    matrices += expert_matrices(model.layout, model.records[1][3])
     for matrix in matrices:
         weights = dequantize(matrix)
         assert float(weights.square().mean().sqrt()) == pytest.approx(matrix.cols**-0.5, rel=0.1)

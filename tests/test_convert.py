@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2_local import quantizing
 from dsv2_local.errors import CheckpointError, ConversionError
+from dsv2_local.kernels.layout import expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant import convert as convert_module
 from dsv2_local.quant.checkpoint import Checkpoint
@@ -102,7 +103,7 @@ def test_kv_b_and_expert_records_are_where_they_are_read(pristine, tmp_path):
         assert torch.equal(w_uk[head * C : (head + 1) * C], rows[:N].T)
         assert torch.equal(w_uv[head * V : (head + 1) * V], rows[N:])
     records = load_file(tmp_path / "out" / "experts-001.safetensors")[EXPERTS]
-    up = Checkpoint(tmp_path / "out").expert_layout.matrices(records[2])[1]
+    up = expert_matrices(Checkpoint(tmp_path / "out").expert_layout, records[2])[1]
     assert torch.equal(dequantize(up, torch.bfloat16), weights[UP])
 
 

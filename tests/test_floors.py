@@ -10,29 +10,39 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
-    {"__init__", "config", "errors", "machine", "numa"},
-    {"kernels.layout", "cache", "rope", "kernels.reference", "kernels.cpu.recording"} | {"kernels.cpu", "kernels.ops"},
+    {"__init__", "config", "errors", "machine", "numa", "released"},
+    {"kernels.format", "kernels.layout", "cache", "rope", "kernels.reference", "kernels.cpu.recording"}
+    | {"kernels.cpu", "kernels.ops"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
-    {"offload.store", "random_weights"},
+    {"offload.plan", "offload.store", "random_weights"},
     {"model", "sampling", "tokenizer"},
     {"engine"},
     {"llm"},
-    {"chat", "pipe", "inspection", "quantizing", "markdown", "console"}
+    {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}
     | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report", "bench"},
     {"cli"},
 ]
 # Within a floor, in the order in which they may import each other; elsewhere a floor's modules are strangers.
 ORDERED = [
-    ["errors", "config", "__init__"],
+    ["errors", "config", "released", "__init__"],
     ["errors", "machine", "numa"],
-    ["kernels.layout", "rope", "kernels.reference", "kernels.cpu.recording", "kernels.cpu", "kernels.ops"],
+    [
+        "kernels.format",
+        "kernels.layout",
+        "rope",
+        "kernels.reference",
+        "kernels.cpu.recording",
+        "kernels.cpu",
+        "kernels.ops",
+    ],
     ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
     ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
     ["quant.nf4", "quant.int8", "quant.quantize", "quant.convert"],
     ["quant.checkpoint", "quant.hub"],
     ["console", "markdown", "pipe", "chat"],
     ["console", "quantizing"],
+    ["console", "planning"],
     [
         "console",
         "inspection",

@@ -5,17 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels.layout import (
-    NF4_LEVELS,
-    ExpertLayout,
-    Format,
-    Matrix,
-    matrix_nbytes,
-    pack_int8,
-    pack_nf4,
-    unpack_int8,
-    unpack_nf4,
-)
+from dsv2_local.kernels.format import ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, pack_int8, pack_nf4, unpack_int8, unpack_nf4
 from dsv2_local.kernels.reference import dequantize, embedding, linear
 from dsv2_local.quant import int8, nf4
 
@@ -133,7 +124,7 @@ def test_an_expert_record_is_its_three_matrices_end_to_end():
     matrices = [nf4.quantize(gaussian(*shape, seed=i)) for i, shape in enumerate(layout.shapes.values())]
     record = torch.cat([part.reshape(-1).view(torch.uint8) for matrix in matrices for part in matrix.parts])
     assert len(record) == layout.nbytes
-    for viewed, original in zip(layout.matrices(record), matrices, strict=True):
+    for viewed, original in zip(expert_matrices(layout, record), matrices, strict=True):
         assert torch.equal(dequantize(viewed), dequantize(original))
 
 

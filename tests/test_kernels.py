@@ -16,7 +16,8 @@ from dsv2_local import machine
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
-from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
+from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.layout import Matrix
 from dsv2_local.quant import int8, nf4
 from dsv2_local.quant.quantize import quantize
 from tests.conftest import kernels

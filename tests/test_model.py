@@ -11,7 +11,8 @@ from torch import Tensor
 import dsv2_local
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import cpu, ops, reference
-from dsv2_local.kernels.layout import Format, Matrix
+from dsv2_local.kernels.format import Format
+from dsv2_local.kernels.layout import Matrix
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
 from tests.conftest import kernels

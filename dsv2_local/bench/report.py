@@ -11,7 +11,7 @@ from dsv2_local.bench.request import Plan
 from dsv2_local.bench.subject import Subject
 from dsv2_local.bench.timing import DecodeRun, PrefillRun, layer_kind
 from dsv2_local.config import ModelConfig
-from dsv2_local.inspection import human
+from dsv2_local.console import human
 from dsv2_local.kernels import ops
 
 PARTS = ("attention", "dense", "shared", "routed", "head")

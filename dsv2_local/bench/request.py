@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dsv2_local import llm, random_weights
+from dsv2_local import llm, random_weights, released
 from dsv2_local.bench.hardware import last_level_cache_bytes
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice
@@ -104,7 +104,7 @@ def _cache_dtype(recipe: Recipe) -> torch.dtype:
 def _architecture(request: Request) -> tuple[Path | None, ModelConfig]:
     """The directory of the model that was asked for (None: random weights) and its configuration."""
     if request.random_weights is not None:
-        return None, random_weights.read_config(request.random_weights)
+        return None, released.read_config(request.random_weights)
     if request.model is None:
         notice("measuring the bundled dsv2-nano; choose another model with -m or --random-weights")
     directory = llm.bundled_model() if request.model is None else hub.resolve_converted(request.model)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsv2_local import llm, random_weights
+from dsv2_local import llm, random_weights, released
 from dsv2_local.bench.hardware import last_level_cache_bytes
 from dsv2_local.bench.request import DTYPE, Plan
 from dsv2_local.bench.timing import Progress
 from dsv2_local.config import ModelConfig
-from dsv2_local.console import notice
-from dsv2_local.inspection import KindSummary, human, summarise
-from dsv2_local.kernels.layout import ROWS, matrix_nbytes
+from dsv2_local.console import human, notice
+from dsv2_local.inspection import KindSummary, summarise
+from dsv2_local.kernels.format import ROWS, matrix_nbytes
 from dsv2_local.machine import memory_available
 from dsv2_local.model import Transformer
 from dsv2_local.offload.store import MappedExperts
@@ -83,7 +83,7 @@ def _make(plan: Plan, threads: int, progress: Progress) -> Subject:
 
     made = random_weights.build(config, recipe, threads=threads, report=report)
     model = Transformer(config, made.weights, MappedExperts(made.layout, made.records), DTYPE)
-    if name not in random_weights.RELEASED:
+    if name not in released.RELEASED:
         path = Path(name).resolve()
         name = path.name if path.is_dir() else path.parent.name
     return Subject(f"random {name}", recipe, model, summarise(config, recipe), list(made.records.values()))

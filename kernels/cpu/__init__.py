@@ -19,7 +19,8 @@ from torch import Tensor
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError
 from dsv2_local.kernels.cpu.recording import AtWork, Recording
-from dsv2_local.kernels.layout import ExpertLayout, Format, Matrix
+from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine import Threads, choose_threads, cpu_features
 
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}

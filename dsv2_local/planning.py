@@ -1,0 +1,198 @@
+"""`dsv2 plan`: where a model's bytes would lie on this machine or an imagined one, and how fast that would be."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from math import inf
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.console import notice
+from dsv2_local.errors import InputError
+from dsv2_local.machine import memory_available
+from dsv2_local.offload.plan import GIB, Cache, Machine, Plan, Rates, Share, Wish, plan
+from dsv2_local.quant.schema import Recipe
+from dsv2_local.released import read_config, stored_recipe
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {f"{letter}iB": UNITS[letter] for letter in "KMGT"}
+BAR = 64  # characters of a memory's bar
+MARKS = "█▓▒░▚▖◆"  # of its parts, in order
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `dsv2 plan` as given; None: this machine's, or the model's."""
+
+    model: str
+    recipe: str | None = None
+    vram: str | None = None
+    ram: str | None = None
+    context: str | None = None
+    cache: str = Cache.BF16
+    rates: str = ""
+
+
+def run(request: Request, as_json: bool) -> None:
+    """Print the plan on stdout.
+
+    Raises:
+        PlanError: the model does not fit.
+        InputError: an option cannot be read, or the model has no such context.
+    """
+    made = plan(_wish(request), _machine(request))
+    if as_json:
+        sys.stdout.write(json.dumps(facts(request, made), indent=2) + "\n")
+    else:
+        _show(request, made)
+    for note in made.notes:
+        notice(note)
+    if made.gpus:
+        notice("this version computes on the CPU alone; a plan with GPUs is what is to come")
+
+
+def size(option: str, text: str) -> int:
+    """Bytes from "24GiB", "24GB" (decimal), "24G" (binary, as cards are sold) or a plain number."""
+    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?(?:iB|B)?)", text.strip(), re.IGNORECASE)
+    unit = found and next((scale for name, scale in UNITS.items() if name.lower() == found[2].lower()), None)
+    try:
+        if found and unit:
+            return int(float(found[1]) * unit)
+    except ValueError:
+        pass
+    raise InputError(f"{option} {text!r} is no size; write 24GiB, 24GB or 24G")
+
+
+def _wish(request: Request) -> Wish:
+    config = read_config(request.model)
+    recipe = request.recipe or stored_recipe(request.model) or Recipe.NF4
+    for option, value, known in (("--recipe", recipe, Recipe), ("--cache", request.cache, Cache)):
+        if value not in list(known):
+            raise InputError(f"{option} {value} is not one of {', '.join(known)}")
+    return Wish(config, Recipe(recipe), _context(request.context, config), Cache(request.cache))
+
+
+def _context(text: str | None, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    context = min(8192, limit) if text is None else size("--context", text)
+    if not 1 <= context <= limit:
+        raise InputError(f"--context {context:,} must lie between 1 and the model's {limit:,} tokens")
+    return context
+
+
+def _machine(request: Request) -> Machine:
+    """The machine that was described, or this one where it was not."""
+    imagined = request.ram is not None
+    ram = memory_available() if request.ram is None else size("--ram", request.ram)
+    vram = free_vram() if request.vram is None else [size("--vram", part) for part in request.vram.split(",")]
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    lockable = None if imagined or limit == resource.RLIM_INFINITY else limit
+    return Machine(tuple(part for part in vram if part), ram, lockable, _rates(request.rates))
+
+
+def _rates(text: str) -> Rates:
+    """Those of "ram=80,link=25" in place of the assumed ones."""
+    names, given = [rate.name for rate in fields(Rates)], {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            given[name.strip()] = float(value)
+        except ValueError:
+            given[name.strip()] = 0.0
+        if name.strip() not in names or not 0 < given[name.strip()] < inf:
+            raise InputError(f"--rates {part!r} is not NAME=NUMBER with one of {', '.join(names)}")
+    return replace(Rates(), **given)
+
+
+def free_vram() -> list[int]:
+    """Free bytes of each NVIDIA GPU as its driver tells; none without a driver."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return [int(line) << 20 for line in done.stdout.split() if line.isdecimal()]
+
+
+def facts(request: Request, made: Plan) -> dict[str, Any]:
+    """The plan as plain values: the object that --json prints."""
+    wish = made.wish
+    memories = [
+        {**asdict(share), "used": share.used, "free": share.free, "layers": list(share.layers)}
+        for share in (*made.gpus, made.ram)
+    ]
+    return {
+        "model": request.model,
+        "recipe": str(wish.recipe),
+        "context": wish.context,
+        "cache": str(wish.cache),
+        "memories": memories,
+        "experts": {
+            "all": made.experts, "slots": made.slots, "ram": made.ram_experts, "disk": made.disk_experts,
+            "resident": made.resident, "locked": made.locked,
+        },
+        "forecast": asdict(made.forecast),
+        "rates": asdict(made.machine.rates),
+        "notes": list(made.notes),
+    }  # fmt: skip
+
+
+def _show(request: Request, made: Plan) -> None:
+    console = Console(highlight=False)
+    wish = made.wish
+    heading = f"{request.model}, {wish.recipe}, context {wish.context:,} tokens ({wish.cache} cache): {_regime(made)}"
+    console.print(heading, markup=False, soft_wrap=True)
+    for share in (*made.gpus, made.ram):
+        console.print(_table(share))
+        console.print(_bar(share))
+    for line in _forecast_lines(made):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _regime(made: Plan) -> str:
+    if not made.gpus:
+        return "all on the CPU"
+    if made.resident:
+        return "all on the GPU" if len(made.gpus) == 1 else f"all on {len(made.gpus)} GPUs"
+    return f"{made.slots:,} of {made.experts:,} routed experts have a slot in GPU memory, the others stay in RAM"
+
+
+def _table(share: Share) -> Table:
+    where = f", layers {share.layers[0]} to {share.layers[1] - 1}" if share.layers[1] else ""
+    table = Table(title=f"{share.name}, {share.capacity / GIB:,.1f} GiB{where}", title_justify="left")
+    table.add_column("")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for mark, (name, nbytes) in zip(MARKS, share.parts.items(), strict=False):
+        count = f" ({share.slots:,})" if name == "expert slots" else ""
+        table.add_row(mark, name + count, f"{nbytes / GIB:,.2f}")
+    table.add_row("·", "free", f"{share.free / GIB:,.2f}")
+    return table
+
+
+def _bar(share: Share) -> Text:
+    """The parts in their order, each as long as its share of the memory."""
+    bar, done = "", 0
+    for mark, nbytes in zip(MARKS, share.parts.values(), strict=False):
+        done += nbytes
+        bar += mark * (round(BAR * done / share.capacity) - len(bar))
+    return Text(bar.ljust(BAR, "·"))
+
+
+def _forecast_lines(made: Plan) -> list[str]:
+    forecast, rates = made.forecast, made.machine.rates
+    hits = f"; {forecast.hit_rate:.0%} of the experts of a token have a slot if routing is even" if made.gpus else ""
+    gpu = f", link {rates.link:g}, GPU memory {rates.vram:g}" if made.gpus else ""
+    disk = f", disk {rates.disk:g}" if made.disk_experts else ""
+    return [
+        f"decode about {forecast.decode_tok_s:,.1f} tok/s, bound by {forecast.bound}{hits}",
+        f"prefill about {forecast.prefill_tok_s:,.0f} tok/s of {forecast.prefill_tokens:,} tokens",
+        f"at the given rates: RAM {rates.ram:g} GB/s{gpu}{disk}; `dsv2 bench` measures RAM's",
+    ]

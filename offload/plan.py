@@ -1,0 +1,430 @@
+"""What of a model lies where, by bytes, before anything is loaded: pure functions, no torch.
+
+A plan adds up everything that takes memory on each device and in RAM. What fits is granted and explained, with the
+speed that the given bandwidths allow; what does not is refused with the shortfall and with changes that would make it
+fit, each of them tried.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property, lru_cache
+from math import prod
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import PlanError
+from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout, stored_bytes
+
+GB, GIB, MIB = 10**9, 1 << 30, 1 << 20
+
+# Python with torch; a CUDA context and its libraries on the device.
+PROCESS_BYTES, CONTEXT_BYTES = GIB, 600 * MIB
+# Of the RAM asked for, what the system keeps: this share, and at least so much.
+SYSTEM_SHARE, SYSTEM_BYTES = 0.04, GIB
+STAGING_BUFFERS = 3
+STAGING_BYTES = 320 * MIB  # of one buffer at most: large enough that a copy runs at the link's full speed
+# Tokens of a step of prefill: where experts stream over the link, more tokens share one pass over them.
+CPU_CHUNK, GPU_CHUNK, STREAM_CHUNK = 512, 2048, 8192
+KEY_BLOCK = 4096  # cached positions whose keys and values are rebuilt at a time
+ACTIVATION_BYTES = {"cpu": 4, "gpu": 2}
+CONTEXT_STEP, MOST_GIB = 1024, 4096  # of the remedies that are tried
+
+# Shares of a memory's bandwidth that kernels reach; docs/log.md has the CPU's, the GPU's is a target.
+CPU_EFFICIENCY, GPU_EFFICIENCY, LINK_EFFICIENCY = 0.85, 0.8, 0.9
+UNLOCKED = 0.5  # of the link's speed, where RAM is not page-locked and every copy goes through the driver's buffer
+
+
+class Cache(StrEnum):
+    """How the latent cache is stored."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+
+    def bytes_per_token_and_layer(self, config: ModelConfig) -> int:
+        """bf16: 2 bytes a number. int8: latents of 8 bits with an fp32 scale a 64, the rope key in bf16."""
+        if self is Cache.BF16:
+            return 2 * config.latent_dim
+        return config.kv_lora_rank + 4 * -(-config.kv_lora_rank // 64) + 2 * config.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine can do: GB/s of reading, GFLOP/s of matrix products."""
+
+    ram: float = 50.0
+    link: float = 25.0
+    vram: float = 900.0
+    disk: float = 3.0
+    cpu_gflops: float = 600.0
+    gpu_gflops: float = 60_000.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes that may be used: of each GPU, of RAM, and how much of RAM may be page-locked (None: no limit)."""
+
+    vram: tuple[int, ...]
+    ram: int
+    lockable: int | None = None
+    rates: Rates = field(default_factory=Rates)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to run: a model in a recipe, tokens of context and how their latents are kept."""
+
+    config: ModelConfig
+    recipe: Recipe
+    context: int
+    cache: Cache = Cache.BF16
+
+
+@dataclass(frozen=True)
+class Share:
+    """What lies in one memory: bytes by part, and what is left of it."""
+
+    name: str
+    capacity: int
+    parts: dict[str, int]
+    layers: tuple[int, int] = (0, 0)
+    """Of a GPU: its first layer and the one after its last."""
+    slots: int = 0
+    """Of a GPU: routed experts that it holds at a time."""
+
+    @property
+    def used(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def free(self) -> int:
+        return self.capacity - self.used
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lies."""
+
+    wish: Wish
+    machine: Machine
+    gpus: tuple[Share, ...]
+    ram: Share
+    ram_experts: int
+    """Routed experts in RAM."""
+    locked: bool
+    """Whether those are page-locked, so that copies run at the link's full speed."""
+    notes: tuple[str, ...]
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of the whole model."""
+        return _experts(self.wish.config)
+
+    @property
+    def slots(self) -> int:
+        return sum(gpu.slots for gpu in self.gpus)
+
+    @property
+    def disk_experts(self) -> int:
+        """Routed experts that are read from disk whenever they are needed."""
+        return 0 if self.resident else self.experts - self.ram_experts
+
+    @property
+    def resident(self) -> bool:
+        """Whether every routed expert has a slot, so that nothing is fetched once loaded."""
+        return bool(self.gpus) and self.slots >= self.experts
+
+    @cached_property
+    def forecast(self) -> "Forecast":
+        return _forecast(self)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Tokens per second that the machine's rates allow, and what they rest on.
+
+    The hit rate is that of even routing, slots over experts: a cache of recently used experts does no worse.
+    """
+
+    decode_tok_s: float
+    prefill_tok_s: float
+    prefill_tokens: int
+    """Tokens of the prompt that the second figure is for."""
+    hit_rate: float
+    bound: str
+    """What takes most of a decoded token's time."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a wish, as the parts of a plan need them."""
+
+    wish: Wish
+
+    @cached_property
+    def expert(self) -> int:
+        return expert_layout(self.wish.config, self.wish.recipe).nbytes if self.wish.config.moe_layers else 0
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Dense weights of each layer."""
+        files = dense_files(self.wish.config)
+        return [self._stored(files[f"dense-{layer:03d}.safetensors"]) for layer in range(len(files) - 1)]
+
+    @cached_property
+    def embedding(self) -> int:
+        return self._stored([spec for spec in self._outer if spec.kind is Kind.EMBEDDING])
+
+    @cached_property
+    def head(self) -> int:
+        """The last norm and the head; one that is tied to the embedding is a second copy on a GPU."""
+        head = self._stored([spec for spec in self._outer if spec.kind is not Kind.EMBEDDING])
+        return head + (self.embedding if self.wish.config.tie_word_embeddings else 0)
+
+    @property
+    def _outer(self) -> list[TensorSpec]:
+        return dense_files(self.wish.config)["dense.safetensors"]
+
+    @property
+    def experts_per_token(self) -> int:
+        """Bytes of the routed experts that a token takes."""
+        return len(self.wish.config.moe_layers) * self.wish.config.num_experts_per_tok * self.expert
+
+    @cached_property
+    def flops(self) -> float:
+        """Of a token: a multiplication and an addition for each weight that it meets; attention's own are left out."""
+        c = self.wish.config
+        specs = [spec for file in dense_files(c).values() for spec in file if spec.kind is not Kind.EMBEDDING]
+        routed = len(c.moe_layers) * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
+        return 2.0 * (sum(prod(spec.shape) for spec in specs) + routed)
+
+    def _stored(self, specs: list[TensorSpec]) -> int:
+        return sum(stored_bytes(spec, self.wish.recipe) for spec in specs)
+
+    def cache(self, layers: int) -> int:
+        return layers * self.wish.context * self.wish.cache.bytes_per_token_and_layer(self.wish.config)
+
+    def workspace(self, where: str, chunk: int) -> int:
+        """Activations of a chunk, keys and values of a block of positions, and logits: what a step holds at most."""
+        c, size = self.wish.config, ACTIVATION_BYTES[where]
+        tokens, positions = min(chunk, self.wish.context), min(KEY_BLOCK, self.wish.context)
+        heads = c.num_attention_heads
+        hidden = 6 * tokens * c.hidden_size
+        attention = tokens * heads * (c.qk_head_dim + c.v_head_dim) + positions * heads * (c.qk_head_dim + c.v_head_dim)
+        experts = 2 * tokens * max(c.num_experts_per_tok * c.moe_intermediate_size, c.intermediate_size)
+        return size * (hidden + attention + experts) + 4 * c.vocab_size
+
+    def staging(self) -> int:
+        """Three buffers, each a layer's experts or as many of them as `STAGING_BYTES` hold."""
+        experts = min(self.wish.config.n_routed_experts, max(1, STAGING_BYTES // self.expert)) if self.expert else 0
+        return STAGING_BUFFERS * experts * self.expert
+
+
+@lru_cache(256)
+def _sizes(wish: Wish) -> _Sizes:
+    return _Sizes(wish)
+
+
+def _experts(config: ModelConfig) -> int:
+    return len(config.moe_layers) * config.n_routed_experts
+
+
+def plan(wish: Wish, machine: Machine) -> Plan:
+    """Place a model.
+
+    Raises:
+        PlanError: it does not fit, with the shortfall and what would make it fit.
+    """
+    try:
+        return _place(wish, machine)
+    except PlanError as error:
+        raise PlanError(error.where, error.shortfall, tuple(_remedies(wish, machine, error.where))) from None
+
+
+def _place(wish: Wish, machine: Machine) -> Plan:
+    return _place_on_gpus(wish, machine) if machine.vram else _place_in_ram(wish, machine)
+
+
+def _place_in_ram(wish: Wish, machine: Machine) -> Plan:
+    """Everything on the CPU: dense weights and cache in RAM, experts there too as far as they fit."""
+    sizes = _sizes(wish)
+    tied = sizes.embedding if wish.config.tie_word_embeddings else 0
+    parts = {
+        "system": _system(machine.ram),
+        "program": PROCESS_BYTES,
+        "dense weights": sum(sizes.layers) + sizes.embedding + sizes.head - tied,
+        "latent cache": sizes.cache(len(sizes.layers)),
+        "workspace": sizes.workspace("cpu", CPU_CHUNK),
+    }
+    ram, count = _with_experts(wish, machine, parts, "experts (mapped)")
+    return Plan(wish, machine, (), ram, count, False, tuple(_notes(wish, count)))
+
+
+def _place_on_gpus(wish: Wish, machine: Machine) -> Plan:
+    """Attention, shared experts and cache on the GPUs, a run of layers each; slots in what is left of them."""
+    sizes, split = _sizes(wish), _split(wish, machine.vram)
+    resident = _gpu_shares(sizes, machine.vram, split, staged=False)
+    staged = any(share.slots < _experts_of(wish.config, share.layers) for share in resident)
+    gpus = _gpu_shares(sizes, machine.vram, split, staged=True) if staged else resident
+    parts = {"system": _system(machine.ram), "program": PROCESS_BYTES, "embedding": sizes.embedding}
+    if not staged:
+        return Plan(wish, machine, gpus, _fitting(Share("RAM", machine.ram, parts)), 0, False, ())
+    wanted = _experts(wish.config) * sizes.expert
+    locked = wanted if machine.lockable is None else machine.lockable
+    name = "experts (page-locked)" if locked >= wanted else "experts (mapped)"
+    ram, count = _with_experts(wish, machine, parts, name)
+    notes = list(_notes(wish, count))
+    if locked < wanted:
+        notes.append(
+            f"only {locked / GIB:,.1f} GiB of RAM may be page-locked (ulimit -l), so that copies to the GPU run at "
+            "about half of the link's speed; raise memlock in /etc/security/limits.conf"
+        )
+    return Plan(wish, machine, gpus, ram, count, locked >= wanted, tuple(notes))
+
+
+def _gpu_shares(sizes: _Sizes, vram: tuple[int, ...], split: list[tuple[int, int]], staged: bool) -> tuple[Share, ...]:
+    """What lies on each GPU; `staged`: with buffers through which experts stream."""
+    shares = []
+    for gpu, (capacity, (first, end)) in enumerate(zip(vram, split, strict=True)):
+        parts = {
+            "driver": CONTEXT_BYTES,
+            "dense weights": sum(sizes.layers[first:end]) + (sizes.head if end == len(sizes.layers) else 0),
+            "latent cache": sizes.cache(end - first),
+            "workspace": sizes.workspace("gpu", STREAM_CHUNK if staged else GPU_CHUNK),
+        }
+        if staged:
+            parts["staging"] = sizes.staging()
+        share = _fitting(Share(f"GPU {gpu}", capacity, parts, (first, end)))
+        slots = min(share.free // sizes.expert, _experts_of(sizes.wish.config, (first, end))) if sizes.expert else 0
+        shares.append(replace(share, parts={**parts, "expert slots": slots * sizes.expert}, slots=slots))
+    return tuple(shares)
+
+
+def _split(wish: Wish, vram: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Runs of layers, in proportion to the GPUs' memory by the bytes of each layer with its cache and experts."""
+    sizes = _sizes(wish)
+    experts = wish.config.n_routed_experts * sizes.expert
+    weight = [dense + sizes.cache(1) + experts * wish.config.is_moe(layer) for layer, dense in enumerate(sizes.layers)]
+    ends, done, layer = [], 0, 0
+    for gpu in range(len(vram)):
+        target = sum(weight) * sum(vram[: gpu + 1]) / sum(vram)
+        while layer < len(weight) and done + weight[layer] / 2 <= target:
+            done += weight[layer]
+            layer += 1
+        ends.append(layer)
+    ends[-1] = len(weight)
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _experts_of(config: ModelConfig, layers: tuple[int, int]) -> int:
+    return sum(config.is_moe(layer) for layer in range(*layers)) * config.n_routed_experts
+
+
+def _system(ram: int) -> int:
+    return max(SYSTEM_BYTES, int(ram * SYSTEM_SHARE))
+
+
+def _with_experts(wish: Wish, machine: Machine, parts: dict[str, int], name: str) -> tuple[Share, int]:
+    """RAM with as many experts as fit beside `parts`, and how many they are."""
+    share, size = _fitting(Share("RAM", machine.ram, parts)), _sizes(wish).expert
+    count = min(share.free // size, _experts(wish.config)) if size else 0
+    return replace(share, parts={**parts, name: count * size}), count
+
+
+def _fitting(share: Share) -> Share:
+    if share.free < 0:
+        raise PlanError(share.name, -share.free)
+    return share
+
+
+def _notes(wish: Wish, in_ram: int) -> Iterator[str]:
+    missing = _experts(wish.config) - in_ram
+    if missing:
+        size = missing * _sizes(wish).expert
+        yield (
+            f"{missing:,} of {_experts(wish.config):,} experts ({size / GB:,.1f} GB) do not fit in RAM and are read "
+            "from disk when they are needed: expect the disk's speed"
+        )
+
+
+def _remedies(wish: Wish, machine: Machine, where: str) -> Iterator[str]:
+    """Changes of which each alone makes it fit, the least painful first; the last is more of what is short."""
+    if wish.cache is Cache.BF16 and _fits(replace(wish, cache=Cache.INT8), machine):
+        yield "--cache int8"
+    steps = range(wish.context // CONTEXT_STEP)
+    shorter = bisect_left(steps, True, key=lambda n: not _fits(replace(wish, context=(n + 1) * CONTEXT_STEP), machine))
+    if shorter:
+        yield f"--context {shorter * CONTEXT_STEP}"
+    if wish.recipe is not Recipe.NF4 and _fits(replace(wish, recipe=Recipe.NF4), machine):
+        yield "--recipe nf4"
+    if machine.vram and where != "RAM" and _fits(wish, replace(machine, vram=())):
+        yield "--vram 0 (the CPU alone)"
+    grown = _grown_ram if where == "RAM" else _grown_vram
+    more = bisect_left(range(MOST_GIB), True, key=lambda gib: _fits(wish, grown(machine, gib)))
+    if more < MOST_GIB:
+        enough = grown(machine, more)
+        sizes = (enough.ram,) if where == "RAM" else enough.vram
+        yield f"--{'ram' if where == 'RAM' else 'vram'} " + ",".join(f"{size // GIB}GiB" for size in sizes)
+
+
+def _grown_ram(machine: Machine, gib: int) -> Machine:
+    return replace(machine, ram=-(-machine.ram // GIB + -gib) * GIB)
+
+
+def _grown_vram(machine: Machine, gib: int) -> Machine:
+    """As much more of each GPU, in whole GiB."""
+    return replace(machine, vram=tuple(-(-size // GIB + -gib) * GIB for size in machine.vram))
+
+
+def _fits(wish: Wish, machine: Machine) -> bool:
+    try:
+        _place(wish, machine)
+    except PlanError:
+        return False
+    return True
+
+
+def _forecast(p: Plan) -> Forecast:
+    return _gpu_forecast(p) if p.gpus else _cpu_forecast(p)
+
+
+def _cpu_forecast(p: Plan) -> Forecast:
+    sizes, rates = _sizes(p.wish), p.machine.rates
+    from_disk = p.disk_experts / max(1, p.experts)
+    dense = sum(sizes.layers) + sizes.head
+    seconds = {
+        "RAM": (dense + (1 - from_disk) * sizes.experts_per_token) / (rates.ram * GB * CPU_EFFICIENCY),
+        "disk": from_disk * sizes.experts_per_token / (rates.disk * GB),
+    }
+    tokens = min(CPU_CHUNK, p.wish.context)
+    prefill = max(tokens * sizes.flops / (rates.cpu_gflops * GB), p.disk_experts * sizes.expert / (rates.disk * GB))
+    return _figures(seconds, tokens / prefill, tokens, 0.0)
+
+
+def _gpu_forecast(p: Plan) -> Forecast:
+    """Misses are shared between the link and the CPU, which together read no faster than RAM gives."""
+    sizes, rates = _sizes(p.wish), p.machine.rates
+    hits = p.slots / p.experts if p.experts else 1.0
+    missed = (1 - hits) * sizes.experts_per_token
+    from_disk = p.disk_experts / max(1, p.experts)
+    link = rates.link * LINK_EFFICIENCY * (1 if p.locked else UNLOCKED)
+    both = min(rates.ram, rates.ram * CPU_EFFICIENCY + link)
+    on_gpus = sum(sizes.layers) + sizes.head + hits * sizes.experts_per_token
+    seconds = {
+        "GPU memory": on_gpus / (rates.vram * GB * GPU_EFFICIENCY),
+        "RAM and link": (1 - from_disk) * missed / (both * GB),
+        "disk": from_disk * missed / (rates.disk * GB),
+    }
+    tokens = min(GPU_CHUNK if p.resident else STREAM_CHUNK, p.wish.context)
+    streamed = 0 if p.resident else p.ram_experts * (1 - hits) * sizes.expert
+    prefill = max(
+        tokens * sizes.flops / (rates.gpu_gflops * GB),
+        streamed / (link * GB),
+        p.disk_experts * sizes.expert / (rates.disk * GB),
+    )
+    return _figures(seconds, tokens / prefill, tokens, hits)
+
+
+def _figures(seconds: dict[str, float], prefill: float, tokens: int, hits: float) -> Forecast:
+    slowest = max(seconds, key=lambda name: seconds[name])
+    return Forecast(1 / sum(seconds.values()), prefill, tokens, hits, slowest)

@@ -1,0 +1,208 @@
+"""Plans add up, never grant more than there is, and every remedy they name works."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import dsv2_local
+from dsv2_local import planning, released
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import InputError, PlanError
+from dsv2_local.inspection import summarise
+from dsv2_local.offload.plan import GIB, Cache, Machine, Plan, Rates, Wish, plan
+from dsv2_local.quant.schema import Kind, Recipe
+from tests.models import TINY
+from tests.test_cli import dsv2
+
+LARGE, LITE = released.read_config("deepseek-v2"), released.read_config("deepseek-v2-lite")
+DENSE = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, "n_routed_experts": 0})
+
+
+def wishes(seed: int) -> tuple[Wish, Machine]:
+    draw = random.Random(seed)
+    config = draw.choice([LARGE, LITE, DENSE])
+    context = draw.choice([1, 1000, 8192, 100_000]) if config is not DENSE else draw.choice([1, 1000])
+    wish = Wish(config, draw.choice(list(Recipe)), context, draw.choice(list(Cache)))
+    vram = tuple(int(draw.uniform(2, 48) * GIB) for _ in range(draw.choice([0, 1, 1, 2, 3])))
+    return wish, Machine(vram, int(draw.uniform(2, 300) * GIB), draw.choice([None, None, 64 << 10]))
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_plan_fits_or_is_refused_with_remedies_that_work(seed):
+    wish, machine = wishes(seed)
+    try:
+        made = plan(wish, machine)
+    except PlanError as refusal:
+        error = refusal
+    else:
+        check(made)
+        return
+    assert error.shortfall > 0
+    for remedy in error.remedies:
+        check(plan(*changed(wish, machine, remedy)))
+
+
+def check(made: Plan) -> None:
+    for share in (*made.gpus, made.ram):
+        assert share.free >= 0
+        assert share.used == sum(share.parts.values()) <= share.capacity
+        assert min(share.parts.values()) >= 0
+    if made.gpus:
+        layers = made.wish.config.num_hidden_layers
+        ends = [gpu.layers for gpu in made.gpus]
+        assert (ends[0][0], ends[-1][1]) == (0, layers)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
+    assert made.resident or made.ram_experts + made.disk_experts == made.experts
+    assert made.forecast.decode_tok_s > 0
+    assert made.forecast.prefill_tok_s > 0
+    assert 0 <= made.forecast.hit_rate <= 1
+
+
+def changed(wish: Wish, machine: Machine, remedy: str) -> tuple[Wish, Machine]:
+    """What the user would ask for after taking a remedy at its word."""
+    option, value = remedy.split()[:2]
+    if option == "--cache":
+        return replace(wish, cache=Cache(value)), machine
+    if option == "--context":
+        return replace(wish, context=int(value)), machine
+    if option == "--recipe":
+        return replace(wish, recipe=Recipe(value)), machine
+    if option == "--ram":
+        return wish, replace(machine, ram=planning.size(option, value))
+    assert option == "--vram"
+    return wish, replace(
+        machine, vram=tuple(size for part in value.split(",") if (size := planning.size(option, part)))
+    )
+
+
+@pytest.mark.parametrize("recipe", Recipe)
+@pytest.mark.parametrize("config", [LARGE, LITE, DENSE])
+def test_every_weight_is_counted_once(config, recipe):
+    made = plan(Wish(config, recipe, 64), Machine((), 10**12))
+    weights = sum(kind.bytes for kind in summarise(config, recipe).values())
+    assert made.ram.parts["dense weights"] + made.ram.parts["experts (mapped)"] == weights
+    split = plan(Wish(config, recipe, 64), Machine((400 * GIB, 200 * GIB), 10**12))
+    assert split.resident
+    placed = sum(gpu.parts["dense weights"] + gpu.parts["expert slots"] for gpu in split.gpus)
+    assert placed + split.ram.parts["embedding"] == weights
+
+
+def test_the_plan_of_nano_is_what_loading_takes():
+    llm = dsv2_local.load(context=1000)
+    made = plan(Wish(llm.config, llm.recipe, 1000), Machine((), 10**11))
+    assert made.ram.parts["latent cache"] == llm.engine.cache.nbytes
+    assert made.ram.parts["experts (mapped)"] == llm.experts.nbytes
+    stored = sum(kind.bytes for name, kind in summarise(llm.config, llm.recipe).items() if name is not Kind.ROUTED)
+    assert made.ram.parts["dense weights"] == pytest.approx(stored, rel=0.01)
+
+
+def test_the_large_model_beside_128k_of_context_on_one_card():
+    made = plan(Wish(LARGE, Recipe.NF4, 131072), Machine((24 * GIB,), 192 * GIB))
+    assert made.gpus[0].parts["latent cache"] == 131072 * 60 * 1152
+    assert made.gpus[0].slots > 400
+    assert made.locked
+    assert made.disk_experts == 0
+    small = plan(Wish(LARGE, Recipe.NF4, 131072, Cache.INT8), Machine((24 * GIB,), 192 * GIB))
+    assert small.gpus[0].parts["latent cache"] == 131072 * 60 * (512 + 32 + 128)
+    assert small.slots > made.slots
+
+
+def test_more_memory_and_faster_memory_never_make_it_slower():
+    wish, last = Wish(LITE, Recipe.NF4, 8192), 0.0
+    for vram in (4, 6, 8, 12, 16, 24):
+        speed = plan(wish, Machine((vram * GIB,), 64 * GIB)).forecast.decode_tok_s
+        assert speed >= last
+        last = speed
+    slow, fast = (plan(wish, Machine((), 64 * GIB, rates=Rates(ram=ram))).forecast.decode_tok_s for ram in (30, 60))
+    assert fast == pytest.approx(2 * slow)
+
+
+def test_experts_beyond_ram_come_from_disk_and_it_says_so():
+    made = plan(Wish(LITE, Recipe.NF4, 4096), Machine((), 6 * GIB))
+    assert 0 < made.ram_experts < made.experts
+    assert made.forecast.bound == "disk"
+    assert "do not fit in RAM" in made.notes[0]
+
+
+def test_little_lockable_memory_is_told_with_the_remedy():
+    made = plan(Wish(LITE, Recipe.NF4, 4096), Machine((6 * GIB,), 64 * GIB, lockable=8 << 20))
+    assert not made.locked
+    assert "ulimit -l" in made.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("24GiB", 24 << 30), ("24G", 24 << 30), ("24gb", 24 * 10**9), ("1.5TiB", 3 << 39), ("128K", 131072), ("7", 7)],
+)
+def test_sizes(text, nbytes):
+    assert planning.size("--ram", text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24 apples", "-1G", "1.2.3G", "24GiBs", "nan"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InputError, match="--ram"):
+        planning.size("--ram", text)
+
+
+def test_the_command_prints_json_tables_and_errors(tmp_path):
+    options = ["plan", "deepseek-v2", "--vram", "24GiB,24GiB", "--ram", "192GiB", "--context", "128K"]
+    done = dsv2(*options, "--json")
+    told = json.loads(done.stdout)
+    assert [memory["name"] for memory in told["memories"]] == ["GPU 0", "GPU 1", "RAM"]
+    assert told["experts"]["all"] == 9440
+    assert b"CPU alone" in done.stderr
+    text = dsv2(*options).stdout.decode()
+    assert "layers 30 to 59" in text
+    assert "expert slots" in text
+    refused = dsv2("plan", "deepseek-v2", "--vram", "0", "--ram", "8GiB")
+    assert (refused.returncode, refused.stdout) == (1, b"")
+    assert b"RAM lacks" in refused.stderr
+    assert b"--ram 1" in refused.stderr
+    for wrong in (
+        ["--context", "1T"],
+        ["--cache", "fp8"],
+        ["--recipe", "q4"],
+        ["--rates", "ram=fast"],
+        ["--vram", "x"],
+    ):
+        failed = dsv2("plan", "deepseek-v2-lite", *wrong)
+        assert (failed.returncode, failed.stdout) == (2, b""), wrong
+    assert dsv2("plan", "nothing").returncode == 2
+
+
+def test_a_converted_model_is_planned_in_its_own_recipe(tmp_path):
+    raw = {"model_type": "deepseek_v2", **TINY, "quantization_config": {"quant_method": "dsv2", "recipe": "int8"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    told = json.loads(dsv2("plan", tmp_path, "--ram", "4GiB", "--json").stdout)
+    assert told["recipe"] == "int8"
+
+
+def test_gpus_are_those_that_the_driver_tells(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 24000\necho 12000\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert planning.free_vram() == [24000 << 20, 12000 << 20]
+    program.write_text("#!/bin/sh\necho driver is broken; exit 9\n")
+    assert planning.free_vram() == []
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert planning.free_vram() == []
+
+
+def test_planning_needs_no_torch():
+    code = (
+        "import sys\n"
+        "from dsv2_local import planning\n"
+        "planning.run(planning.Request('deepseek-v2', ram='192GiB', vram='24GiB'), True)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0
