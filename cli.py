@@ -211,6 +211,10 @@ def bench(
         str | None, typer.Option(help="Of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Measure nothing; write the experts that a text is routed to, to this file.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="With --trace: the text. Default: standard input.")] = None,
 ) -> None:
     """Measure how fast this machine runs a model, or would run one that is not there yet."""
     from dsv2_local import bench
@@ -223,6 +227,9 @@ def bench(
         model = None  # $DSV2_MODEL is only a default
     chosen = None if recipe is None else Recipe(recipe)
     request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen)
+    if trace is not None:
+        bench.trace(request, trace, text)
+        return
     with _closed_pipe_is_no_error():
         bench.run(request, as_json)
 

@@ -15,12 +15,13 @@ FLOORS = [
     | {"kernels.cpu", "kernels.ops"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
-    {"offload.plan", "offload.store", "random_weights"},
+    {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights"},
     {"model", "sampling", "tokenizer"},
     {"engine"},
     {"llm"},
     {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}
-    | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report", "bench"},
+    | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report"}
+    | {"bench.tracing", "bench"},
     {"cli"},
 ]
 # Within a floor, in the order in which they may import each other; elsewhere a floor's modules are strangers.
@@ -43,14 +44,17 @@ ORDERED = [
     ["console", "markdown", "pipe", "chat"],
     ["console", "quantizing"],
     ["console", "planning"],
+    ["offload.lru", "offload.trace"],
     [
         "console",
         "inspection",
+        "pipe",
         "bench.hardware",
         "bench.request",
         "bench.timing",
         "bench.subject",
         "bench.report",
+        "bench.tracing",
         "bench",
     ],
 ]

@@ -6,19 +6,22 @@ so arithmetic bounds it. Both bounds are measured in the same run, with the same
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
-from dsv2_local.bench import report, timing
+from dsv2_local.bench import report, timing, tracing
 from dsv2_local.bench.hardware import Reader, forget_peak, matmul_rate, peak_bytes
 from dsv2_local.bench.request import Plan, Request, settle
 from dsv2_local.bench.subject import prepare
 from dsv2_local.bench.timing import Progress
 from dsv2_local.console import notice
 from dsv2_local.engine import Engine
+from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
+from dsv2_local.pipe import gather_prompt
 from dsv2_local.quant.schema import Kind
 
-__all__ = ["Request", "measure", "run"]
+__all__ = ["Request", "measure", "run", "trace"]
 
 
 def run(request: Request, as_json: bool) -> None:
@@ -34,6 +37,19 @@ def run(request: Request, as_json: bool) -> None:
     else:
         report.show(result)
     sys.stdout.flush()
+
+
+def trace(request: Request, file: Path, text: Path | None) -> None:
+    """Write the experts that a text (None: standard input) is routed to.
+
+    Raises:
+        InputError: there is no text, or a model of random weights was asked for, which routes by chance.
+    """
+    if request.random_weights is not None:
+        raise InputError("--trace needs a real model: random weights route by chance")
+    words = gather_prompt(None, [text] if text else [], sys.stdin)
+    with Progress() as progress:
+        tracing.record(request.model, words, file, request.threads, progress)
 
 
 def measure(plan: Plan, progress: Progress) -> dict[str, Any]:

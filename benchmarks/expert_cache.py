@@ -1,0 +1,87 @@
+"""What policies of an expert cache make of a routing trace: hit rate by slots, as a table and a plot.
+
+    dsv2 bench -m MODEL --trace model.trace < text.txt
+    python benchmarks/expert_cache.py model.trace [--slots 12,24,48] [--png plot.png]
+
+The PNG needs matplotlib, installed by hand. "even" is what even routing would give any policy: slots over experts;
+"best" knows the future.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dsv2_local.errors import Dsv2Error
+from dsv2_local.offload.lru import Policy
+from dsv2_local.offload.trace import Trace, best_hit_rate, hit_rate
+
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+HEIGHT = 16
+MARKS = {"best": "B", Policy.LRU: "L", Policy.LFU: "F", Policy.LFU_AGEING: "A", Policy.LRFU: "R", "even": "."}
+
+
+def rates(trace: Trace, slots: list[int]) -> dict[str, list[float]]:
+    """Hit rates by policy, one for each number of slots."""
+    found = {"best": [best_hit_rate(trace, count) for count in slots]}
+    found |= {policy: [hit_rate(trace, count, policy) for count in slots] for policy in Policy}
+    return found | {"even": [count / (trace.layers * trace.experts) for count in slots]}
+
+
+def show(trace: Trace, slots: list[int], found: dict[str, list[float]]) -> None:
+    console = Console(highlight=False)
+    experts = trace.layers * trace.experts
+    console.print(f"{trace.model}: {len(trace.tokens):,} tokens, {trace.layers} layers of {trace.experts} experts")
+    table = Table("slots", "of all", *found)
+    for place, count in enumerate(slots):
+        values = (f"{curve[place]:.1%}" for curve in found.values())
+        table.add_row(f"{count:,}", f"{count / experts:.0%}", *values)
+    console.print(table)
+    rows = [[" "] * (6 * len(slots)) for _ in range(HEIGHT + 1)]
+    for name in reversed(found):
+        for place, value in enumerate(found[name]):
+            rows[HEIGHT - round(HEIGHT * value)][6 * place + 2] = MARKS[name]
+    for number, row in enumerate(rows):
+        share = f"{1 - number / HEIGHT:>5.0%}" if number % 4 == 0 else ""
+        console.print(f"{share:>5} |{''.join(row)}", markup=False)
+    console.print(" " * 7 + "".join(f"{count:^6,}" for count in slots) + "slots")
+    console.print(" " * 7 + ", ".join(f"{mark} {name}" for name, mark in MARKS.items()), markup=False)
+
+
+def draw(trace: Trace, slots: list[int], found: dict[str, list[float]], file: Path) -> None:
+    import matplotlib  # type: ignore[import-not-found]
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # type: ignore[import-not-found]
+
+    for name, curve in found.items():
+        pyplot.plot(slots, curve, "k:" if name == "even" else "o-", label=str(name), markersize=3)
+    pyplot.xlabel(f"slots, of {trace.layers * trace.experts:,} experts")
+    pyplot.ylabel("hit rate")
+    pyplot.title(f"{trace.model}, {len(trace.tokens):,} tokens")
+    pyplot.legend()
+    pyplot.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--slots", help="numbers with commas between; default: shares of all experts")
+    parser.add_argument("--png", type=Path)
+    given = parser.parse_args()
+    try:
+        trace = Trace.load(given.trace)
+    except Dsv2Error as error:
+        sys.exit(str(error))
+    experts = trace.layers * trace.experts
+    slots = [int(part) for part in given.slots.split(",")] if given.slots else [round(experts * s) for s in SHARES]
+    found = rates(trace, slots)
+    show(trace, slots, found)
+    if given.png:
+        draw(trace, slots, found, given.png)
+
+
+if __name__ == "__main__":
+    main()

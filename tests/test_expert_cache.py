@@ -1,0 +1,214 @@
+"""The cache of experts against naive models of its policies, and the simulator on traces."""
+
+import itertools
+import random
+from collections import defaultdict
+from functools import lru_cache
+
+import pytest
+import torch
+
+import dsv2_local
+from dsv2_local.errors import InputError
+from dsv2_local.kernels import ops
+from dsv2_local.offload.lru import HALF_LIFE, Key, Policy, SlotCache
+from dsv2_local.offload.trace import Trace, best_hit_rate, hit_rate
+from tests.test_cli import dsv2
+
+LAYERS, EXPERTS, CHOSEN = 4, 12, 3
+
+
+def random_trace(seed: int, tokens: int = 120) -> Trace:
+    """Experts of unequal popularity, which drifts."""
+    draw = random.Random(seed)
+    weights = [[draw.expovariate(1) for _ in range(EXPERTS)] for _ in range(LAYERS)]
+    found = []
+    for _ in range(tokens):
+        token = []
+        for layer in weights:
+            layer[draw.randrange(EXPERTS)] = draw.expovariate(1)
+            token.append(sorted(range(EXPERTS), key=lambda e: -layer[e] * draw.random())[:CHOSEN])
+        found.append(token)
+    return Trace("random", LAYERS, EXPERTS, found)
+
+
+class Naive:
+    """A cache that sorts all it holds by worth, written from the definitions."""
+
+    def __init__(self, slots: int, policy: Policy) -> None:
+        self.slots, self.policy, self.held = slots, policy, set[Key]()
+        self.uses: dict[Key, list[int]] = defaultdict(list)  # tokens in which it was used
+        self.last: dict[Key, int] = {}
+
+    def worth(self, key: Key, token: int) -> tuple[float, int]:
+        if self.policy is Policy.LRU:
+            return (0, self.last[key])
+        if self.policy is Policy.LFU:
+            return (len(self.uses[key]), self.last[key])
+        return (sum(0.5 ** ((token - use) / HALF_LIFE) for use in self.uses[key]), self.last[key])
+
+    def hits(self, trace: Trace) -> int:
+        clock = itertools.count()
+        hits = 0
+        for token, layers in enumerate(trace.tokens):
+            for layer, chosen in enumerate(layers):
+                keys = [(layer, expert) for expert in chosen]
+                for key in keys:
+                    self.uses[key].append(token)
+                    self.last[key] = next(clock)
+                there = [key for key in keys if key in self.held]
+                hits += len(there)
+                for key in keys:
+                    if key in self.held:
+                        continue
+                    if len(self.held) == self.slots:
+                        out = min(self.held - set(keys), key=lambda k: self.worth(k, token), default=None)
+                        if out is None:
+                            continue
+                        if self.policy is Policy.LRFU and self.worth(out, token) > self.worth(key, token):
+                            continue
+                        self.held.remove(out)
+                    self.held.add(key)
+        return hits
+
+
+@pytest.mark.parametrize("policy", [Policy.LRU, Policy.LFU, Policy.LRFU])
+@pytest.mark.parametrize("slots", [1, 3, 7, 12, 30, 48])
+def test_policies_are_what_they_are_called(policy, slots):
+    for seed in range(4):
+        trace = random_trace(seed)
+        uses = len(list(trace.uses()))
+        assert hit_rate(trace, slots, policy) == Naive(slots, policy).hits(trace) / uses
+
+
+def test_nobody_beats_the_one_who_knows_the_future():
+    for seed, slots in itertools.product(range(6), (1, 5, 13, 24, 40)):
+        trace = random_trace(seed)
+        best = best_hit_rate(trace, slots)
+        assert all(hit_rate(trace, slots, policy) <= best for policy in Policy)
+    assert best_hit_rate(trace, 0) == 0
+    everything = 1 - len(set(trace.uses())) / len(list(trace.uses()))
+    assert best_hit_rate(trace, 48) == everything == hit_rate(trace, 48, Policy.LRU)
+
+
+def test_the_best_is_the_best_of_all_choices():
+    """On traces so small that every choice can be tried."""
+    for seed in range(12):
+        draw = random.Random(seed)
+        uses = [draw.randrange(4) for _ in range(9)]
+
+        @lru_cache(None)
+        def most(place: int, held: frozenset[int], uses: tuple[int, ...] = tuple(uses)) -> int:
+            if place == len(uses):
+                return 0
+            if uses[place] in held:
+                return 1 + most(place + 1, held)
+            choices = [held, *((held - {out}) | {uses[place]} for out in held)]
+            if len(held) < 2:
+                choices.append(held | {uses[place]})
+            return max(most(place + 1, choice) for choice in choices)
+
+        trace = Trace("tiny", 1, 4, [[[expert]] for expert in uses])
+        assert best_hit_rate(trace, 2) * len(uses) == most(0, frozenset())
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_random_use_never_mixes_up_slots(policy):
+    draw = random.Random(7)
+    cache, pinned = SlotCache(10, policy), []
+    where: dict[Key, int] = {}
+    for _ in range(20_000):
+        action = draw.random()
+        layer = draw.randrange(LAYERS)
+        if action < 0.55:
+            chosen = draw.sample(range(EXPERTS), draw.randrange(1, 5))
+            hits, misses = cache.use(layer, chosen)
+            assert hits == {e: where[layer, e] for e in chosen if (layer, e) in where}
+            assert sorted([*hits, *misses]) == sorted(chosen)
+            for expert in misses:
+                held = {key for pins in pinned for key in pins} | {(layer, e) for e in hits}
+                if got := cache.admit((layer, expert), free_only=draw.random() < 0.2):
+                    if got.evicted:
+                        assert got.evicted not in held
+                        assert where.pop(got.evicted) == got.slot
+                    assert got.slot not in where.values()
+                    where[layer, expert] = got.slot
+                    hits[expert] = got.slot
+                    if draw.random() < 0.1:  # the copy fails
+                        cache.evict((layer, expert))
+                        del where[layer, expert], hits[expert]
+            pinned.append([(layer, e) for e in hits])
+        while pinned and (len(pinned) > 2 or draw.random() < 0.5):
+            for key in pinned.pop(0):
+                cache.release(key[0], [key[1]])
+        assert len(cache) == len(where) <= 10
+    assert {key: cache.peek(key) for key in where} == where
+    total = sum(counter.hits + counter.misses for counter in cache.counters.values())
+    assert total > 10_000
+
+
+def test_prefill_leaves_a_conversation_its_experts():
+    cache = SlotCache(4)
+    for expert in range(3):
+        cache.use(0, [expert])
+        cache.admit((0, expert))
+        cache.release(0, [expert])
+    before = dict(cache.counters[0].__dict__)
+    for expert in range(3, 12):
+        assert cache.peek((0, expert)) is None
+        got = cache.admit((0, expert), free_only=True)
+        assert (got is not None) == (expert == 3)  # the one free slot
+    assert all(cache.peek((0, expert)) is not None for expert in range(4))
+    assert cache.counters[0].hits == before["hits"]
+
+
+def test_traces_are_kept_and_damaged_ones_refused(tmp_path):
+    trace, file = random_trace(1), tmp_path / "a.trace"
+    trace.save(file)
+    assert Trace.load(file) == trace
+    for number, (line, fault) in enumerate([("1 2;x", "not the numbers"), ("1;2", "layers"), ("99;1;1;1", "below 12")]):
+        lines = file.read_text().splitlines()
+        lines[3 + number] = line
+        broken = tmp_path / f"{number}.trace"
+        broken.write_text("\n".join(lines))
+        with pytest.raises(InputError, match=f"line {4 + number}: .*{fault}"):
+            Trace.load(broken)
+    for text in ("", "{}", "hello", '{"format": "dsv2 routing trace 1"}', "[1]"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="no routing trace"):
+            Trace.load(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        Trace.load(tmp_path / "none")
+
+
+def test_bench_records_what_the_model_chooses(tmp_path, monkeypatch):
+    text, file = "A river is a large natural stream of water.", tmp_path / "nano.trace"
+    done = dsv2("bench", "--trace", file, stdin=text.encode())
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    trace = Trace.load(file)
+    llm = dsv2_local.load()
+    ids = llm.tokenizer.encode(text)
+    assert (len(trace.tokens), trace.layers, trace.experts) == (len(ids), 5, 24)
+    chosen = []
+    route = ops.route
+    monkeypatch.setattr(ops, "route", lambda *args: chosen.append(route(*args)[0]) or route(*args))
+    llm.logits(ids)  # all at once: the same choices, but for ties within the kernels' tolerance
+    prefilled = torch.stack(chosen, 1).tolist()
+    pairs = [(set(a), set(b)) for x, y in zip(trace.tokens, prefilled, strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(len(a & b) for a, b in pairs) > 0.97 * sum(len(a) for a, _ in pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trace", "none/x"], "no such directory"),
+        (["--trace", "x", "--random-weights", "deepseek-v2"], "route by chance"),
+        (["--trace", "x", "--text", "no-such-file"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(options, message, tmp_path):
+    options = [tmp_path / option if option in ("x", "none/x") else option for option in options]
+    done = dsv2("bench", *options, stdin=b"a text")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert message in done.stderr.decode()
+    assert list(tmp_path.iterdir()) == []
