@@ -253,7 +253,7 @@ def _load(model: str | None, context: int | None, dtype: str, threads: int | Non
     if model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
     loaded = llm.load(model, context=context, dtype=dtype, threads=threads)
-    for warning in (ops.slow_notice(), loaded.threads.warning):
+    for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.plan.notes):
         if warning:
             notice(warning)
     return loaded

@@ -46,7 +46,11 @@ class PlanError(Dsv2Error):
 
     def __init__(self, where: str, shortfall: int, remedies: tuple[str, ...] = ()) -> None:
         self.where, self.shortfall, self.remedies = where, shortfall, remedies
-        helps = f"; any one of these makes it fit: {'; '.join(remedies)}" if remedies else "; no single change helps"
+        helps = (
+            f"; any one of these makes it fit: {'; '.join(remedies)}"
+            if remedies
+            else "; no single change helps (`dsv2 plan` shows what takes it)"
+        )
         super().__init__(f"it does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Progress, Stats, Step
-from dsv2_local.errors import CheckpointError, InputError
+from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
+from dsv2_local.machine import memory_available
 from dsv2_local.model import Transformer
+from dsv2_local.offload.plan import Machine, Plan, Wish, plan
 from dsv2_local.offload.store import MappedExperts
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
@@ -77,6 +79,8 @@ class LLM:
     def __init__(self, directory: Path, *, dtype: torch.dtype, context: int | None, threads: int | None) -> None:
         """See `load`."""
         checkpoint = Checkpoint(directory)
+        tokens = _context(context, checkpoint.config)
+        self.plan = _plan(checkpoint, tokens)
         self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
@@ -90,7 +94,7 @@ class LLM:
             self._end_tokens |= {self._tokenizer.eos_id}
         self.experts = MappedExperts.of(checkpoint)
         model = Transformer(self.config, checkpoint.dense(), self.experts, dtype)
-        self.engine = Engine(model, _context(context, self.config))
+        self.engine = Engine(model, tokens)
 
     @property
     def context(self) -> int:
@@ -223,6 +227,7 @@ def load(
     Raises:
         CheckpointError: not a converted checkpoint, or a damaged one.
         InputError: an option that this model or machine cannot meet.
+        PlanError: weights and cache do not fit in memory; experts may lie on disk (`LLM.plan` has notes on it).
         HubError: the repository cannot be fetched.
     """
     if device not in ("auto", "cpu"):
@@ -236,6 +241,16 @@ def load(
 def bundled_model() -> Path:
     """The directory of dsv2-nano, the small model that ships with the package."""
     return Path(__file__).parent / "nano"
+
+
+def _plan(checkpoint: Checkpoint, context: int) -> Plan:
+    """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
+    machine = Machine((), memory_available(), available=True)
+    try:
+        return plan(Wish(checkpoint.config, checkpoint.recipe, context), machine)
+    except PlanError as error:
+        remedies = tuple(remedy for remedy in error.remedies if remedy.startswith("--context"))
+        raise PlanError(error.where, error.shortfall, remedies) from None
 
 
 def _context(requested: int | None, config: ModelConfig) -> int:

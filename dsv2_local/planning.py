@@ -95,7 +95,7 @@ def _machine(request: Request) -> Machine:
     vram = free_vram() if request.vram is None else [size("--vram", part) for part in request.vram.split(",")]
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     lockable = None if imagined or limit == resource.RLIM_INFINITY else limit
-    return Machine(tuple(part for part in vram if part), ram, lockable, _rates(request.rates))
+    return Machine(tuple(part for part in vram if part), ram, lockable, not imagined, _rates(request.rates))
 
 
 def _rates(text: str) -> Rates:
@@ -140,7 +140,7 @@ def facts(request: Request, made: Plan) -> dict[str, Any]:
         },
         "forecast": asdict(made.forecast),
         "rates": asdict(made.machine.rates),
-        "notes": list(made.notes),
+        "notes": made.notes,
     }  # fmt: skip
 
 

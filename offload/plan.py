@@ -18,10 +18,10 @@ from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, exper
 
 GB, GIB, MIB = 10**9, 1 << 30, 1 << 20
 
-# Python with torch; a CUDA context and its libraries on the device.
-PROCESS_BYTES, CONTEXT_BYTES = GIB, 600 * MIB
-# Of the RAM asked for, what the system keeps: this share, and at least so much.
-SYSTEM_SHARE, SYSTEM_BYTES = 0.04, GIB
+# Python with torch, and with CUDA's libraries; a CUDA context on the device.
+PROCESS_BYTES, CUDA_PROCESS_BYTES, CONTEXT_BYTES = 256 * MIB, GIB, 600 * MIB
+# Of a machine's RAM, what the system keeps: this share, and at least so much. Of RAM that is free now: this share.
+SYSTEM_SHARE, SYSTEM_BYTES, SPARE_SHARE = 0.04, GIB, 0.02
 STAGING_BUFFERS = 3
 STAGING_BYTES = 320 * MIB  # of one buffer at most: large enough that a copy runs at the link's full speed
 # Tokens of a step of prefill: where experts stream over the link, more tokens share one pass over them.
@@ -62,11 +62,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes that may be used: of each GPU, of RAM, and how much of RAM may be page-locked (None: no limit)."""
+    """Bytes: of each GPU that are free, of RAM, and how much of RAM may be page-locked (None: no limit)."""
 
     vram: tuple[int, ...]
     ram: int
     lockable: int | None = None
+    available: bool = False
+    """Whether `ram` is what is free now, so that the system has its share already."""
     rates: Rates = field(default_factory=Rates)
 
 
@@ -113,7 +115,6 @@ class Plan:
     """Routed experts in RAM."""
     locked: bool
     """Whether those are page-locked, so that copies run at the link's full speed."""
-    notes: tuple[str, ...]
 
     @property
     def experts(self) -> int:
@@ -134,6 +135,25 @@ class Plan:
         """Whether every routed expert has a slot, so that nothing is fetched once loaded."""
         return bool(self.gpus) and self.slots >= self.experts
 
+    @property
+    def notes(self) -> list[str]:
+        """What slows it down, and what to do about it."""
+        found = []
+        if self.disk_experts:
+            size = self.disk_experts * _sizes(self.wish).expert
+            found.append(
+                f"{self.disk_experts:,} of {self.experts:,} experts ({size / GB:,.1f} GB) do not fit in RAM and are "
+                f"read from disk when they are needed: expect about {self.forecast.decode_tok_s:,.2g} tok/s, if the "
+                f"disk reads {self.machine.rates.disk:g} GB/s"
+            )
+        if self.gpus and not self.resident and not self.locked:
+            locked = (self.machine.lockable or 0) / GIB
+            found.append(
+                f"only {locked:,.1f} GiB of RAM may be page-locked (ulimit -l), so that copies to the GPU run at about "
+                "half of the link's speed; raise memlock in /etc/security/limits.conf"
+            )
+        return found
+
     @cached_property
     def forecast(self) -> "Forecast":
         return _forecast(self)
@@ -143,7 +163,7 @@ class Plan:
 class Forecast:
     """Tokens per second that the machine's rates allow, and what they rest on.
 
-    The hit rate is that of even routing, slots over experts: a cache of recently used experts does no worse.
+    The hit rate is that of even routing, slots over experts: `offload/lru.py` does better on every trace so far.
     """
 
     decode_tok_s: float
@@ -250,14 +270,14 @@ def _place_in_ram(wish: Wish, machine: Machine) -> Plan:
     sizes = _sizes(wish)
     tied = sizes.embedding if wish.config.tie_word_embeddings else 0
     parts = {
-        "system": _system(machine.ram),
+        "system": _system(machine),
         "program": PROCESS_BYTES,
         "dense weights": sum(sizes.layers) + sizes.embedding + sizes.head - tied,
         "latent cache": sizes.cache(len(sizes.layers)),
         "workspace": sizes.workspace("cpu", CPU_CHUNK),
     }
     ram, count = _with_experts(wish, machine, parts, "experts (mapped)")
-    return Plan(wish, machine, (), ram, count, False, tuple(_notes(wish, count)))
+    return Plan(wish, machine, (), ram, count, False)
 
 
 def _place_on_gpus(wish: Wish, machine: Machine) -> Plan:
@@ -266,20 +286,14 @@ def _place_on_gpus(wish: Wish, machine: Machine) -> Plan:
     resident = _gpu_shares(sizes, machine.vram, split, staged=False)
     staged = any(share.slots < _experts_of(wish.config, share.layers) for share in resident)
     gpus = _gpu_shares(sizes, machine.vram, split, staged=True) if staged else resident
-    parts = {"system": _system(machine.ram), "program": PROCESS_BYTES, "embedding": sizes.embedding}
+    parts = {"system": _system(machine), "program": CUDA_PROCESS_BYTES, "embedding": sizes.embedding}
     if not staged:
-        return Plan(wish, machine, gpus, _fitting(Share("RAM", machine.ram, parts)), 0, False, ())
+        return Plan(wish, machine, gpus, _fitting(Share("RAM", machine.ram, parts)), 0, False)
     wanted = _experts(wish.config) * sizes.expert
     locked = wanted if machine.lockable is None else machine.lockable
     name = "experts (page-locked)" if locked >= wanted else "experts (mapped)"
     ram, count = _with_experts(wish, machine, parts, name)
-    notes = list(_notes(wish, count))
-    if locked < wanted:
-        notes.append(
-            f"only {locked / GIB:,.1f} GiB of RAM may be page-locked (ulimit -l), so that copies to the GPU run at "
-            "about half of the link's speed; raise memlock in /etc/security/limits.conf"
-        )
-    return Plan(wish, machine, gpus, ram, count, locked >= wanted, tuple(notes))
+    return Plan(wish, machine, gpus, ram, count, locked >= wanted)
 
 
 def _gpu_shares(sizes: _Sizes, vram: tuple[int, ...], split: list[tuple[int, int]], staged: bool) -> tuple[Share, ...]:
@@ -320,8 +334,10 @@ def _experts_of(config: ModelConfig, layers: tuple[int, int]) -> int:
     return sum(config.is_moe(layer) for layer in range(*layers)) * config.n_routed_experts
 
 
-def _system(ram: int) -> int:
-    return max(SYSTEM_BYTES, int(ram * SYSTEM_SHARE))
+def _system(machine: Machine) -> int:
+    if machine.available:
+        return int(machine.ram * SPARE_SHARE)
+    return max(SYSTEM_BYTES, int(machine.ram * SYSTEM_SHARE))
 
 
 def _with_experts(wish: Wish, machine: Machine, parts: dict[str, int], name: str) -> tuple[Share, int]:
@@ -335,16 +351,6 @@ def _fitting(share: Share) -> Share:
     if share.free < 0:
         raise PlanError(share.name, -share.free)
     return share
-
-
-def _notes(wish: Wish, in_ram: int) -> Iterator[str]:
-    missing = _experts(wish.config) - in_ram
-    if missing:
-        size = missing * _sizes(wish).expert
-        yield (
-            f"{missing:,} of {_experts(wish.config):,} experts ({size / GB:,.1f} GB) do not fit in RAM and are read "
-            "from disk when they are needed: expect the disk's speed"
-        )
 
 
 def _remedies(wish: Wish, machine: Machine, where: str) -> Iterator[str]:

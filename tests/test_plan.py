@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dsv2_local
-from dsv2_local import planning, released
+from dsv2_local import llm, planning, released
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError, PlanError
 from dsv2_local.inspection import summarise
@@ -94,12 +94,28 @@ def test_every_weight_is_counted_once(config, recipe):
 
 
 def test_the_plan_of_nano_is_what_loading_takes():
-    llm = dsv2_local.load(context=1000)
-    made = plan(Wish(llm.config, llm.recipe, 1000), Machine((), 10**11))
-    assert made.ram.parts["latent cache"] == llm.engine.cache.nbytes
-    assert made.ram.parts["experts (mapped)"] == llm.experts.nbytes
-    stored = sum(kind.bytes for name, kind in summarise(llm.config, llm.recipe).items() if name is not Kind.ROUTED)
+    loaded = dsv2_local.load(context=1000)
+    made = loaded.plan
+    assert made.ram.parts["latent cache"] == loaded.engine.cache.nbytes
+    assert made.ram.parts["experts (mapped)"] == loaded.experts.nbytes
+    kinds = summarise(loaded.config, loaded.recipe)
+    stored = sum(kind.bytes for name, kind in kinds.items() if name is not Kind.ROUTED)
     assert made.ram.parts["dense weights"] == pytest.approx(stored, rel=0.01)
+
+
+def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkeypatch):
+    limit = dsv2_local.load().config.max_position_embeddings
+    half = plan(Wish(dsv2_local.load().config, Recipe.NF4, limit // 2), Machine((), 10**12, available=True)).ram
+    needed = half.used - half.parts["system"] - half.parts["experts (mapped)"]
+    monkeypatch.setattr(llm, "memory_available", lambda: int(needed * 1.022))
+    with pytest.raises(PlanError, match="RAM lacks") as error:
+        dsv2_local.load(context=limit)
+    (remedy,) = error.value.remedies
+    assert remedy.startswith("--context ")
+    shorter = dsv2_local.load(context=int(remedy.split()[1]))
+    assert shorter.plan.disk_experts > 0
+    assert "do not fit in RAM" in shorter.plan.notes[0]
+    assert [*shorter.generate([5, 6], max_tokens=2)]
 
 
 def test_the_large_model_beside_128k_of_context_on_one_card():
