@@ -1,6 +1,8 @@
-"""Matrix kernels side by side: GB/s of one token, GFLOP/s of many, by shape; torch's int4 and bitsandbytes beside ours.
+"""Kernels side by side: GB/s of one token, GFLOP/s of many, by shape; torch's int4 and bitsandbytes beside ours.
 
-    python benchmarks/kernels.py [--threads 2] [--seconds 0.3]
+Then whole mixtures and latent attention in V2-Lite's shape, by tokens and by context.
+
+    python benchmarks/cpu_kernels.py [--threads 2] [--seconds 0.3]
 
 Weights of one shape are several matrices, more than the caches hold, used in turn, as a model's are. Every figure is
 the median of its runs; the first line is what a plain read of memory gives with the same threads.
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import cpu, ops
-from dsv2_local.kernels.format import Format, matrix_nbytes
-from dsv2_local.kernels.layout import Matrix, planes
+from dsv2_local.kernels.format import ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
+from dsv2_local.quant import int8
 
 SHAPES = {"Lite's expert": (1408, 2048), "Lite's q_proj": (3072, 2048), "236B's expert": (1536, 5120)}  # [R, C]
 TOKENS = (1, 8, 64, 512)
@@ -56,6 +59,39 @@ def bitsandbytes_nf4(rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tens
     return lambda x, i: matmul_4bit(x, weights[i].t(), quant_state=state), len(weights)
 
 
+def mixture(format: Format) -> tuple[Callable[[Tensor, int], Tensor], int]:
+    """V2-Lite's routed experts, six a token of as many as the caches do not hold, other ones every time."""
+    layout = ExpertLayout(format, 2048, 1408)
+    count = WORKING_SET // layout.nbytes
+    records = torch.randint(0, 100, (count, layout.nbytes), dtype=torch.uint8)
+    for record in records:
+        for matrix in expert_matrices(layout, record):
+            matrix.scales.fill_(0.01)
+    return lambda x, i: ops.experts(x, records, layout, *choice(len(x), count, i)), count
+
+
+def choice(tokens: int, experts: int, i: int) -> tuple[Tensor, Tensor]:
+    """Six experts for each token, all experts in turn."""
+    ids = (torch.arange(6 * tokens).view(tokens, 6) + 6 * i) % experts
+    return ids, torch.full((tokens, 6), 1 / 6)
+
+
+def attention(tokens: int, context: int) -> tuple[Callable[[Tensor, int], Tensor], int, float]:
+    """V2-Lite's attention of the last `tokens` of `context`, over several caches; with its operations."""
+    H, N, P, C, V = 16, 128, 64, 512, 128
+    count = max(2, WORKING_SET // (context * (C + P) * 2))
+    caches = torch.randn(count, context, C + P).bfloat16()
+    w_uk, w_uv = (int8.quantize(torch.randn(H * rows, cols) / cols**0.5) for rows, cols in ((C, N), (V, C)))
+    rotation, length = torch.ones(tokens, P // 2, dtype=torch.complex64), torch.tensor([context - tokens])
+
+    def product(q: Tensor, i: int) -> Tensor:
+        return ops.attention(q.view(tokens, H, N + P), rotation, caches[i], length, w_uk, w_uv, 0.1)
+
+    absorbed = tokens * context * H * (2 * C + P)
+    rebuilt = H * (tokens * (context - tokens / 2) * (N + P + V) + context * C * (N + V))
+    return product, count, 2 * (absorbed if tokens == 1 else rebuilt)
+
+
 def seconds_of(product: Callable[[Tensor, int], Tensor], count: int, x: Tensor, budget: float) -> float:
     """Median seconds of one product, the matrices in turn, for about `budget` seconds."""
     product(x, 0)
@@ -93,6 +129,27 @@ def main() -> None:
                 rate = f"{rows * cols * bits / 8 / seconds / 1e9:.1f} GB/s" if tokens == 1 else ""
                 figures.append(rate or f"{2 * tokens * rows * cols / seconds / 1e9:.0f}")
             print(f"{name:16}{rival:18}1 token {figures[0]:>10}; {TOKENS[1:]} tokens {', '.join(figures[1:])} GFLOP/s")
+    torch.set_num_threads(1)
+    for format in (Format.NF4, Format.INT8):
+        show_mixture(format, given.seconds)
+    for tokens, context in ((1, 1024), (1, 4096), (1, 32768), (512, 512), (512, 4096)):
+        show_attention(tokens, context, given.seconds)
+
+
+def show_mixture(format: Format, budget: float) -> None:
+    product, count = mixture(format)
+    seconds = [seconds_of(product, count, torch.randn(tokens, 2048), budget) for tokens in TOKENS]
+    rate = 6 * ExpertLayout(format, 2048, 1408).nbytes / seconds[0] / 1e9
+    rates = (2 * n * 3 * 6 * 2048 * 1408 / s / 1e9 for n, s in zip(TOKENS[1:], seconds[1:], strict=True))
+    many = ", ".join(f"{gflops:.0f}" for gflops in rates)
+    print(f"{'Lite mixture':16}{f'dsv2 {format}':18}1 token {rate:>5.1f} GB/s; {TOKENS[1:]} tokens {many} GFLOP/s")
+
+
+def show_attention(tokens: int, context: int, budget: float) -> None:
+    product, count, operations = attention(tokens, context)
+    seconds = seconds_of(product, count, torch.randn(tokens, 16 * 192), budget)
+    rate = f", {context * 1152 / seconds / 1e9:.1f} GB/s of cache" if tokens == 1 else ""
+    print(f"Lite attention, the last {tokens} of {context} tokens: {operations / seconds / 1e9:.0f} GFLOP/s{rate}")
 
 
 if __name__ == "__main__":
