@@ -177,7 +177,8 @@ def plan(
     """Show where a model would lie in memory, here or on another machine, before anything is downloaded."""
     from dsv2_local import planning
 
-    planning.run(planning.Request(model, recipe, vram, ram, context, cache, rates), as_json)
+    with _closed_pipe_is_no_error():
+        planning.run(planning.Request(model, recipe, vram, ram, context, cache, rates), as_json)
 
 
 @app.command()

@@ -22,6 +22,17 @@ def notice(text: str) -> None:
     print(f"dsv2: {text}", file=sys.stderr, flush=True)
 
 
+def report_console() -> "Console":
+    """For tables on stdout. A reader that went away is a BrokenPipeError; rich would exit with code 1."""
+    from rich.console import Console
+
+    class ReportConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return ReportConsole(highlight=False)
+
+
 def human(size: float) -> str:
     """Bytes in the largest decimal unit that keeps the number above one."""
     for unit in ("B", "kB", "MB"):

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsv2_local.cache import bytes_per_token
 from dsv2_local.config import ModelConfig
-from dsv2_local.console import human
+from dsv2_local.console import human, report_console
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
@@ -83,7 +82,7 @@ def show(model: str | None, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
-    console = Console(highlight=False)
+    console = report_console()
     console.print(_heading(facts), markup=False, soft_wrap=True)
     for table in (_architecture(facts), _tensors(facts), _memory(facts)):
         console.print(table)

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dsv2_local.config import ModelConfig
-from dsv2_local.console import notice
+from dsv2_local.console import notice, report_console
 from dsv2_local.errors import InputError
 from dsv2_local.machine import memory_available
 from dsv2_local.offload.plan import GIB, Cache, Machine, Plan, Rates, Share, Wish, plan
@@ -145,7 +144,7 @@ def facts(request: Request, made: Plan) -> dict[str, Any]:
 
 
 def _show(request: Request, made: Plan) -> None:
-    console = Console(highlight=False)
+    console = report_console()
     wish = made.wish
     heading = f"{request.model}, {wish.recipe}, context {wish.context:,} tokens ({wish.cache} cache): {_regime(made)}"
     console.print(heading, markup=False, soft_wrap=True)
@@ -154,6 +153,7 @@ def _show(request: Request, made: Plan) -> None:
         console.print(_bar(share))
     for line in _forecast_lines(made):
         console.print(line, markup=False, soft_wrap=True)
+    sys.stdout.flush()
 
 
 def _regime(made: Plan) -> str:

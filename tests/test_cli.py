@@ -105,6 +105,20 @@ def test_mistakes_are_one_line_and_a_code(args, stdin, code, said):
     assert not any("Traceback" in line for line in errors)
 
 
+@pytest.mark.parametrize(
+    "command", [["plan", "deepseek-v2-lite", "--ram", "64GiB"], ["inspect"], ["inspect", "--json"]]
+)
+def test_tables_that_nobody_reads_are_no_error(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(
+            [*DSV2, *command], stdin=subprocess.DEVNULL, stdout=closed, stderr=subprocess.PIPE, check=False,
+            env=environment(),
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run(
         ["bash", "-c", '"$@" | head -c 1; echo -n " ${PIPESTATUS[0]}"', "-", *DSV2, "run", QUESTION],

@@ -4,14 +4,13 @@ from dataclasses import asdict
 from statistics import harmonic_mean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsv2_local.bench.request import Plan
 from dsv2_local.bench.subject import Subject
 from dsv2_local.bench.timing import DecodeRun, PrefillRun, layer_kind
 from dsv2_local.config import ModelConfig
-from dsv2_local.console import human
+from dsv2_local.console import human, report_console
 from dsv2_local.kernels import ops
 
 PARTS = ("attention", "dense", "shared", "routed", "head")
@@ -88,7 +87,7 @@ def _layers_of_kind(config: ModelConfig, moe: bool) -> int:
 
 def show(result: dict[str, Any]) -> None:
     """Print the result for people to read."""
-    console = Console(highlight=False)
+    console = report_console()
     console.print(*_heading(result), sep="\n", markup=False, soft_wrap=True)
     for table in (_prefill_table(result), _decode_table(result), _parts_table(result)):
         console.print(table)
