@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from dsv2_local import measured
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice, report_console
 from dsv2_local.errors import InputError
@@ -90,15 +91,22 @@ def _context(text: str | None, config: ModelConfig) -> int:
 def _machine(request: Request) -> Machine:
     """The machine that was described, or this one where it was not."""
     imagined = request.ram is not None
+    rates = replace(Rates(), **({} if imagined else _measured()))
     ram = memory_available() if request.ram is None else size("--ram", request.ram)
     vram = free_vram() if request.vram is None else [size("--vram", part) for part in request.vram.split(",")]
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     lockable = None if imagined or limit == resource.RLIM_INFINITY else limit
-    return Machine(tuple(part for part in vram if part), ram, lockable, not imagined, _rates(request.rates))
+    return Machine(tuple(part for part in vram if part), ram, lockable, not imagined, _rates(request.rates, rates))
 
 
-def _rates(text: str) -> Rates:
-    """Those of "ram=80,link=25" in place of the assumed ones."""
+def _measured() -> dict[str, float]:
+    """Those that `dsv2 bench` found on this machine."""
+    names = {rate.name for rate in fields(Rates)}
+    return {name: rate for name, rate in measured.load().items() if name in names}
+
+
+def _rates(text: str, others: Rates) -> Rates:
+    """Those of "ram=80,link=25" in place of `others`."""
     names, given = [rate.name for rate in fields(Rates)], {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
@@ -108,7 +116,7 @@ def _rates(text: str) -> Rates:
             given[name.strip()] = 0.0
         if name.strip() not in names or not 0 < given[name.strip()] < inf:
             raise InputError(f"--rates {part!r} is not NAME=NUMBER with one of {', '.join(names)}")
-    return replace(Rates(), **given)
+    return replace(others, **given)
 
 
 def free_vram() -> list[int]:
@@ -194,5 +202,5 @@ def _forecast_lines(made: Plan) -> list[str]:
     return [
         f"decode about {forecast.decode_tok_s:,.1f} tok/s, bound by {forecast.bound}{hits}",
         f"prefill about {forecast.prefill_tok_s:,.0f} tok/s of {forecast.prefill_tokens:,} tokens",
-        f"at the given rates: RAM {rates.ram:g} GB/s{gpu}{disk}; `dsv2 bench` measures RAM's",
+        f"reckoned with RAM at {rates.ram:.3g} GB/s{gpu}{disk}; `dsv2 bench` measures RAM, --rates sets any",
     ]

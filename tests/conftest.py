@@ -23,3 +23,11 @@ def reference_kernels() -> Iterator[None]:
     """The torch reference: exact in fp32, where the native kernels quantise activations."""
     with kernels(cpu.REFERENCE):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `dsv2 bench` measures while it is tested is not kept for the user's plans."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

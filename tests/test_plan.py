@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dsv2_local
-from dsv2_local import llm, planning, released
+from dsv2_local import llm, measured, planning, released
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError, PlanError
 from dsv2_local.inspection import summarise
@@ -209,6 +209,25 @@ def test_gpus_are_those_that_the_driver_tells(tmp_path, monkeypatch):
     assert planning.free_vram() == []
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert planning.free_vram() == []
+
+
+def test_rates_that_bench_measured_are_reckoned_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert measured.load() == {}
+    request = planning.Request("deepseek-v2-lite")
+    assumed = planning._machine(request).rates
+    measured.save({"ram": 20.0, "later": 1.0})
+    measured.save({"cpu_gflops": 77.0})
+    assert planning._machine(request).rates == replace(assumed, ram=20.0, cpu_gflops=77.0)
+    given = planning.Request("deepseek-v2-lite", rates="ram=33")
+    assert planning._machine(given).rates == replace(assumed, ram=33.0, cpu_gflops=77.0)
+    imagined = planning.Request("deepseek-v2-lite", ram="64GiB")
+    assert planning._machine(imagined).rates == assumed
+    for damaged in ("", "[]", "{", '{"a": 3}', '{"a": {"ram": "fast"}}'):
+        measured.file().write_text(damaged)
+        assert measured.load() == {}
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    measured.save({"ram": 1.0})  # is no reason to fail
 
 
 def test_planning_needs_no_torch():

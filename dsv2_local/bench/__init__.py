@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dsv2_local import measured
 from dsv2_local.bench import report, timing, tracing
-from dsv2_local.bench.hardware import Reader, forget_peak, matmul_rate, peak_bytes
+from dsv2_local.bench.hardware import Reader, forget_peak, last_level_cache_bytes, matmul_rate, peak_bytes
 from dsv2_local.bench.request import Plan, Request, settle
 from dsv2_local.bench.subject import prepare
 from dsv2_local.bench.timing import Progress
@@ -32,6 +33,7 @@ def run(request: Request, as_json: bool) -> None:
     """
     with Progress() as progress:
         result = measure(settle(request), progress)
+    measured.save(report.rates(result, last_level_cache_bytes()))
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:

@@ -85,6 +85,14 @@ def _layers_of_kind(config: ModelConfig, moe: bool) -> int:
     return sum(config.is_moe(layer) == moe for layer in range(config.num_hidden_layers))
 
 
+def rates(result: dict[str, Any], cache_bytes: int) -> dict[str, float]:
+    """What `dsv2 plan` may reckon with: a model that the processor's caches hold says nothing of larger ones."""
+    found = {"ram": result["machine"]["read_gb_s"]}
+    if result["prefill"] and result["weight_bytes"] > 2 * cache_bytes:
+        found["cpu_gflops"] = max(run["gflops"] for run in result["prefill"])
+    return found
+
+
 def show(result: dict[str, Any]) -> None:
     """Print the result for people to read."""
     console = report_console()
