@@ -1,6 +1,6 @@
 // One pool of threads for all kernels.
 //
-// A parallel call is a number of items that threads claim one by one; the caller claims them too. It ends when all
+// A parallel call is a number of items of which threads claim ranges; the caller claims them too. It ends when all
 // items are done, not when all threads have arrived, so that a thread which the machine has no time for costs nothing:
 // on a busy machine the caller does the work alone.
 #pragma once
