@@ -15,10 +15,8 @@ from torch import Tensor
 from dsv2_local.cache import LatentCache
 from dsv2_local.errors import ContextLengthError, InputError
 from dsv2_local.model import DecodeStep, Transformer
+from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.sampling import Sampler, SamplingParams
-
-# Tokens of one prefill step: enough for full-rate matrix products, few enough to report and stop every second or so.
-PREFILL_CHUNK = 512
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +57,7 @@ class Step:
 class Engine:
     """A model with its cache. It runs one generation at a time; a new one ends the last."""
 
-    def __init__(self, model: Transformer, context: int, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, model: Transformer, context: int, chunk: int = CPU_CHUNK) -> None:
         """Allocate a cache of `context` tokens; prefill in steps of `chunk`."""
         self.model = model
         self.chunk = chunk

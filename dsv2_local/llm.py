@@ -16,14 +16,13 @@ from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
 from dsv2_local.machine import memory_available
 from dsv2_local.model import Transformer
-from dsv2_local.offload.plan import Machine, Plan, Wish, plan
+from dsv2_local.offload.plan import Machine, Plan, Wish, default_context, plan
 from dsv2_local.offload.store import MappedExperts
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
 from dsv2_local.sampling import GenerationConfig
 from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
 
-DEFAULT_CONTEXT = 8192
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -256,7 +255,7 @@ def _plan(checkpoint: Checkpoint, context: int) -> Plan:
 def _context(requested: int | None, config: ModelConfig) -> int:
     limit = config.max_position_embeddings
     if requested is None:
-        return min(DEFAULT_CONTEXT, limit)
+        return default_context(config)
     if not 2 <= requested <= limit:
         raise InputError(f"context must lie between 2 and the model's {limit:,} tokens, not {requested:,}")
     return requested

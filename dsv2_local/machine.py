@@ -26,6 +26,12 @@ def cpu_features(root: Path = ROOT) -> frozenset[str]:
     return frozenset(line[1].split() if line else ())
 
 
+def processor(root: Path = ROOT) -> str:
+    """The first CPU's model as the kernel names it; "unknown" if unreadable."""
+    line = re.search(r"^model name\s*:\s*(.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    return line[1] if line else "unknown"
+
+
 def numa_nodes(root: Path = ROOT) -> dict[int, list[int]]:
     """CPUs of each node that has both memory and CPUs, by its number; one node if unreadable."""
     base = root / "sys/devices/system/node"

@@ -2,12 +2,11 @@
 
 import json
 import os
-import re
 from contextlib import suppress
 from math import inf
 from pathlib import Path
 
-from dsv2_local.machine import ROOT, physical_cores
+from dsv2_local.machine import ROOT, physical_cores, processor
 
 
 def file() -> Path:
@@ -34,16 +33,12 @@ def save(rates: dict[str, float], root: Path = ROOT) -> None:
 def load(root: Path = ROOT) -> dict[str, float]:
     """The rates kept for this machine; none where there are none, or where the file is damaged."""
     rates = _read(file()).get(_machine(root), {})
-    return {name: float(rate) for name, rate in rates.items() if 0 < rate < inf}
+    return {name: rate for name, rate in rates.items() if 0 < rate < inf}
 
 
 def _machine(root: Path) -> str:
     """A name for a processor as this process may use it: homes are shared between machines, and containers differ."""
-    with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return f"{found[1]}, {len(physical_cores(os.sched_getaffinity(0), root))} cores"
-    return f"{len(os.sched_getaffinity(0))} CPUs"
+    return f"{processor(root)}, {len(physical_cores(os.sched_getaffinity(0), root))} cores"
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice, report_console
 from dsv2_local.errors import InputError
 from dsv2_local.machine import memory_available
-from dsv2_local.offload.plan import GIB, Cache, Machine, Plan, Rates, Share, Wish, plan
+from dsv2_local.offload.plan import GIB, Cache, Machine, Plan, Rates, Share, Wish, default_context, plan
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.released import read_config, stored_recipe
 
@@ -82,7 +82,7 @@ def _wish(request: Request) -> Wish:
 
 def _context(text: str | None, config: ModelConfig) -> int:
     limit = config.max_position_embeddings
-    context = min(8192, limit) if text is None else size("--context", text)
+    context = default_context(config) if text is None else size("--context", text)
     if not 1 <= context <= limit:
         raise InputError(f"--context {context:,} must lie between 1 and the model's {limit:,} tokens")
     return context

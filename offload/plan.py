@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from math import prod
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import PlanError
-from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout, stored_bytes
+from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, active_weights, dense_files, expert_layout, stored_bytes
 
 GB, GIB, MIB = 10**9, 1 << 30, 1 << 20
 
@@ -24,7 +23,9 @@ PROCESS_BYTES, CUDA_PROCESS_BYTES, CONTEXT_BYTES = 256 * MIB, GIB, 600 * MIB
 SYSTEM_SHARE, SYSTEM_BYTES, SPARE_SHARE = 0.04, GIB, 0.02
 STAGING_BUFFERS = 3
 STAGING_BYTES = 320 * MIB  # of one buffer at most: large enough that a copy runs at the link's full speed
-# Tokens of a step of prefill: where experts stream over the link, more tokens share one pass over them.
+DEFAULT_CONTEXT = 8192
+# Tokens of a step of prefill: enough for full-rate matrix products, on the CPU few enough to report and stop every
+# second or so; where experts stream over the link, more tokens share one pass over them.
 CPU_CHUNK, GPU_CHUNK, STREAM_CHUNK = 512, 2048, 8192
 KEY_BLOCK = 4096  # cached positions whose keys and values are rebuilt at a time
 ACTIVATION_BYTES = {"cpu": 4, "gpu": 2}
@@ -186,24 +187,24 @@ class _Sizes:
         return expert_layout(self.wish.config, self.wish.recipe).nbytes if self.wish.config.moe_layers else 0
 
     @cached_property
+    def _files(self) -> list[list[TensorSpec]]:
+        """What is outside the layers, then each layer."""
+        return list(dense_files(self.wish.config).values())
+
+    @cached_property
     def layers(self) -> list[int]:
         """Dense weights of each layer."""
-        files = dense_files(self.wish.config)
-        return [self._stored(files[f"dense-{layer:03d}.safetensors"]) for layer in range(len(files) - 1)]
+        return [self._stored(specs) for specs in self._files[1:]]
 
     @cached_property
     def embedding(self) -> int:
-        return self._stored([spec for spec in self._outer if spec.kind is Kind.EMBEDDING])
+        return self._stored([spec for spec in self._files[0] if spec.kind is Kind.EMBEDDING])
 
     @cached_property
     def head(self) -> int:
         """The last norm and the head; one that is tied to the embedding is a second copy on a GPU."""
-        head = self._stored([spec for spec in self._outer if spec.kind is not Kind.EMBEDDING])
+        head = self._stored([spec for spec in self._files[0] if spec.kind is not Kind.EMBEDDING])
         return head + (self.embedding if self.wish.config.tie_word_embeddings else 0)
-
-    @property
-    def _outer(self) -> list[TensorSpec]:
-        return dense_files(self.wish.config)["dense.safetensors"]
 
     @property
     def experts_per_token(self) -> int:
@@ -213,10 +214,7 @@ class _Sizes:
     @cached_property
     def flops(self) -> float:
         """Of a token: a multiplication and an addition for each weight that it meets; attention's own are left out."""
-        c = self.wish.config
-        specs = [spec for file in dense_files(c).values() for spec in file if spec.kind is not Kind.EMBEDDING]
-        routed = len(c.moe_layers) * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
-        return 2.0 * (sum(prod(spec.shape) for spec in specs) + routed)
+        return 2.0 * active_weights(self.wish.config)
 
     def _stored(self, specs: list[TensorSpec]) -> int:
         return sum(stored_bytes(spec, self.wish.recipe) for spec in specs)
@@ -230,7 +228,7 @@ class _Sizes:
         tokens, positions = min(chunk, self.wish.context), min(KEY_BLOCK, self.wish.context)
         heads = c.num_attention_heads
         hidden = 6 * tokens * c.hidden_size
-        attention = tokens * heads * (c.qk_head_dim + c.v_head_dim) + positions * heads * (c.qk_head_dim + c.v_head_dim)
+        attention = (tokens + positions) * heads * (c.qk_head_dim + c.v_head_dim)
         experts = 2 * tokens * max(c.num_experts_per_tok * c.moe_intermediate_size, c.intermediate_size)
         return size * (hidden + attention + experts) + 4 * c.vocab_size
 
@@ -245,8 +243,13 @@ def _sizes(wish: Wish) -> _Sizes:
     return _Sizes(wish)
 
 
+def default_context(config: ModelConfig) -> int:
+    """Tokens of context where none are asked for."""
+    return min(DEFAULT_CONTEXT, config.max_position_embeddings)
+
+
 def _experts(config: ModelConfig) -> int:
-    return len(config.moe_layers) * config.n_routed_experts
+    return _experts_of(config, (0, config.num_hidden_layers))
 
 
 def plan(wish: Wish, machine: Machine) -> Plan:

@@ -73,12 +73,7 @@ def hit_rate(trace: Trace, slots: int, policy: Policy) -> float:
             for expert in misses:
                 cache.admit((layer, expert))
             cache.release(layer, chosen)
-    return _rate(cache)
-
-
-def _rate(cache: SlotCache) -> float:
-    hits = sum(counter.hits for counter in cache.counters.values())
-    return hits / max(1, hits + sum(counter.misses for counter in cache.counters.values()))
+    return cache.hit_rate
 
 
 def best_hit_rate(trace: Trace, slots: int) -> float:

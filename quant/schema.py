@@ -120,6 +120,16 @@ def parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in source_shapes(config).values())
 
 
+def active_weights(config: ModelConfig) -> int:
+    """Weights that take part in computing a token: all but the embedding's rows and the experts not chosen."""
+    specs = (spec for specs in dense_files(config).values() for spec in specs)
+    every = sum(
+        math.prod(spec.shape) for spec in specs if spec.kind is not Kind.EMBEDDING or config.tie_word_embeddings
+    )
+    chosen = len(config.moe_layers) * config.num_experts_per_tok
+    return every + chosen * 3 * config.hidden_size * config.moe_intermediate_size
+
+
 def _outer(c: ModelConfig) -> Iterator[TensorSpec]:
     yield TensorSpec("model.embed_tokens.weight", Kind.EMBEDDING, (c.vocab_size, c.hidden_size))
     if not c.tie_word_embeddings:

@@ -9,11 +9,11 @@ from dsv2_local import llm, random_weights, released
 from dsv2_local.bench.hardware import last_level_cache_bytes
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice
-from dsv2_local.engine import PREFILL_CHUNK
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine import choose_threads
+from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.schema import Kind, Recipe, expert_layout
@@ -78,7 +78,7 @@ class Plan:
     @property
     def warm_up_tokens(self) -> int:
         """A prompt that does not count: a short one wakes the threads, a chunk touches nearly all of a mapped file."""
-        return min(PREFILL_CHUNK if self.directory else WARM_UP_TOKENS, self.config.max_position_embeddings - 1)
+        return min(CPU_CHUNK if self.directory else WARM_UP_TOKENS, self.config.max_position_embeddings - 1)
 
 
 def settle(request: Request) -> Plan:

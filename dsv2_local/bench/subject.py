@@ -16,7 +16,7 @@ from dsv2_local.kernels.format import ROWS, matrix_nbytes
 from dsv2_local.machine import memory_available
 from dsv2_local.model import Transformer
 from dsv2_local.offload.store import MappedExperts
-from dsv2_local.quant.schema import Kind, Recipe, expert_layout
+from dsv2_local.quant.schema import Kind, Recipe, active_weights, expert_layout
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,8 @@ class Subject:
 
     @property
     def active_weights(self) -> int:
-        """Weights that take part in computing a token: all but the embedding and the experts not chosen."""
-        c = self.config
-        every = sum(kind.parameters for kind in self._every_token())
-        return every + self._chosen * 3 * c.hidden_size * c.moe_intermediate_size
+        """Weights that take part in computing a token."""
+        return active_weights(self.config)
 
     @property
     def bytes_per_token(self) -> int:

@@ -23,10 +23,13 @@ ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.def
 SLICE_SECONDS, FIRST_SLICE = 0.1, 12
 
 
+_Arguments = c_uint64 * 12
+
+
 class Call(ctypes.Structure):
     """`Call` of api.hpp."""
 
-    _fields_ = (("function", c_int64), ("arguments", c_uint64 * 12))
+    _fields_ = (("function", c_int64), ("arguments", _Arguments))
 
 
 class AtWork(threading.local):
@@ -80,7 +83,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         words = [_word(type, argument) for type, argument in zip(types, arguments, strict=True)]
         self.names.append(name)
         self._kept.append(arguments)
-        self._made.append(Call(RECORDED.index(name), (c_uint64 * 12)(*words)))
+        self._made.append(Call(RECORDED.index(name), _Arguments(*words)))
 
     def take_times(self) -> "ctypes.Array[c_double]":
         """Sum up from here on, in `seconds`, what each call takes."""
