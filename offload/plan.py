@@ -43,10 +43,10 @@ class Cache(StrEnum):
     INT8 = "int8"
 
     def bytes_per_token_and_layer(self, config: ModelConfig) -> int:
-        """bf16: 2 bytes a number. int8: latents of 8 bits with an fp32 scale a 64, the rope key in bf16."""
+        """bf16: 2 bytes a number. int8: latents of 8 bits with a 16-bit scale a 64, the rope key in bf16."""
         if self is Cache.BF16:
             return 2 * config.latent_dim
-        return config.kv_lora_rank + 4 * -(-config.kv_lora_rank // 64) + 2 * config.qk_rope_head_dim
+        return config.kv_lora_rank + 2 * -(-config.kv_lora_rank // 64) + 2 * config.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
