@@ -170,7 +170,7 @@ def plan(
     vram: Annotated[str | None, typer.Option(help="Of each GPU: 24GiB, or 24GiB,24GiB; 0 for none.")] = None,
     ram: Annotated[str | None, typer.Option(help="RAM that may be used, such as 192GiB.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that must fit: 8192, or 128K.")] = None,
-    cache: Annotated[str, typer.Option(help="How latents are kept: bf16 or int8.")] = "bf16",
+    cache: Annotated[str, typer.Option(help="How latents are kept: bf16, int8 or fp32.")] = "bf16",
     rates: Annotated[str, typer.Option(help="GB/s and GFLOP/s to reckon with: ram=80,link=25,vram=900.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

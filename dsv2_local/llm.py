@@ -16,10 +16,11 @@ from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
 from dsv2_local.machine import memory_available
 from dsv2_local.model import Transformer
-from dsv2_local.offload.plan import Machine, Plan, Wish, default_context, plan
+from dsv2_local.offload.plan import Cache, Machine, Plan, Wish, default_context, plan
 from dsv2_local.offload.store import MappedExperts
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
+from dsv2_local.quant.schema import Kind
 from dsv2_local.sampling import GenerationConfig
 from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
 
@@ -79,7 +80,7 @@ class LLM:
         """See `load`."""
         checkpoint = Checkpoint(directory)
         tokens = _context(context, checkpoint.config)
-        self.plan = _plan(checkpoint, tokens)
+        self.plan = _plan(checkpoint, tokens, dtype)
         self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
@@ -242,11 +243,13 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "nano"
 
 
-def _plan(checkpoint: Checkpoint, context: int) -> Plan:
+def _plan(checkpoint: Checkpoint, context: int, dtype: torch.dtype) -> Plan:
     """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
     machine = Machine((), memory_available(), available=True)
+    latents = ops.cache_dtype(checkpoint.recipe.format_of(Kind.KV_B), dtype)
+    cache = Cache.BF16 if latents is torch.bfloat16 else Cache.FP32
     try:
-        return plan(Wish(checkpoint.config, checkpoint.recipe, context), machine)
+        return plan(Wish(checkpoint.config, checkpoint.recipe, context, cache), machine)
     except PlanError as error:
         remedies = tuple(remedy for remedy in error.remedies if remedy.startswith("--context"))
         raise PlanError(error.where, error.shortfall, remedies) from None

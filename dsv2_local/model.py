@@ -152,7 +152,7 @@ class Transformer:
     @property
     def cache_dtype(self) -> torch.dtype:
         """The type of the latents in the cache."""
-        return ops.cache_dtype(self.layers[0].self_attn.w_uk, self.dtype)
+        return ops.cache_dtype(self.layers[0].self_attn.w_uk.format, self.dtype)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:

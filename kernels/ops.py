@@ -54,9 +54,12 @@ def set_threads(requested: int | None, format: Format) -> Threads:
     return threads
 
 
-def cache_dtype(w_uk: Matrix, dtype: torch.dtype) -> torch.dtype:
-    """The type of latents that `attention` wants: bf16 for the native kernels, else that of the activations."""
-    return torch.bfloat16 if _native(w_uk) else dtype
+def cache_dtype(kv_b: Format, dtype: torch.dtype) -> torch.dtype:
+    """The type of latents that `attention` wants: bf16 for the native kernels, else that of the activations.
+
+    The native kernels compute where they know the format of both halves of kv_b.
+    """
+    return torch.bfloat16 if cpu.kernels() and kv_b in cpu.FORMATS else dtype
 
 
 def recording() -> Recording | None:

@@ -41,11 +41,13 @@ class Cache(StrEnum):
 
     BF16 = "bf16"
     INT8 = "int8"
+    FP32 = "fp32"
+    """As the torch reference keeps it."""
 
     def bytes_per_token_and_layer(self, config: ModelConfig) -> int:
-        """bf16: 2 bytes a number. int8: latents of 8 bits with a 16-bit scale a 64, the rope key in bf16."""
-        if self is Cache.BF16:
-            return 2 * config.latent_dim
+        """2 or 4 bytes a number; int8: latents of 8 bits with a 16-bit scale a 64, the rope key in bf16."""
+        if self is not Cache.INT8:
+            return (2 if self is Cache.BF16 else 4) * config.latent_dim
         return config.kv_lora_rank + 2 * -(-config.kv_lora_rank // 64) + 2 * config.qk_rope_head_dim
 
 

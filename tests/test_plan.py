@@ -104,8 +104,9 @@ def test_the_plan_of_nano_is_what_loading_takes():
 
 
 def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkeypatch):
-    limit = dsv2_local.load().config.max_position_embeddings
-    half = plan(Wish(dsv2_local.load().config, Recipe.NF4, limit // 2), Machine((), 10**12, available=True)).ram
+    wish = dsv2_local.load().plan.wish
+    limit = wish.config.max_position_embeddings
+    half = plan(replace(wish, context=limit // 2), Machine((), 10**12, available=True)).ram
     needed = half.used - half.parts["system"] - half.parts["experts (mapped)"]
     monkeypatch.setattr(llm, "memory_available", lambda: int(needed * 1.022))
     with pytest.raises(PlanError, match="RAM lacks") as error:

@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dsv2_local import llm, random_weights, released
 from dsv2_local.bench.hardware import last_level_cache_bytes
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine import choose_threads
 from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.quant import hub
@@ -91,14 +88,9 @@ def settle(request: Request) -> Plan:
     if directory is None:
         experts = expert_layout(config, recipe).nbytes * config.n_routed_experts * len(config.moe_layers)
         buffer = 0 if experts >= read_bytes else read_bytes  # `hardware.Reader`'s
-        dtype, other = _cache_dtype(recipe), buffer + WORKING_BYTES
+        dtype, other = ops.cache_dtype(recipe.format_of(Kind.KV_B), DTYPE), buffer + WORKING_BYTES
         random_weights.require_memory(config, recipe, context=lengths.cache, dtype=dtype, other=other)
     return Plan(request, directory, whole, config, recipe, lengths, read_bytes)
-
-
-def _cache_dtype(recipe: Recipe) -> torch.dtype:
-    """The type that the cache of a model of this recipe will have, asked with a matrix of no size."""
-    return ops.cache_dtype(Matrix(recipe.format_of(Kind.KV_B), 0, 0, torch.empty(0)), DTYPE)
 
 
 def _architecture(request: Request) -> tuple[Path | None, ModelConfig]:
