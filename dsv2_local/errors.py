@@ -6,6 +6,8 @@ Dsv2Error                    exit code 1
 ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
 ├── ConversionError          `dsv2 quantize` cannot start or go on
 ├── PlanError                the model does not fit in this machine's memory; carries shortfall and remedies
+├── DeviceError              a GPU failed at a copy or at computing
+│   └── DeviceMemoryError        it has less memory than the plan counted on
 ├── HubError                 a repository cannot be reached or read
 ├── TemplateError            the chat template is missing or refuses the messages
 └── InputError               exit code 2: the request itself is wrong
@@ -52,6 +54,25 @@ class PlanError(Dsv2Error):
             else "; no single change helps (`dsv2 plan` shows what takes it)"
         )
         super().__init__(f"it does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
+
+
+class DeviceError(Dsv2Error):
+    """A GPU failed at a copy or at computing."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU has less memory than the plan counted on.
+
+    Attributes:
+        requested, free: bytes.
+    """
+
+    def __init__(self, device: str, requested: int, free: int) -> None:
+        self.requested, self.free = requested, free
+        super().__init__(
+            f"{device} lacks memory: {requested / 2**30:,.2f} GiB asked for, {free / 2**30:,.2f} GiB free; something "
+            "else has taken it since the plan was made: close that, or give less with --vram"
+        )
 
 
 class HubError(Dsv2Error):

@@ -18,8 +18,8 @@ from dsv2_local.machine import Threads, choose_threads
 from dsv2_local.numa import spread_memory
 
 __all__ = [
-    "add", "attention", "cache_dtype", "embedding", "experts", "linear", "recording", "rms_norm", "route",
-    "set_threads", "slow_notice", "swiglu", "variant", "write_latents",
+    "add", "attention", "cache_dtype", "combine", "embedding", "expert_outputs", "experts", "linear", "recording",
+    "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "variant", "write_latents",
 ]  # fmt: skip
 
 
@@ -109,6 +109,22 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
     if native and layout.format in cpu.FORMATS:
         return native.experts(x, records, layout, ids, weights)
     return reference.experts(x, records, layout, ids, weights)
+
+
+def expert_outputs(
+    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+) -> None:
+    """What single experts make of single tokens; see `reference.expert_outputs`."""
+    native = cpu.kernels()
+    if native and layout.format in cpu.FORMATS:
+        return native.expert_outputs(x, records, layout, tokens, slots, out)
+    return reference.expert_outputs(x, records, layout, tokens, slots, out)
+
+
+def combine(outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
+    """Add up experts' outputs; see `reference.combine`."""
+    native = cpu.kernels()
+    return native.combine(outputs, rows, weights, y) if native else reference.combine(outputs, rows, weights, y)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

@@ -78,6 +78,38 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
     return y.to(x.dtype)
 
 
+def expert_outputs(
+    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+) -> None:
+    """What single experts make of single tokens: out[i] = expert in records[slots[i]] of x[tokens[i]].
+
+    Args:
+        x: [T, D].
+        records: uint8 [S, layout.nbytes], one record a slot.
+        tokens, slots: int64 [n].
+        out: fp32 [n, D], to be filled.
+    """
+    for slot in torch.unique(slots).tolist():
+        (pairs,) = (slots == slot).nonzero(as_tuple=True)
+        out[pairs] = swiglu(x[tokens[pairs]], *expert_matrices(layout, records[slot])).float()
+
+
+def combine(outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
+    """Add up experts' outputs: y[t] += weights[t, k] · outputs[rows[t, k]] for k = 0, 1, …; a row below 0 is left out.
+
+    The order of additions is that of k alone, however outputs were shared among devices and calls, so the sum of
+    several calls is that of one to the last bit.
+
+    Args:
+        outputs: fp32 [n, D].
+        rows: int64 [T, K]; weights: float32 [T, K].
+        y: fp32 [T, D].
+    """
+    for row, weight in zip(rows.T, weights.T, strict=True):
+        (tokens,) = (row >= 0).nonzero(as_tuple=True)
+        y[tokens] += outputs[row[tokens]] * weight[tokens, None]
+
+
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Choose the experts of x [T, D] by gate (fp32 [E, D]) -> ids int64 [T, K], weights fp32 [T, K].
 

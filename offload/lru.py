@@ -63,7 +63,7 @@ class SlotCache:
         self._free = list(range(slots - 1, -1, -1))
         self._worth: dict[Key, tuple[float, int]] = {}  # and when it was used last, of all that ever were
         self._heap: list[tuple[tuple[float, int], Key]] = []  # of those with slots; what `_worth` denies is stale
-        self._pins: dict[Key, int] = {}
+        self._pins: set[Key] = set()
         self._steps: dict[int, int] = {}
         self._clock, self._age = 0, 0.0
 
@@ -94,7 +94,7 @@ class SlotCache:
             else:
                 hits[expert] = slot
                 self._rank(key)
-                self._pin(key)
+                self._pins.add(key)
         counter.hits += len(hits)
         counter.misses += len(misses)
         return hits, misses
@@ -117,26 +117,22 @@ class SlotCache:
         slot = self._free.pop()
         self._slot[key] = slot
         self._rank(key)
-        self._pin(key)
+        self._pins.add(key)
         self.counters.setdefault(key[0], Counter()).fetches += 1
         return Admission(slot, evicted)
 
     def evict(self, key: Key) -> None:
         """Give up an expert's slot: its copy failed, or the cache shrinks."""
-        self._pins.pop(key, None)
+        self._pins.discard(key)
         self._remove(key)
 
-    def release(self, layer: int, experts: Iterable[int]) -> None:
-        """A step is done with these."""
-        for expert in experts:
-            key = (layer, expert)
-            if self._pins.get(key, 0) > 1:
-                self._pins[key] -= 1
-            else:
-                self._pins.pop(key, None)
+    def release(self) -> None:
+        """The step is done: nothing is pinned."""
+        self._pins.clear()
 
-    def _pin(self, key: Key) -> None:
-        self._pins[key] = self._pins.get(key, 0) + 1
+    def worth(self, key: Key) -> tuple[float, int]:
+        """What the policy thinks of an expert; it has nothing to compare across policies."""
+        return self._worth.get(key, (-inf, 0))
 
     def _remove(self, key: Key) -> None:
         self._free.append(self._slot.pop(key))
@@ -168,7 +164,7 @@ class SlotCache:
                 continue
             if key in self._pins:
                 pinned.append((worth, key))
-            elif self.policy is Policy.LRFU and worth > self._worth.get(newcomer, (-inf, 0)):
+            elif self.policy is Policy.LRFU and worth > self.worth(newcomer):
                 pinned.append((worth, key))
                 break
             else:

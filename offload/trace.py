@@ -72,7 +72,7 @@ def hit_rate(trace: Trace, slots: int, policy: Policy) -> float:
             _, misses = cache.use(layer, chosen)
             for expert in misses:
                 cache.admit((layer, expert))
-            cache.release(layer, chosen)
+            cache.release()
     return cache.hit_rate
 
 

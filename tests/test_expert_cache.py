@@ -115,7 +115,8 @@ def test_the_best_is_the_best_of_all_choices():
 @pytest.mark.parametrize("policy", Policy)
 def test_random_use_never_mixes_up_slots(policy):
     draw = random.Random(7)
-    cache, pinned = SlotCache(10, policy), []
+    cache = SlotCache(10, policy)
+    pinned: set[Key] = set()
     where: dict[Key, int] = {}
     for _ in range(20_000):
         action = draw.random()
@@ -126,7 +127,7 @@ def test_random_use_never_mixes_up_slots(policy):
             assert hits == {e: where[layer, e] for e in chosen if (layer, e) in where}
             assert sorted([*hits, *misses]) == sorted(chosen)
             for expert in misses:
-                held = {key for pins in pinned for key in pins} | {(layer, e) for e in hits}
+                held = pinned | {(layer, e) for e in hits}
                 if got := cache.admit((layer, expert), free_only=draw.random() < 0.2):
                     if got.evicted:
                         assert got.evicted not in held
@@ -137,10 +138,10 @@ def test_random_use_never_mixes_up_slots(policy):
                     if draw.random() < 0.1:  # the copy fails
                         cache.evict((layer, expert))
                         del where[layer, expert], hits[expert]
-            pinned.append([(layer, e) for e in hits])
-        while pinned and (len(pinned) > 2 or draw.random() < 0.5):
-            for key in pinned.pop(0):
-                cache.release(key[0], [key[1]])
+            pinned |= {(layer, e) for e in hits}
+        if draw.random() < 0.5:
+            cache.release()
+            pinned.clear()
         assert len(cache) == len(where) <= 10
     assert {key: cache.peek(key) for key in where} == where
     total = sum(counter.hits + counter.misses for counter in cache.counters.values())
@@ -152,7 +153,7 @@ def test_prefill_leaves_a_conversation_its_experts():
     for expert in range(3):
         cache.use(0, [expert])
         cache.admit((0, expert))
-        cache.release(0, [expert])
+        cache.release()
     before = dict(cache.counters[0].__dict__)
     for expert in range(3, 12):
         assert cache.peek((0, expert)) is None

@@ -15,7 +15,9 @@ FLOORS = [
     | {"kernels.cpu", "kernels.ops"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
-    {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights"},
+    {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
+    | {"offload.stand_in", "offload.cuda", "offload.slots", "offload.split", "offload.pairs", "offload.stream"}
+    | {"offload.schedule"},
     {"model", "sampling", "tokenizer"},
     {"engine"},
     {"llm"},
@@ -46,6 +48,10 @@ ORDERED = [
     ["console", "quantizing"],
     ["console", "planning"],
     ["offload.lru", "offload.trace"],
+    ["offload.device", "offload.stand_in"],
+    ["offload.device", "offload.cuda"],
+    ["offload.lru", "offload.device", "offload.slots", "offload.stream", "offload.schedule"],
+    ["offload.split", "offload.pairs", "offload.schedule"],
     [
         "console",
         "inspection",

@@ -136,6 +136,37 @@ def test_experts_of_a_token_do_not_depend_on_its_company(native):
         assert off(one[0], whole[t]) < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(128, 64), (100, 72)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_outputs_of_single_experts_add_up_to_the_mixture_bit_for_bit(native, format, hidden, intermediate, tokens):
+    """However the pairs are ordered, spread over slots and shared among calls."""
+    E, K = 8, 3
+    layout = ExpertLayout(format, hidden, intermediate)
+    data, x = records(layout, E), torch.randn(tokens, hidden)
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(tokens)])
+    weights, slot_of = torch.rand(tokens, K), torch.randperm(E)
+    slots = torch.empty_like(data)
+    slots[slot_of] = data
+    shuffled = torch.randperm(tokens * K)
+    owner = torch.arange(tokens).repeat_interleave(K)[shuffled]
+    out, y, cut = torch.full((tokens * K, hidden), torch.nan), torch.zeros(tokens, hidden), tokens * K // 3
+    for part in (slice(0, cut), slice(cut, tokens * K)):
+        pairs = owner[part], slot_of[ids.flatten()[shuffled[part]]]
+        native.expert_outputs(x, slots, layout, *pairs, out[part])
+        wanted = torch.empty_like(out[part])
+        reference.expert_outputs(x, slots, layout, *pairs, wanted)
+        assert off(out[part], wanted) < 3 * TOLERANCE[format]
+    order, rows = ids.argsort(1), shuffled.argsort().view(tokens, K)
+    native.combine(out, rows.gather(1, order), weights.gather(1, order), y)
+    assert torch.equal(y, native.experts(x, data, layout, ids, weights))
+    half = torch.full((tokens, hidden), 2.0)
+    native.combine(out, torch.where(rows < cut, rows, -1), weights, half)
+    expected = torch.full((tokens, hidden), 2.0)
+    reference.combine(out, torch.where(rows < cut, rows, -1), weights, expected)
+    torch.testing.assert_close(half, expected)
+
+
 SHAPES = [(16, 128, 64, 512, 128), (4, 32, 16, 64, 48), (3, 16, 8, 40, 24)]  # H, N, P, C, V
 
 

@@ -48,6 +48,8 @@ _SIGNATURES = {
     "linear": (_P, _I, _I, _M, _P),
     "swiglu": (_P, _I, _M, _M, _M, _P),
     "experts": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
+    "expert_outputs": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
+    "combine": (_P, _I, _I, _I, _P, _P, _P),
     "attention": (_P, _P, _P, _P, _M, _M, _F, _I, _I, _I, c_int32, _P),
     "rms_norm": (_P, _I, _I, _P, _F, _P),
     "add": (_P, _P, _I, _P),
@@ -128,6 +130,22 @@ class Kernels:
             weights.data_ptr(), ids.shape[1], y.data_ptr(),
         )  # fmt: skip
         return _output(y, x)
+
+    def expert_outputs(
+        self, x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+    ) -> None:
+        x_ = _input(x)
+        self._call(
+            "expert_outputs", x_.data_ptr(), x.shape[0], records.data_ptr(), records.stride(0), records.shape[0],
+            FORMATS[layout.format], layout.hidden_size, layout.moe_intermediate_size, tokens.data_ptr(),
+            slots.data_ptr(), len(tokens), out.data_ptr(),
+        )  # fmt: skip
+
+    def combine(self, outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
+        self._call(
+            "combine", outputs.data_ptr(), rows.shape[0], rows.shape[1], y.shape[1], rows.data_ptr(),
+            weights.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
 
     def attention(
         self,

@@ -44,10 +44,11 @@ struct Expert {
     int64_t count, slot;
     const int32_t* tokens;  // null: all tokens in order
     const float* weights;   // null: all one
+    const int32_t* rows;    // of y that they are added to; null: as `tokens`
 };
 
-// y [tokens, D] = Σ over experts, in their order, of weight · down(silu(gate x) · up x).
-void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts, float* y) {
+// y [rows, D] = Σ over experts, in their order, of weight · down(silu(gate x) · up x).
+void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts, float* y, int64_t rows) {
     thread_local Scratch input_scratch, hidden_scratch;
     const Matrix &gate = experts[0].gate, &down = experts[0].down;
     Activations input(input_scratch, tokens, gate.cols, gate.format);
@@ -103,19 +104,18 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
     parallel_ranges(ceil_div(groups, step), claim_of(tokens), [&](int64_t i, int64_t to) {
         const int64_t group = i * step, end = std::min(to * step, groups);
         const int64_t row0 = group * GROUP, width = std::min(end * GROUP, down.rows) - row0;
-        for (int64_t t = 0; t < tokens; t++) std::memset(y + t * down.rows + row0, 0, width * sizeof(float));
+        for (int64_t t = 0; t < rows; t++) std::memset(y + t * down.rows + row0, 0, width * sizeof(float));
         for (const Expert& expert : experts)
             for (int64_t from = 0; from < expert.count; from += TOKEN_BLOCK) {
                 const int64_t count = std::min(TOKEN_BLOCK, expert.count - from);
                 const Selection selected{hidden, count, expert.slot + from, nullptr};
                 multiply(expert.down, group, end, selected, [&](int64_t row, int64_t k, Vec v) {
-                    const int64_t t = expert.tokens ? expert.tokens[from + k] : from + k;
+                    const int32_t* to = expert.rows ? expert.rows : expert.tokens;
+                    const int64_t t = to ? to[from + k] : from + k;
                     const Vec weight = splat(expert.weights ? expert.weights[from + k] : 1.0f);
                     const int64_t valid = std::min(end * GROUP, down.rows) - row;
                     float* out = y + t * down.rows + row;
-                    float old[LANES] = {};
-                    std::memcpy(old, out, std::min<int64_t>(valid, LANES) * sizeof(float));
-                    store_lanes(out, fma(v, weight, load(old)), valid);
+                    store_lanes(out, fma(v, weight, load_lanes(out, valid)), valid);
                 });
             }
     });
@@ -133,6 +133,32 @@ Expert expert_at(const uint8_t* record, int32_t format, int64_t hidden, int64_t 
     }
     return expert;
 }
+
+// Indices brought together by the expert that each names, in the order of the experts' numbers.
+struct Grouped {
+    std::vector<int64_t> begin;  // of each expert in `order`
+    std::vector<int32_t> order;
+
+    Grouped(const int64_t* ids, int64_t count, int64_t experts) : begin(experts + 1, 0), order(count) {
+        for (int64_t i = 0; i < count; i++) begin[ids[i] + 1]++;
+        for (int64_t e = 0; e < experts; e++) begin[e + 1] += begin[e];
+        std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+        for (int64_t i = 0; i < count; i++) order[next[ids[i]]++] = int32_t(i);
+    }
+
+    // Those that any index names; their tokens, weights and rows are the caller's to set.
+    std::vector<Expert> experts(const uint8_t* records, int64_t stride, int32_t format, int64_t hidden,
+                                int64_t intermediate) const {
+        std::vector<Expert> used;
+        for (size_t e = 0; e + 1 < begin.size(); e++) {
+            if (begin[e] == begin[e + 1]) continue;
+            used.push_back(expert_at(records + e * stride, format, hidden, intermediate));
+            used.back().count = begin[e + 1] - begin[e];
+            used.back().slot = begin[e];
+        }
+        return used;
+    }
+};
 
 }  // namespace
 
@@ -165,33 +191,56 @@ API void dsv2_linear(const float* x, int64_t tokens, int64_t heads, const Matrix
 }
 
 API void dsv2_swiglu(const float* x, int64_t tokens, const Matrix* gate, const Matrix* up, const Matrix* down, float* y) {
-    mixture(x, tokens, {{*gate, *up, *down, tokens, 0, nullptr, nullptr}}, y);
+    mixture(x, tokens, {{*gate, *up, *down, tokens, 0, nullptr, nullptr, nullptr}}, y, tokens);
 }
 
 API void dsv2_experts(const float* x, int64_t tokens, const uint8_t* records, int64_t stride, int64_t experts,
                       int32_t format, int64_t hidden, int64_t intermediate, const int64_t* ids, const float* weights,
                       int64_t k, float* y) {
-    std::vector<int64_t> begin(experts + 1, 0);
-    for (int64_t i = 0; i < tokens * k; i++) begin[ids[i] + 1]++;
-    for (int64_t e = 0; e < experts; e++) begin[e + 1] += begin[e];
-    std::vector<int32_t> order(tokens * k);
+    const Grouped grouped(ids, tokens * k, experts);
+    std::vector<int32_t> token(tokens * k);
     std::vector<float> share(tokens * k);
-    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
     for (int64_t i = 0; i < tokens * k; i++) {
-        const int64_t slot = next[ids[i]]++;
-        order[slot] = int32_t(i / k);
-        share[slot] = weights[i];
+        token[i] = int32_t(grouped.order[i] / k);
+        share[i] = weights[grouped.order[i]];
     }
-    std::vector<Expert> used;
-    for (int64_t e = 0; e < experts; e++) {
-        if (begin[e] == begin[e + 1]) continue;
-        used.push_back(expert_at(records + e * stride, format, hidden, intermediate));
-        used.back().count = begin[e + 1] - begin[e];
-        used.back().slot = begin[e];
-        used.back().tokens = order.data() + begin[e];
-        used.back().weights = share.data() + begin[e];
+    std::vector<Expert> used = grouped.experts(records, stride, format, hidden, intermediate);
+    for (Expert& expert : used) {
+        expert.tokens = token.data() + expert.slot;
+        expert.weights = share.data() + expert.slot;
     }
-    mixture(x, tokens, used, y);
+    mixture(x, tokens, used, y, tokens);
+}
+
+API void dsv2_expert_outputs(const float* x, int64_t x_rows, const uint8_t* records, int64_t stride, int64_t slots,
+                             int32_t format, int64_t hidden, int64_t intermediate, const int64_t* tokens,
+                             const int64_t* slot, int64_t pairs, float* y) {
+    if (!pairs) return;
+    const Grouped grouped(slot, pairs, slots);
+    std::vector<int32_t> token(pairs);
+    for (int64_t i = 0; i < pairs; i++) token[i] = int32_t(tokens[grouped.order[i]]);
+    std::vector<Expert> used = grouped.experts(records, stride, format, hidden, intermediate);
+    for (Expert& expert : used) {
+        expert.tokens = token.data() + expert.slot;
+        expert.rows = grouped.order.data() + expert.slot;
+    }
+    mixture(x, x_rows, used, y, pairs);
+}
+
+API void dsv2_combine(const float* outputs, int64_t tokens, int64_t k, int64_t size, const int64_t* rows,
+                      const float* weights, float* y) {
+    each_row(tokens, [&](int64_t t) {
+        float* to = y + t * size;
+        for (int64_t i = t * k; i < (t + 1) * k; i++) {
+            if (rows[i] < 0) continue;
+            const float* from = outputs + rows[i] * size;
+            const Vec weight = splat(weights[i]);
+            for (int64_t at = 0; at < size; at += LANES) {
+                const Vec sum = fma(load_lanes(from + at, size - at), weight, load_lanes(to + at, size - at));
+                store_lanes(to + at, sum, size - at);
+            }
+        }
+    });
 }
 
 API uint64_t dsv2_read(const uint8_t* data, int64_t nbytes) {

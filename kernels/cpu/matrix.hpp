@@ -332,6 +332,12 @@ inline void multiply(const Matrix& m, int64_t group, int64_t end, const Selectio
 }
 
 // The first `count` lanes (all, if there are more).
+inline Vec load_lanes(const float* p, int64_t count) {
+    if (count >= LANES) return load(p);
+    float lanes[LANES] = {};
+    std::memcpy(lanes, p, std::max<int64_t>(count, 0) * sizeof(float));
+    return load(lanes);
+}
 inline void store_lanes(float* p, Vec v, int64_t count) {
     if (count >= LANES) store(p, v);
     else std::memcpy(p, &v, std::max<int64_t>(count, 0) * sizeof(float));

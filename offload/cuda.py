@@ -1,0 +1,85 @@
+"""A CUDA device for the offload engine: a stream for copies beside the one that the model computes on."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dsv2_local.errors import DeviceError, DeviceMemoryError
+from dsv2_local.offload.device import Event
+
+REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
+
+
+class CudaEvent:
+    """The start and the end of something on a stream."""
+
+    def __init__(self) -> None:
+        self.start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        try:
+            self.end.synchronize()
+        except RuntimeError as error:
+            raise _typed(error) from error
+
+    @property
+    def done(self) -> bool:
+        return bool(self.end.query())  # type: ignore[no-untyped-call]
+
+    @property
+    def seconds(self) -> float:
+        return float(self.start.elapsed_time(self.end)) / 1e3
+
+
+class CudaDevice:
+    """One GPU."""
+
+    def __init__(self, index: int) -> None:
+        self.where = torch.device("cuda", index)
+        self.name, self.kind = f"GPU {index}", torch.cuda.get_device_name(index)
+        self._copies = torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]
+
+    def allocate(self, nbytes: int) -> Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.where)
+        except torch.OutOfMemoryError:
+            raise DeviceMemoryError(self.name, nbytes, torch.cuda.mem_get_info(self.where)[0]) from None
+
+    def lock(self, memory: Tensor) -> bool:
+        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, REGISTER_PORTABLE)  # type: ignore[no-untyped-call]
+        return int(code) == 0
+
+    def unlock(self, memory: Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+
+    def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
+        return self._on(self._copies, lambda: target.copy_(source, non_blocking=True), after)
+
+    def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
+        return self._on(torch.cuda.current_stream(self.where), work, after)
+
+    def join(self, event: Event) -> None:
+        """Nothing: the model computes on the stream that the work was given to."""
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.where)
+
+    def _on(self, stream: torch.cuda.Stream, work: Callable[[], object], after: Sequence[Event]) -> Event:
+        event = CudaEvent()
+        try:
+            with torch.cuda.stream(stream):
+                for earlier in after:
+                    stream.wait_event(cast(CudaEvent, earlier).end)
+                event.start.record(stream)
+                work()
+                event.end.record(stream)
+        except RuntimeError as error:  # out of memory, too
+            raise _typed(error) from error
+        return event
+
+
+def _typed(error: RuntimeError) -> DeviceError:
+    return DeviceError(f"{str(error).splitlines()[0]} (start again; if it happens often, see the driver's log)")

@@ -1,0 +1,86 @@
+"""What the offload engine asks of a GPU: memory, a link to copy over, and a queue of work.
+
+Copies and work run on their own, each kind in the order given and beside the other; events say when something is done.
+`offload/cuda.py` is the GPU itself, `offload/stand_in.py` runs the same schedule without one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Event(Protocol):
+    """A copy or a piece of work that was given to a device."""
+
+    def wait(self) -> None:
+        """Return when it is done.
+
+        Raises:
+            DeviceError: it failed, or something that it waited for did.
+        """
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether it is done, and well; asking does not wait."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """What it took from its start to its end, waiting for others left out; only to be asked once it is done."""
+        ...
+
+
+class Device(Protocol):
+    """A device with its memory, link and queue; all methods are called by one thread.
+
+    Attributes:
+        name: what messages call it, "GPU 0".
+        kind: the model of the card, so that measured rates are kept for it.
+        where: where its tensors lie.
+    """
+
+    name: str
+    kind: str
+    where: torch.device
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Memory of the device: uint8 [nbytes], with any contents.
+
+        Raises:
+            DeviceMemoryError: there is not so much.
+        """
+        ...
+
+    def lock(self, memory: Tensor) -> bool:
+        """Page-lock RAM, so that copies from it run at the link's full speed; whether the system allowed it."""
+        ...
+
+    def unlock(self, memory: Tensor) -> None:
+        """Undo `lock`."""
+        ...
+
+    def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
+        """Copy RAM `source` to the device's `target` over the link, once the events are done.
+
+        Neither may be touched until the copy is done.
+        """
+        ...
+
+    def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
+        """Run `work`, which computes on the device's tensors, once the events and all work before it are done."""
+        ...
+
+    def join(self, event: Event) -> None:
+        """From here on the caller may use what the work of `event` wrote.
+
+        Raises:
+            DeviceError: it failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Wait for what is under way and give everything back."""
+        ...

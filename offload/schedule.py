@@ -1,0 +1,331 @@
+"""Routed experts between a GPU and RAM: who computes what, and what is copied meanwhile.
+
+A step of few tokens (decoding) learns its experts from the router: those with slots run on the device, the others are
+shared between the link and the CPU. A step of many tokens streams whole layers through the staging buffers instead,
+the next layer's experts while this one computes. Either way the outputs of all experts are computed alone and added in
+the order of the experts' numbers, so that placement does not change the sum.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import inf
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv2_local.errors import DeviceError
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import ExpertLayout
+from dsv2_local.offload.device import Event
+from dsv2_local.offload.pairs import Ints, Pairs
+from dsv2_local.offload.slots import BUFFERS, Slots
+from dsv2_local.offload.split import Costs, Watch, divide, streaming_pays
+from dsv2_local.offload.stream import Stream
+
+PIECE = 4096  # pairs of a token and an expert whose outputs are kept at a time
+FAILURES = 8  # layers' steps in a row that failed on a device and were done without it, before that is an error
+
+Result = Callable[[], Tensor]
+
+
+class Mode(StrEnum):
+    """Who computes routed experts."""
+
+    AUTO = "auto"
+    """The GPU alone if all fit there, else as HYBRID; the CPU where there is no GPU."""
+    GPU = "gpu"
+    """The GPU, which holds them all."""
+    HYBRID = "hybrid"
+    """The GPU those in its slots; the link and the CPU share the others."""
+    STREAM = "stream"
+    """The GPU, to which all that have no slot are copied."""
+    CPU = "cpu"
+    """The CPU."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What happened to the experts of a run."""
+
+    hits: int = 0
+    misses: int = 0
+    fetched_bytes: int = 0
+    """Over the link, streamed layers included."""
+    fetch_seconds: float = 0.0
+    host_experts: int = 0
+    """That the CPU computed, counted anew in each layer and step."""
+    host_seconds: float = 0.0
+    streamed_layers: int = 0
+    retries: int = 0
+    """Layers' steps that failed on a device and were done again on the CPU."""
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+    def __add__(self, other: "Figures") -> "Figures":
+        return Figures(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def __sub__(self, other: "Figures") -> "Figures":
+        return Figures(**{name: value - getattr(other, name) for name, value in vars(self).items()})
+
+
+class Lane:
+    """One device, with the layers whose experts it computes.
+
+    Attributes:
+        costs: what fetching and computing an expert take, corrected where observation says otherwise.
+    """
+
+    def __init__(
+        self, slots: Slots, layout: ExpertLayout, records: dict[int, Tensor], mode: Mode, costs: Costs
+    ) -> None:
+        """`records`: uint8 [E, layout.nbytes] in RAM, of each of its layers, ascending."""
+        self.slots, self.layout, self.records, self.mode, self.costs = slots, layout, records, mode, costs
+        self._device = slots.device
+        self._stream = Stream(slots, records)
+        self._figures = Figures()
+        self._failures = 0
+        self._fetch_watch, self._host_watch = Watch(), Watch()
+
+    @property
+    def figures(self) -> Figures:
+        counters = self.slots.cache.counters.values()
+        return replace(
+            self._figures,
+            hits=sum(counter.hits for counter in counters),
+            misses=sum(counter.misses for counter in counters),
+            fetched_bytes=self.slots.fetched,
+            fetch_seconds=self.slots.fetch_seconds,
+        )
+
+    def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
+        """See `OffloadedExperts.begin`."""
+        if self.mode is Mode.CPU:
+            return lambda: self._alone(layer, x, ids, weights)
+        streams = self._streams(layer, *ids.shape)
+        if not streams and ids.numel() > PIECE:
+            parts = [torch.split(whole, PIECE // ids.shape[1]) for whole in (x, ids, weights)]
+            return lambda: torch.cat([self.begin(layer, *part)() for part in zip(*parts, strict=True)])
+        self.slots.cache.release()
+        try:
+            finish = (self._begin_streamed if streams else self._begin_split)(layer, x, ids, weights)
+        except DeviceError as error:
+            failed = error
+            return lambda: self._again(failed, layer, x, ids, weights)
+        return lambda: self._finish(finish, layer, x, ids, weights)
+
+    def _streams(self, layer: int, tokens: int, per_token: int) -> bool:
+        if tokens == 1:
+            return False
+        experts = len(self.records[layer])
+        resident = sum(self.slots.cache.peek((layer, expert)) is not None for expert in range(experts)) / experts
+        costs = replace(self.costs, read=inf) if self.mode is Mode.STREAM else self.costs
+        return streaming_pays(tokens, experts, per_token, resident, costs)
+
+    def _finish(self, finish: Result, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        try:
+            y = finish().to(x.dtype)
+        except DeviceError as error:
+            return self._again(error, layer, x, ids, weights)
+        self._failures = 0
+        return y
+
+    def _again(self, error: DeviceError, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """A step that failed on the device, without it; the experts whose copies failed are given up."""
+        self._failures += 1
+        if self._failures > FAILURES:
+            raise error
+        self._figures = replace(self._figures, retries=self._figures.retries + 1)
+        self._stream.reset()
+        self.slots.drop_failed()
+        return self._alone(layer, x, ids, weights)
+
+    def _alone(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The whole step on the CPU."""
+        chosen = ids.cpu()
+        start = perf_counter()
+        y = ops.experts(x.cpu(), self.records[layer], self.layout, chosen, weights.cpu())
+        self._count(len(torch.unique(chosen)), perf_counter() - start)
+        return y.to(x.device)
+
+    def _begin_split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
+        """A step of few tokens."""
+        self._stream.reset()
+        chosen = ids.cpu().numpy()  # waits for the router, and so for all work before
+        self._observe()
+        counts = np.bincount(chosen.ravel(), minlength=len(self.records[layer]))
+        hits, misses = self.slots.cache.use(layer, np.flatnonzero(counts).tolist())
+        fetched, on_host = self._divide(layer, misses, counts)
+        batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), self.slots.buffer)]
+        pairs = Pairs(chosen, _groups([hits, *batches, on_host], len(counts)))
+        out = torch.empty(chosen.size, x.shape[1], device=x.device)
+        indices = [self._fetch(layer, batch) for batch in batches[:BUFFERS]]
+        given = [self._outputs(x, pairs, pairs.part(0), hits, out)] if hits else []
+        x_host = x.cpu() if on_host else x
+
+        def finish() -> Tensor:
+            for number in range(len(batches)):
+                given.append(self._outputs(x, pairs, pairs.part(1 + number), indices[number], out))
+                if number + BUFFERS < len(batches):
+                    indices.append(self._fetch(layer, batches[number + BUFFERS]))
+            part = pairs.part(1 + len(batches))
+            here = self._host_outputs(layer, x_host, pairs, part, counts[on_host])
+            y = torch.zeros(x.shape, device=x.device)
+            rows, sorted_weights = _to(x, pairs.rows), weights.gather(1, _to(x, pairs.order))
+
+            def add_up() -> None:
+                out[part].copy_(here)
+                ops.combine(out, rows, sorted_weights, y)
+
+            self._device.join(self.slots.compute(add_up, after=given))
+            return y
+
+        return finish
+
+    def _begin_streamed(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
+        """A step of many tokens: all experts of the layer pass, group by group."""
+        self._observe()
+        groups = self._stream.enter(layer)
+
+        def finish() -> Tensor:
+            pairs = Pairs(ids.cpu().numpy(), _groups(groups, len(self.records[layer])))
+            rows, sorted_weights = _to(x, pairs.rows), weights.gather(1, _to(x, pairs.order))
+            y = torch.zeros(x.shape, device=x.device)
+            given: list[Event] = []
+            for number in range(len(groups)):
+                indices, whole = self._stream.take(), pairs.part(number)
+                for start in range(whole.start, whole.stop, PIECE):
+                    part = slice(start, min(start + PIECE, whole.stop))
+                    given = [self._added(x, pairs, part, indices, rows, sorted_weights, y, given)]
+                self._stream.advance()
+            self._device.join(given[0])
+            self._figures = replace(self._figures, streamed_layers=self._figures.streamed_layers + 1)
+            return y
+
+        return finish
+
+    def _divide(self, layer: int, misses: list[int], counts: Ints) -> tuple[list[int], list[int]]:
+        """Which of the experts without slots to fetch, and which the CPU computes; both ascending."""
+        if self.mode is Mode.STREAM:
+            return misses, []
+        worth = self.slots.cache.worth
+        misses.sort(key=lambda expert: (counts[expert], worth((layer, expert))), reverse=True)
+        fetched = divide(counts[misses].tolist(), self.costs)
+        return sorted(misses[:fetched]), sorted(misses[fetched:])
+
+    def _fetch(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
+        return self.slots.fetch(layer, self.records[layer], experts, free_only=False)
+
+    def _outputs(self, x: Tensor, pairs: Pairs, part: slice, indices: dict[int, int], out: Tensor) -> Event:
+        """Have the device compute some pairs into their rows of `out`."""
+        tokens, slots, target = _to(x, pairs.tokens[part]), _to(x, _slots(pairs, part, indices)), out[part]
+        records, layout = self.slots.records, self.layout
+        return self.slots.compute(
+            lambda: ops.expert_outputs(x, records, layout, tokens, slots, target), reads=indices.values()
+        )
+
+    def _added(
+        self,
+        x: Tensor,
+        pairs: Pairs,
+        part: slice,
+        indices: dict[int, int],
+        rows: Tensor,
+        weights: Tensor,
+        y: Tensor,
+        after: Sequence[Event],
+    ) -> Event:
+        """Have the device compute some pairs and add them to `y`."""
+        tokens, slots = _to(x, pairs.tokens[part]), _to(x, _slots(pairs, part, indices))
+        records, layout = self.slots.records, self.layout
+
+        def work() -> None:
+            out = torch.empty(len(tokens), x.shape[1], device=x.device)
+            ops.expert_outputs(x, records, layout, tokens, slots, out)
+            here = torch.where((rows >= part.start) & (rows < part.stop), rows - part.start, -1)
+            ops.combine(out, here, weights, y)
+
+        return self.slots.compute(work, reads=indices.values(), after=after)
+
+    def _host_outputs(self, layer: int, x: Tensor, pairs: Pairs, part: slice, counts: Ints) -> Tensor:
+        """Compute some pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]; `counts` are the tokens of each expert."""
+        out = torch.empty(part.stop - part.start, x.shape[1])
+        if len(counts):
+            tokens, experts = torch.from_numpy(pairs.tokens[part]), torch.from_numpy(pairs.experts[part])
+            start = perf_counter()
+            ops.expert_outputs(x, self.records[layer], self.layout, tokens, experts, out)
+            seconds = perf_counter() - start
+            self._count(len(counts), seconds)
+            self._host_watch.observe(sum(self.costs.host(count) for count in counts.tolist()), seconds)
+        return out
+
+    def _count(self, experts: int, seconds: float) -> None:
+        figures = self._figures
+        self._figures = replace(
+            figures, host_experts=figures.host_experts + experts, host_seconds=figures.host_seconds + seconds
+        )
+
+    def _observe(self) -> None:
+        """Take in how long copies took, and correct the costs where they are off."""
+        nbytes, seconds = self.slots.settle()
+        if nbytes:
+            self._fetch_watch.observe(nbytes / self.layout.nbytes * self.costs.fetch, seconds)
+        if ratio := self._fetch_watch.correction():
+            self.costs = replace(self.costs, fetch=self.costs.fetch * ratio)
+        if ratio := self._host_watch.correction():
+            self.costs = replace(self.costs, read=self.costs.read * ratio, token=self.costs.token * ratio)
+
+
+class OffloadedExperts:
+    """The routed experts of a model whose other weights lie on one device or several."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        """Each layer belongs to one lane."""
+        self.lanes = lanes
+        self._lane = {layer: lane for lane in lanes for layer in lane.records}
+
+    @property
+    def figures(self) -> Figures:
+        """What happened so far."""
+        return sum((lane.figures for lane in self.lanes), Figures())
+
+    def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
+        """Start what need not wait for anybody; the rest, Σₖ weights[t, k] · expert[ids[t, k]](x[t]), by the result.
+
+        Args:
+            layer: of the model.
+            x: [T, D]; it and the others lie on the layer's device.
+            ids: int64 [T, K].
+            weights: fp32 [T, K].
+
+        Returns:
+            A function to be called once, before the next `begin`: -> [T, D]. It raises DeviceError where a device
+            keeps failing.
+        """
+        return self._lane[layer].begin(layer, x, ids, weights)
+
+    def close(self) -> None:
+        """Give back the devices."""
+        for lane in self.lanes:
+            lane.slots.device.close()
+
+
+def _groups(groups: Sequence[Iterable[int]], experts: int) -> Ints:
+    """The number of each expert's group; that of none, for those in none."""
+    numbers = np.full(experts, len(groups), dtype=np.int64)
+    for number, group in enumerate(groups):
+        numbers[list(group)] = number
+    return numbers
+
+
+def _slots(pairs: Pairs, part: slice, indices: dict[int, int]) -> Ints:
+    """Where the record of each pair's expert is."""
+    return np.array([indices[expert] for expert in pairs.experts[part].tolist()], dtype=np.int64)
+
+
+def _to(like: Tensor, array: Ints) -> Tensor:
+    return torch.from_numpy(array).to(like.device)

@@ -1,0 +1,127 @@
+"""The experts in one device's memory: slots that keep them, staging buffers that they pass through, copies under way.
+
+All hazards between copies and work are settled here: work waits for the copies of what it reads, and a copy waits for
+the work that read what it overwrites.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from dsv2_local.errors import DeviceError
+from dsv2_local.kernels.format import ExpertLayout
+from dsv2_local.offload.device import Device, Event
+from dsv2_local.offload.lru import Key, Policy, SlotCache
+
+BUFFERS = 3
+
+
+class Slots:
+    """Records of experts in a device's memory, by index: first the slots of `cache`, then the staging buffers.
+
+    Attributes:
+        records: uint8 [slots + 3 · buffer, layout.nbytes], on the device.
+        buffer: experts that a staging buffer holds.
+        fetched: bytes that were sent over the link so far.
+        fetch_seconds: what those copies took that are known to be done.
+    """
+
+    def __init__(self, device: Device, layout: ExpertLayout, slots: int, buffer: int, policy: Policy) -> None:
+        """Allocates; raises DeviceMemoryError."""
+        self.device, self.buffer = device, buffer
+        self.cache = SlotCache(slots, policy)
+        self.records = device.allocate((slots + BUFFERS * buffer) * layout.nbytes).view(-1, layout.nbytes)
+        self.fetched, self.fetch_seconds = 0, 0.0
+        self._turn = 0
+        self._arrivals: dict[int, Event] = {}  # by index, until they are known to have come
+        self._copies: dict[Event, int] = {}  # not yet known to be done, and their bytes
+        self._readers: dict[int, Event] = {}  # by index: the last work that reads it
+        self._keys: dict[int, Key] = {}  # of indices that are slots
+
+    def fetch(self, layer: int, source: Tensor, experts: Sequence[int], free_only: bool) -> dict[int, int]:
+        """Begin to copy experts that have no slot; returns the index of each.
+
+        They go into slots where the policy admits them (to free ones alone, if `free_only`), pinned until released,
+        and into the next staging buffer otherwise; neighbours are one copy.
+
+        Args:
+            layer: of the model.
+            source: uint8 [E, layout.nbytes], the layer's records in RAM.
+            experts: at most `buffer`, ascending.
+            free_only: see above.
+        """
+        start = staging = self.cache.slots + self._turn * self.buffer
+        indices = {}
+        for expert in experts:
+            if admission := self.cache.admit((layer, expert), free_only):
+                indices[expert] = admission.slot
+                self._keys[admission.slot] = (layer, expert)
+            else:
+                indices[expert] = staging
+                staging += 1
+        if staging > start:
+            self._turn = (self._turn + 1) % BUFFERS
+        for first, count in _runs(indices):
+            self._copy(indices[first], source[first : first + count])
+        return indices
+
+    def compute(self, work: Callable[[], None], reads: Iterable[int] = (), after: Sequence[Event] = ()) -> Event:
+        """Give the device work that reads the records at these indices, for when the events are done, too."""
+        reads = list(reads)
+        arrivals = {id(event): event for index in reads if (event := self._arrivals.get(index))}
+        event = self.device.compute(work, [*arrivals.values(), *after])
+        self._readers |= dict.fromkeys(reads, event)
+        return event
+
+    def settle(self) -> tuple[int, float]:
+        """Forget the copies and the work that are done; the bytes of those copies, and the seconds that they took."""
+        done = [event for event in self._copies if event.done]
+        nbytes, seconds = sum(self._copies.pop(event) for event in done), sum(event.seconds for event in done)
+        self.fetch_seconds += seconds
+        for waited in (self._arrivals, self._readers):
+            for index in [index for index, event in waited.items() if event.done]:
+                del waited[index]
+        return nbytes, seconds
+
+    def drop_failed(self) -> None:
+        """Wait for all copies and work under way, and give up the slots of those experts whose copies failed."""
+        for index in [index for index, event in self._arrivals.items() if _failed(event)]:
+            key = self._keys.get(index)
+            if key and self.cache.peek(key) == index:
+                self.cache.evict(key)
+        for event in {*self._copies, *self._readers.values()}:
+            if _failed(event):
+                self._copies.pop(event, None)
+        self._arrivals.clear()
+        self._readers.clear()
+
+    def _copy(self, index: int, source: Tensor) -> None:
+        indices = range(index, index + len(source))
+        readers = {id(event): event for i in indices if (event := self._readers.get(i))}
+        event = self.device.copy(self.records[index : index + len(source)], source, list(readers.values()))
+        self._arrivals |= dict.fromkeys(indices, event)
+        self._copies[event] = source.nbytes
+        self.fetched += source.nbytes
+
+
+def _failed(event: Event) -> bool:
+    """How it ended, once it has."""
+    try:
+        event.wait()
+    except DeviceError:
+        return True
+    return False
+
+
+def _runs(indices: dict[int, int]) -> Iterable[tuple[int, int]]:
+    """Experts that are neighbours in RAM and on the device: (the first, how many)."""
+    first, count = -1, 0
+    for expert, index in indices.items():
+        if count and expert == first + count and index == indices[first] + count:
+            count += 1
+        else:
+            if count:
+                yield first, count
+            first, count = expert, 1
+    if count:
+        yield first, count
