@@ -6,10 +6,21 @@ be 40,960. In bf16 that is 1,152 bytes per token and layer: 69,120 per token of 
 8.44 GiB at 128K tokens; 31,104 and 3.80 GiB for V2-Lite (27 layers). fp32, which the torch reference keeps, doubles it.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ContextLengthError
+
+Allocate = Callable[[int], Tensor]
+"""Bytes to memory: uint8 [nbytes], with any contents."""
+
+
+def in_ram(nbytes: int) -> Tensor:
+    """Memory of the CPU."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -18,23 +29,27 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) ->
 
 
 class LatentCache:
-    """Latents of one sequence, allocated up front: [layers, context, kv_lora_rank + qk_rope_head_dim].
+    """Latents of one sequence, allocated up front: for each layer [context, kv_lora_rank + qk_rope_head_dim].
 
     A step writes its tokens layer by layer at `length` and advances once, so that a step that fails half way
     leaves the sequence as it was.
     """
 
-    def __init__(self, config: ModelConfig, context: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, context: int, dtype: torch.dtype, allocate: Sequence[Allocate] | None = None
+    ) -> None:
+        """`allocate` makes each layer's memory; None: RAM."""
         self.context = context
         self.filled = torch.zeros(1, dtype=torch.int64)
         """`length`, where kernels find it: a replayed step has no other way to learn its position."""
-        self._latents = torch.empty(config.num_hidden_layers, context, config.latent_dim, dtype=dtype)
-        self.layers = list(self._latents)
+        nbytes = context * config.latent_dim * dtype.itemsize
+        made = (make(nbytes) for make in allocate or [in_ram] * config.num_hidden_layers)
+        self.layers = [memory.view(dtype).view(context, config.latent_dim) for memory in made]
         """Each layer's rows [context, C + P], of which the first `length` are written."""
 
     @property
     def nbytes(self) -> int:
-        return self._latents.nbytes
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def length(self) -> int:

@@ -12,7 +12,6 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from dsv2_local.cache import LatentCache
 from dsv2_local.errors import ContextLengthError, InputError
 from dsv2_local.model import DecodeStep, Transformer
 from dsv2_local.offload.plan import CPU_CHUNK
@@ -61,7 +60,7 @@ class Engine:
         """Allocate a cache of `context` tokens; prefill in steps of `chunk`."""
         self.model = model
         self.chunk = chunk
-        self.cache = LatentCache(model.config, context, model.cache_dtype)
+        self.cache = model.new_cache(context)
         self._step = DecodeStep(model, self.cache)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0

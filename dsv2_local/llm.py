@@ -1,8 +1,9 @@
 """The Python API: load a model, and generate or chat in text."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as PyGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv2_local import measured, placement
 from dsv2_local.config import ModelConfig
-from dsv2_local.engine import Engine, Progress, Stats, Step
+from dsv2_local.engine import Engine, Stats, Step
 from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
-from dsv2_local.machine import memory_available
-from dsv2_local.model import Transformer
-from dsv2_local.offload.plan import Cache, Machine, Plan, Wish, default_context, plan
-from dsv2_local.offload.store import MappedExperts
+from dsv2_local.machine import lockable_memory, memory_available
+from dsv2_local.offload.device import Device
+from dsv2_local.offload.plan import CONTEXT_BYTES, RATES, Cache, Machine, Mode, Plan, Rates, Wish, default_context, plan
+from dsv2_local.offload.split import Costs
+from dsv2_local.offload.store import Progress
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
 from dsv2_local.quant.schema import Kind
 from dsv2_local.sampling import GenerationConfig
 from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
 
-DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,23 @@ class Generation(Iterator[Chunk]):
 class LLM:
     """A loaded model. It holds one sequence: a new generation ends the one before."""
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype, context: int | None, threads: int | None) -> None:
-        """See `load`."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        context: int | None,
+        threads: int | None,
+        experts: Mode = Mode.AUTO,
+        devices: Sequence[Device] = (),
+        vram: Sequence[int] | None = None,
+        costs: Costs | None = None,
+        progress: Progress = lambda done, of: None,
+    ) -> None:
+        """See `load`; `devices` are the GPUs to use, `costs` what `placement.on_devices` takes."""
         checkpoint = Checkpoint(directory)
         tokens = _context(context, checkpoint.config)
-        self.plan = _plan(checkpoint, tokens, dtype)
+        self.plan = _plan(checkpoint, tokens, dtype, experts, devices, vram)
         self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
@@ -92,9 +107,32 @@ class LLM:
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
         if self._tokenizer and self._tokenizer.eos_id is not None:
             self._end_tokens |= {self._tokenizer.eos_id}
-        self.experts = MappedExperts.of(checkpoint)
-        model = Transformer(self.config, checkpoint.dense(), self.experts, dtype)
-        self.engine = Engine(model, tokens)
+        source = placement.Source.of(checkpoint)
+        self._placed = (
+            placement.on_devices(source, self.plan, list(devices), dtype, costs=costs, progress=progress)
+            if devices
+            else placement.in_ram(source, dtype)
+        )
+        self.experts = self._placed.experts
+        self.engine = Engine(self._placed.model, tokens, self.plan.chunk)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back devices and page-locked memory, and keep which experts were used most for the next time.
+
+        The model is of no use after it. Without GPUs there is nothing to do.
+        """
+        self._placed.close()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is slower than it could be, and what to do about it."""
+        return self._placed.notes or self.plan.notes
 
     @property
     def context(self) -> int:
@@ -210,32 +248,66 @@ def load(
     model: str | Path | None = None,
     *,
     device: str = "auto",
+    experts: str = "auto",
+    vram: Sequence[int] | None = None,
     dtype: str = "auto",
     context: int | None = None,
     threads: int | None = None,
+    progress: Progress = lambda done, of: None,
 ) -> LLM:
-    """Load a converted checkpoint; its experts are mapped, not copied.
+    """Load a converted checkpoint.
 
     Args:
         model: a directory, a hub repository that holds a converted checkpoint, or None for the bundled dsv2-nano.
-        device: "auto" or "cpu".
-        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU. The cache is bfloat16 with the native
-            kernels, and as the activations without them.
+        device: "cpu", "cuda" (all GPUs), or some of them: "cuda:0,cuda:1"; "auto" is "cpu" in this version.
+        experts: who computes routed experts: "gpu", "cpu", "stream", "hybrid" or "auto" (`offload.plan.Mode`).
+        vram: bytes of each GPU that may be used at most; None: all that are free.
+        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU, bfloat16 on GPUs. The cache is
+            bfloat16 with the native kernels, and as the activations without them.
         context: tokens that prompt and answer may have together; None: 8,192, or the model's own limit if that is less.
         threads: of the CPU kernels; None: one for each physical core that this process may use.
+        progress: called with the bytes of experts that were brought to page-locked RAM, and of those that will be.
 
     Raises:
         CheckpointError: not a converted checkpoint, or a damaged one.
         InputError: an option that this model or machine cannot meet.
-        PlanError: weights and cache do not fit in memory; experts may lie on disk (`LLM.plan` has notes on it).
+        PlanError: weights and cache do not fit in memory; experts may lie on disk (`LLM.notes` tells).
+        DeviceMemoryError: something else took GPU memory meanwhile.
         HubError: the repository cannot be fetched.
     """
-    if device not in ("auto", "cpu"):
-        raise InputError(f"device {device!r} is not available in this version; use 'auto' or 'cpu'")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
+    if experts not in list(Mode):
+        raise InputError(f"experts {experts!r} is not one of {', '.join(Mode)}")
+    devices = _devices(device)
+    chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
-    return LLM(directory, dtype=DTYPES[dtype], context=context, threads=threads)
+    return LLM(
+        directory, dtype=chosen, context=context, threads=threads, experts=Mode(experts), devices=devices, vram=vram,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _devices(names: str) -> list[Device]:
+    """The GPUs that were asked for.
+
+    Raises:
+        InputError: a name that is none, or a GPU that is not there.
+    """
+    if names in ("auto", "cpu"):
+        return []
+    count = torch.cuda.device_count()
+    wanted = [f"cuda:{index}" for index in range(max(1, count))] if names == "cuda" else names.split(",")
+    numbers = [re.fullmatch(r"cuda:(\d+)", name.strip()) for name in wanted]
+    if not all(numbers) or len(set(wanted)) < len(wanted):
+        raise InputError(f"device {names!r} is not cpu, cuda, or some of cuda:0,cuda:1")
+    indices = [int(number[1]) for number in numbers if number]
+    if missing := [index for index in indices if index >= count]:
+        found = "finds no GPU" if count == 0 else f"finds {count}"
+        raise InputError(f"there is no cuda:{missing[0]} here: torch {torch.__version__} {found}; use --device cpu")
+    from dsv2_local.offload.cuda import CudaDevice
+
+    return [CudaDevice(index) for index in indices]
 
 
 def bundled_model() -> Path:
@@ -243,15 +315,32 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "nano"
 
 
-def _plan(checkpoint: Checkpoint, context: int, dtype: torch.dtype) -> Plan:
+def _plan(
+    checkpoint: Checkpoint,
+    context: int,
+    dtype: torch.dtype,
+    experts: Mode,
+    devices: Sequence[Device],
+    vram: Sequence[int] | None,
+) -> Plan:
     """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
-    machine = Machine((), memory_available(), available=True)
-    latents = ops.cache_dtype(checkpoint.recipe.format_of(Kind.KV_B), dtype)
+    if not devices and experts not in (Mode.AUTO, Mode.CPU):
+        raise InputError(f"--experts {experts} needs a GPU (--device cuda); without one the CPU computes them")
+    limits = list(vram) if vram is not None else [device.free + CONTEXT_BYTES for device in devices]
+    if len(limits) != len(devices):
+        raise InputError(f"--vram names {len(limits)} GPUs and {len(devices)} are used; give one size for each")
+    # What a context takes of a GPU is taken already.
+    free = tuple(min(limit, device.free + CONTEXT_BYTES) for limit, device in zip(limits, devices, strict=True))
+    rates = replace(Rates(), **measured.load(RATES))
+    machine = Machine(free, memory_available(), lockable_memory(), available=True, rates=rates)
+    where = devices[0].where if devices else ops.RAM
+    latents = ops.cache_dtype(checkpoint.recipe.format_of(Kind.KV_B), dtype, where)
     cache = Cache.BF16 if latents is torch.bfloat16 else Cache.FP32
     try:
-        return plan(Wish(checkpoint.config, checkpoint.recipe, context, cache), machine)
+        return plan(Wish(checkpoint.config, checkpoint.recipe, context, cache, experts), machine)
     except PlanError as error:
-        remedies = tuple(remedy for remedy in error.remedies if remedy.startswith("--context"))
+        options = ("--context", "--experts") if devices else ("--context",)
+        remedies = tuple(remedy for remedy in error.remedies if remedy.startswith(options))
         raise PlanError(error.where, error.shortfall, remedies) from None
 
 

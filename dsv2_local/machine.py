@@ -6,6 +6,7 @@ Linux only. Every reader takes the root below which proc and sys lie; what canno
 
 import os
 import re
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import floor, inf
@@ -176,3 +177,9 @@ def _read(path: Path) -> str:
         return os.fsdecode(path.read_bytes()).strip()
     except OSError:
         return ""
+
+
+def lockable_memory() -> int | None:
+    """Bytes of RAM that this process may page-lock; None for as many as there are."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if limit == resource.RLIM_INFINITY else limit

@@ -1,7 +1,8 @@
-"""What `dsv2 bench` found this machine able to do, kept for `dsv2 plan`."""
+"""What this machine was found able to do, kept for plans and schedules."""
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from math import inf
 from pathlib import Path
@@ -16,7 +17,8 @@ def file() -> Path:
 
 
 def save(rates: dict[str, float], root: Path = ROOT) -> None:
-    """Keep rates (GB/s and GFLOP/s by the names of `offload.plan.Rates`) beside those of other machines.
+    """Keep figures of this machine beside those of others: rates (GB/s and GFLOP/s by the names of
+    `offload.plan.Rates`) and costs (`offload.calibration`).
 
     A home that cannot be written is no reason to fail: planning goes on with what it assumes.
     """
@@ -30,10 +32,10 @@ def save(rates: dict[str, float], root: Path = ROOT) -> None:
         new.replace(path)
 
 
-def load(root: Path = ROOT) -> dict[str, float]:
-    """The rates kept for this machine; none where there are none, or where the file is damaged."""
+def load(names: Iterable[str], root: Path = ROOT) -> dict[str, float]:
+    """Those of the named figures that are kept for this machine; none where the file is damaged."""
     rates = _read(file()).get(_machine(root), {})
-    return {name: rate for name, rate in rates.items() if 0 < rate < inf}
+    return {name: rates[name] for name in names if 0 < rates.get(name, 0) < inf}
 
 
 def _machine(root: Path) -> str:

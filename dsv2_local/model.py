@@ -6,6 +6,7 @@ Shapes: `T` tokens of this step, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_he
 Names are those of the checkpoint. The mathematics is that of arXiv 2405.04434 and of the model's own code.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -13,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from dsv2_local.cache import LatentCache
+from dsv2_local.cache import Allocate, LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.cpu.recording import Recording
@@ -29,8 +30,12 @@ Weights = dict[str, Matrix | Tensor]
 class Experts(Protocol):
     """Whoever holds the routed experts, wherever they are."""
 
-    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Σₖ weights[t, k] · expert[ids[t, k]](x[t]): x [T, D], ids int64 and weights fp32 [T, K] -> [T, D]."""
+    def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+        """Σₖ weights[t, k] · expert[ids[t, k]](x[t]): x [T, D], ids int64 and weights fp32 [T, K] -> [T, D].
+
+        What need not be waited for is started at once; the function that is returned gives the sum. It is called once,
+        before the next `begin`.
+        """
         ...
 
 
@@ -114,8 +119,11 @@ class MoE:
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
         ids, weights = ops.route(x, self.gate, self.config)
-        y = self.routed_experts.experts(self.layer, x, ids, weights)
-        return ops.add(y, self.shared_experts.forward(x)) if self.shared_experts else y
+        routed = self.routed_experts.begin(self.layer, x, ids, weights)
+        if not self.shared_experts:
+            return routed()
+        shared = self.shared_experts.forward(x)
+        return ops.add(routed(), shared)
 
 
 class Block:
@@ -129,6 +137,11 @@ class Block:
         mlp = weights.under("mlp.")
         self.mlp: MLP | MoE = MoE(config, mlp, layer, experts) if config.is_moe(layer) else MLP(mlp)
 
+    @property
+    def where(self) -> torch.device:
+        """The device of its weights, and so of its activations."""
+        return self.input_layernorm.device
+
     def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
         """x [T, D] -> [T, D]."""
         x = ops.add(x, self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, cache))
@@ -136,23 +149,31 @@ class Block:
 
 
 class Transformer:
-    """The whole model."""
+    """The whole model. Activations go to the device of each layer's weights."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, experts: Experts, dtype: torch.dtype) -> None:
-        """`dtype` is the type of the activations: float32 or bfloat16."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        experts: Experts,
+        dtype: torch.dtype,
+        allocate: Sequence[Allocate] | None = None,
+    ) -> None:
+        """`dtype`, float32 or bfloat16, is that of the activations; `allocate` makes each layer's cache (None: RAM)."""
         view = WeightView(weights, "")
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self._allocate = config, dtype, allocate
         self.rope = Rope(config)
         self.embed_tokens = view.matrix("model.embed_tokens.weight")
-        self.lm_head = self.embed_tokens if config.tie_word_embeddings else view.matrix("lm_head.weight")
+        tied = "lm_head.weight" not in weights  # a model in RAM needs no second copy
+        self.lm_head = self.embed_tokens if tied else view.matrix("lm_head.weight")
         self.norm = view.tensor("model.norm.weight")
         layers = range(config.num_hidden_layers)
         self.layers = [Block(config, view.under(f"model.layers.{layer}."), layer, experts) for layer in layers]
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """The type of the latents in the cache."""
-        return ops.cache_dtype(self.layers[0].self_attn.w_uk.format, self.dtype)
+    def new_cache(self, context: int) -> LatentCache:
+        """A cache of `context` tokens, empty."""
+        dtype = ops.cache_dtype(self.layers[0].self_attn.w_uk.format, self.dtype, self.layers[0].where)
+        return LatentCache(self.config, context, dtype, self._allocate)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:
@@ -174,13 +195,15 @@ class Transformer:
         """The step of `forward` but for counting its tokens: ids [T], rotation [T, P/2] -> [T, D]."""
         x = ops.embedding(ids, self.embed_tokens, self.dtype)
         for layer in self.layers:
+            if x.device != layer.where:
+                x, rotation = x.to(layer.where), rotation.to(layer.where)
             x = layer.forward(x, rotation, cache)
         return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [T, D] -> fp32 logits [T, vocab_size]."""
-        return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head).float()
+        """Hidden states [T, D] -> fp32 logits [T, vocab_size], in RAM."""
+        return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head).float().cpu()
 
 
 class DecodeStep:

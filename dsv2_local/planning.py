@@ -2,11 +2,10 @@
 
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
@@ -17,8 +16,8 @@ from dsv2_local import measured
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice, report_console
 from dsv2_local.errors import InputError
-from dsv2_local.machine import memory_available
-from dsv2_local.offload.plan import GIB, Cache, Machine, Plan, Rates, Share, Wish, default_context, plan
+from dsv2_local.machine import lockable_memory, memory_available
+from dsv2_local.offload.plan import GIB, RATES, Cache, Machine, Mode, Plan, Rates, Share, Wish, default_context, plan
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.released import read_config, stored_recipe
 
@@ -39,6 +38,7 @@ class Request:
     context: str | None = None
     cache: str = Cache.BF16
     rates: str = ""
+    experts: str = Mode.AUTO
 
 
 def run(request: Request, as_json: bool) -> None:
@@ -74,10 +74,12 @@ def size(option: str, text: str) -> int:
 def _wish(request: Request) -> Wish:
     config = read_config(request.model)
     recipe = request.recipe or stored_recipe(request.model) or Recipe.NF4
-    for option, value, known in (("--recipe", recipe, Recipe), ("--cache", request.cache, Cache)):
+    choices = (("--recipe", recipe, Recipe), ("--cache", request.cache, Cache), ("--experts", request.experts, Mode))
+    for option, value, known in choices:
         if value not in list(known):
             raise InputError(f"{option} {value} is not one of {', '.join(known)}")
-    return Wish(config, Recipe(recipe), _context(request.context, config), Cache(request.cache))
+    context = _context(request.context, config)
+    return Wish(config, Recipe(recipe), context, Cache(request.cache), Mode(request.experts))
 
 
 def _context(text: str | None, config: ModelConfig) -> int:
@@ -91,31 +93,24 @@ def _context(text: str | None, config: ModelConfig) -> int:
 def _machine(request: Request) -> Machine:
     """The machine that was described, or this one where it was not."""
     imagined = request.ram is not None
-    rates = replace(Rates(), **({} if imagined else _measured()))
+    rates = replace(Rates(), **({} if imagined else measured.load(RATES)))
     ram = memory_available() if request.ram is None else size("--ram", request.ram)
     vram = free_vram() if request.vram is None else [size("--vram", part) for part in request.vram.split(",")]
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    lockable = None if imagined or limit == resource.RLIM_INFINITY else limit
+    lockable = None if imagined else lockable_memory()
     return Machine(tuple(part for part in vram if part), ram, lockable, not imagined, _rates(request.rates, rates))
-
-
-def _measured() -> dict[str, float]:
-    """Those that `dsv2 bench` found on this machine."""
-    names = {rate.name for rate in fields(Rates)}
-    return {name: rate for name, rate in measured.load().items() if name in names}
 
 
 def _rates(text: str, others: Rates) -> Rates:
     """Those of "ram=80,link=25" in place of `others`."""
-    names, given = [rate.name for rate in fields(Rates)], {}
+    given = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         try:
             given[name.strip()] = float(value)
         except ValueError:
             given[name.strip()] = 0.0
-        if name.strip() not in names or not 0 < given[name.strip()] < inf:
-            raise InputError(f"--rates {part!r} is not NAME=NUMBER with one of {', '.join(names)}")
+        if name.strip() not in RATES or not 0 < given[name.strip()] < inf:
+            raise InputError(f"--rates {part!r} is not NAME=NUMBER with one of {', '.join(RATES)}")
     return replace(others, **given)
 
 

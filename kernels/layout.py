@@ -14,6 +14,7 @@ rows are interleaved, so that the lanes of a vector register are rows and a prod
 The planes stay apart (all codes, then all scales), so that codes keep the alignment of a vector register.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -70,6 +71,10 @@ class Matrix:
     def parts(self) -> tuple[Tensor, ...]:
         """The planes' tensors, in the order of `planes`."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
+
+    def placed(self, put: Callable[[Tensor], Tensor]) -> "Matrix":
+        """The same matrix with its planes where `put` puts them."""
+        return Matrix(self.format, self.rows, self.cols, *map(put, self.parts))
 
     @classmethod
     def from_bytes(cls, format: Format, rows: int, cols: int, data: Tensor) -> "Matrix":

@@ -22,6 +22,8 @@ __all__ = [
     "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "variant", "write_latents",
 ]  # fmt: skip
 
+RAM = torch.device("cpu")
+
 
 def variant() -> str:
     """The name of the kernels in use."""
@@ -54,12 +56,12 @@ def set_threads(requested: int | None, format: Format) -> Threads:
     return threads
 
 
-def cache_dtype(kv_b: Format, dtype: torch.dtype) -> torch.dtype:
+def cache_dtype(kv_b: Format, dtype: torch.dtype, where: torch.device = RAM) -> torch.dtype:
     """The type of latents that `attention` wants: bf16 for the native kernels, else that of the activations.
 
-    The native kernels compute where they know the format of both halves of kv_b.
+    The native kernels compute in RAM, where they know the format of both halves of kv_b.
     """
-    return torch.bfloat16 if cpu.kernels() and kv_b in cpu.FORMATS else dtype
+    return torch.bfloat16 if where == RAM and cpu.kernels() and kv_b in cpu.FORMATS else dtype
 
 
 def recording() -> Recording | None:
@@ -69,8 +71,13 @@ def recording() -> Recording | None:
 
 
 def _native(weight: Matrix) -> cpu.Kernels | None:
-    """The native kernels, if they know the format of this weight: all that have scales."""
-    return cpu.kernels() if weight.scales is not None else None
+    """The native kernels, if this weight is theirs: in RAM, in a format that has scales."""
+    return cpu.kernels() if weight.scales is not None and weight.codes.is_cpu else None
+
+
+def _native_for(x: Tensor) -> cpu.Kernels | None:
+    """The native kernels, if activations are in RAM."""
+    return cpu.kernels() if x.is_cpu else None
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
@@ -87,7 +94,7 @@ def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, D] / sqrt(mean(x²) + eps) · weight (fp32 [D]), in fp32."""
-    native = cpu.kernels()
+    native = _native_for(x)
     return native.rms_norm(x, weight, eps) if native else reference.rms_norm(x, weight, eps)
 
 
@@ -99,13 +106,13 @@ def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
 
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Choose the experts; see `reference.route`."""
-    native = cpu.kernels()
+    native = _native_for(x)
     return native.route(x, gate, config) if native else reference.route(x, gate, config)
 
 
 def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
     """The routed half of a mixture; see `reference.experts`."""
-    native = cpu.kernels()
+    native = _native_for(x)
     if native and layout.format in cpu.FORMATS:
         return native.experts(x, records, layout, ids, weights)
     return reference.experts(x, records, layout, ids, weights)
@@ -115,7 +122,7 @@ def expert_outputs(
     x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
 ) -> None:
     """What single experts make of single tokens; see `reference.expert_outputs`."""
-    native = cpu.kernels()
+    native = _native_for(x)
     if native and layout.format in cpu.FORMATS:
         return native.expert_outputs(x, records, layout, tokens, slots, out)
     return reference.expert_outputs(x, records, layout, tokens, slots, out)
@@ -123,19 +130,19 @@ def expert_outputs(
 
 def combine(outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
     """Add up experts' outputs; see `reference.combine`."""
-    native = cpu.kernels()
+    native = _native_for(y)
     return native.combine(outputs, rows, weights, y) if native else reference.combine(outputs, rows, weights, y)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b, of one shape."""
-    native = cpu.kernels()
+    native = _native_for(a)
     return native.add(a, b) if native else reference.add(a, b)
 
 
 def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
     """Fill the next rows of a layer's cache; see `reference.write_latents`."""
-    native = cpu.kernels()
+    native = _native_for(latents)
     if native and latents.dtype == torch.bfloat16:
         return native.write_latents(latents, length, kv_a, weight, eps, rotation)
     return reference.write_latents(latents, length, kv_a, weight, eps, rotation)

@@ -28,7 +28,7 @@ def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
     groups, blocks = matrix.codes.shape[:2]
     if matrix.format is Format.NF4:
         codes = unpack_nf4(matrix.codes)
-        values = _LEVELS.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
+        values = _LEVELS.to(codes.device).index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
     else:
         values = unpack_int8(matrix.codes).float()
     values *= matrix.scales.float().transpose(1, 2)[..., None]
@@ -46,7 +46,7 @@ def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
         return weight.codes[ids].to(dtype)
     groups = Matrix(weight.format, len(ids) * ROWS, weight.cols, weight.codes[ids // ROWS], weight.scales[ids // ROWS])
     rows = dequantize(groups, dtype).view(len(ids), ROWS, weight.cols)
-    return rows[torch.arange(len(ids)), ids % ROWS]
+    return rows[torch.arange(len(ids), device=ids.device), ids % ROWS]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -42,11 +42,15 @@ class CudaDevice:
         self.name, self.kind = f"GPU {index}", torch.cuda.get_device_name(index)
         self._copies = torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]
 
+    @property
+    def free(self) -> int:
+        return int(torch.cuda.mem_get_info(self.where)[0])
+
     def allocate(self, nbytes: int) -> Tensor:
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.where)
         except torch.OutOfMemoryError:
-            raise DeviceMemoryError(self.name, nbytes, torch.cuda.mem_get_info(self.where)[0]) from None
+            raise DeviceMemoryError(self.name, nbytes, self.free) from None
 
     def lock(self, memory: Tensor) -> bool:
         code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, REGISTER_PORTABLE)  # type: ignore[no-untyped-call]

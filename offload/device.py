@@ -46,6 +46,11 @@ class Device(Protocol):
     kind: str
     where: torch.device
 
+    @property
+    def free(self) -> int:
+        """Bytes that `allocate` could still give."""
+        ...
+
     def allocate(self, nbytes: int) -> Tensor:
         """Memory of the device: uint8 [nbytes], with any contents.
 

@@ -80,6 +80,10 @@ class SlotCache:
         """The slot of an expert, if it has one; nothing is counted or moved."""
         return self._slot.get(key)
 
+    def favourites(self) -> list[Key]:
+        """The experts that were used so far, the worthiest first."""
+        return sorted(self._worth, key=self.worth, reverse=True)
+
     def use(self, layer: int, experts: Iterable[int]) -> tuple[dict[int, int], list[int]]:
         """What a step needs of a layer -> slots by expert of those that are there, and the others, in order."""
         counter = self.counters.setdefault(layer, Counter())

@@ -7,9 +7,10 @@ fit, each of them tried.
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from math import prod
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import PlanError
@@ -27,6 +28,7 @@ DEFAULT_CONTEXT = 8192
 # Tokens of a step of prefill: enough for full-rate matrix products, on the CPU few enough to report and stop every
 # second or so; where experts stream over the link, more tokens share one pass over them.
 CPU_CHUNK, GPU_CHUNK, STREAM_CHUNK = 512, 2048, 8192
+PIECE = 4096  # pairs of a token and a routed expert whose outputs are kept at a time beside a cache of experts
 KEY_BLOCK = 4096  # cached positions whose keys and values are rebuilt at a time
 ACTIVATION_BYTES = {"cpu": 4, "gpu": 2}
 CONTEXT_STEP, MOST_GIB = 1024, 4096  # of the remedies that are tried
@@ -51,6 +53,21 @@ class Cache(StrEnum):
         return config.kv_lora_rank + 2 * -(-config.kv_lora_rank // 64) + 2 * config.qk_rope_head_dim
 
 
+class Mode(StrEnum):
+    """Who computes routed experts."""
+
+    AUTO = "auto"
+    """The GPU alone if all fit there, else as HYBRID; the CPU where there is no GPU."""
+    GPU = "gpu"
+    """The GPU, which holds them all."""
+    HYBRID = "hybrid"
+    """The GPU those in its slots; the link and the CPU share the others."""
+    STREAM = "stream"
+    """The GPU, to which all that have no slot are copied."""
+    CPU = "cpu"
+    """The CPU."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """What a machine can do: GB/s of reading, GFLOP/s of matrix products."""
@@ -61,6 +78,9 @@ class Rates:
     disk: float = 3.0
     cpu_gflops: float = 600.0
     gpu_gflops: float = 60_000.0
+
+
+RATES = tuple(rate.name for rate in fields(Rates))
 
 
 @dataclass(frozen=True)
@@ -77,12 +97,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to run: a model in a recipe, tokens of context and how their latents are kept."""
+    """What is to run: a model in a recipe, tokens of context, how their latents are kept, who computes experts."""
 
     config: ModelConfig
     recipe: Recipe
     context: int
     cache: Cache = Cache.BF16
+    experts: Mode = Mode.AUTO
 
 
 @dataclass(frozen=True)
@@ -139,6 +160,18 @@ class Plan:
         return bool(self.gpus) and self.slots >= self.experts
 
     @property
+    def caches(self) -> bool:
+        """Whether GPUs hold some experts in slots and are sent others."""
+        return bool(self.gpus) and not self.resident and self.wish.experts is not Mode.CPU
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a step of prefill."""
+        if not self.gpus:
+            return CPU_CHUNK
+        return STREAM_CHUNK if self.caches else GPU_CHUNK
+
+    @property
     def notes(self) -> list[str]:
         """What slows it down, and what to do about it."""
         found = []
@@ -149,7 +182,7 @@ class Plan:
                 f"read from disk when they are needed: expect about {self.forecast.decode_tok_s:,.2g} tok/s, if the "
                 f"disk reads {self.machine.rates.disk:g} GB/s"
             )
-        if self.gpus and not self.resident and not self.locked:
+        if self.gpus and self.caches and not self.locked:
             locked = (self.machine.lockable or 0) / GIB
             found.append(
                 f"only {locked:,.1f} GiB of RAM may be page-locked (ulimit -l), so that copies to the GPU run at about "
@@ -219,20 +252,26 @@ class _Sizes:
         return 2.0 * active_weights(self.wish.config)
 
     def _stored(self, specs: list[TensorSpec]) -> int:
-        return sum(stored_bytes(spec, self.wish.recipe) for spec in specs)
+        """Bytes in memory, where norms and routers are fp32."""
+        recipe = self.wish.recipe
+        return sum(stored_bytes(spec, recipe) if spec.quantised else 4 * prod(spec.shape) for spec in specs)
 
     def cache(self, layers: int) -> int:
         return layers * self.wish.context * self.wish.cache.bytes_per_token_and_layer(self.wish.config)
 
-    def workspace(self, where: str, chunk: int) -> int:
-        """Activations of a chunk, keys and values of a block of positions, and logits: what a step holds at most."""
+    def workspace(self, where: str, chunk: int, staged: bool = False) -> int:
+        """Activations of a chunk, keys and values of a block of positions, and logits: what a step holds at most.
+
+        `staged`: with outputs of single experts.
+        """
         c, size = self.wish.config, ACTIVATION_BYTES[where]
         tokens, positions = min(chunk, self.wish.context), min(KEY_BLOCK, self.wish.context)
         heads = c.num_attention_heads
         hidden = 6 * tokens * c.hidden_size
         attention = (tokens + positions) * heads * (c.qk_head_dim + c.v_head_dim)
         experts = 2 * tokens * max(c.num_experts_per_tok * c.moe_intermediate_size, c.intermediate_size)
-        return size * (hidden + attention + experts) + 4 * c.vocab_size
+        outputs = 4 * PIECE * c.hidden_size if staged else 0
+        return size * (hidden + attention + experts) + outputs + 4 * c.vocab_size
 
     def staging(self) -> int:
         """Three buffers, each a layer's experts or as many of them as `STAGING_BYTES` hold."""
@@ -288,12 +327,20 @@ def _place_in_ram(wish: Wish, machine: Machine) -> Plan:
 def _place_on_gpus(wish: Wish, machine: Machine) -> Plan:
     """Attention, shared experts and cache on the GPUs, a run of layers each; slots in what is left of them."""
     sizes, split = _sizes(wish), _split(wish, machine.vram)
-    resident = _gpu_shares(sizes, machine.vram, split, staged=False)
-    staged = any(share.slots < _experts_of(wish.config, share.layers) for share in resident)
-    gpus = _gpu_shares(sizes, machine.vram, split, staged=True) if staged else resident
     parts = {"system": _system(machine), "program": CUDA_PROCESS_BYTES, "embedding": sizes.embedding}
-    if not staged:
-        return Plan(wish, machine, gpus, _fitting(Share("RAM", machine.ram, parts)), 0, False)
+    if wish.experts in (Mode.AUTO, Mode.GPU):
+        gpus = _gpu_shares(sizes, machine.vram, split, staged=False)
+        lacking = [_experts_of(wish.config, share.layers) - share.slots for share in gpus]
+        if not any(lacking):
+            return Plan(wish, machine, gpus, _fitting(Share("RAM", machine.ram, parts)), 0, False)
+        if wish.experts is Mode.GPU:
+            worst = max(range(len(gpus)), key=lambda gpu: lacking[gpu])
+            raise PlanError(gpus[worst].name, lacking[worst] * sizes.expert - gpus[worst].free)
+    if wish.experts is Mode.CPU:
+        gpus = tuple(_without_slots(share) for share in _gpu_shares(sizes, machine.vram, split, staged=False))
+        ram, count = _with_experts(wish, machine, parts, "experts (mapped)")
+        return Plan(wish, machine, gpus, ram, count, False)
+    gpus = _gpu_shares(sizes, machine.vram, split, staged=True)
     wanted = _experts(wish.config) * sizes.expert
     locked = wanted if machine.lockable is None else machine.lockable
     name = "experts (page-locked)" if locked >= wanted else "experts (mapped)"
@@ -309,7 +356,7 @@ def _gpu_shares(sizes: _Sizes, vram: tuple[int, ...], split: list[tuple[int, int
             "driver": CONTEXT_BYTES,
             "dense weights": sum(sizes.layers[first:end]) + (sizes.head if end == len(sizes.layers) else 0),
             "latent cache": sizes.cache(end - first),
-            "workspace": sizes.workspace("gpu", STREAM_CHUNK if staged else GPU_CHUNK),
+            "workspace": sizes.workspace("gpu", STREAM_CHUNK if staged else GPU_CHUNK, staged),
         }
         if staged:
             parts["staging"] = sizes.staging()
@@ -317,6 +364,10 @@ def _gpu_shares(sizes: _Sizes, vram: tuple[int, ...], split: list[tuple[int, int
         slots = min(share.free // sizes.expert, _experts_of(sizes.wish.config, (first, end))) if sizes.expert else 0
         shares.append(replace(share, parts={**parts, "expert slots": slots * sizes.expert}, slots=slots))
     return tuple(shares)
+
+
+def _without_slots(share: Share) -> Share:
+    return replace(share, parts={name: size for name, size in share.parts.items() if name != "expert slots"}, slots=0)
 
 
 def _split(wish: Wish, vram: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -368,6 +419,8 @@ def _remedies(wish: Wish, machine: Machine, where: str) -> Iterator[str]:
         yield f"--context {shorter * CONTEXT_STEP}"
     if wish.recipe is not Recipe.NF4 and _fits(replace(wish, recipe=Recipe.NF4), machine):
         yield "--recipe nf4"
+    if wish.experts is Mode.GPU and _fits(replace(wish, experts=Mode.AUTO), machine):
+        yield "--experts auto"
     if machine.vram and where != "RAM" and _fits(wish, replace(machine, vram=())):
         yield "--vram 0 (the CPU alone)"
     grown = _grown_ram if where == "RAM" else _grown_vram
@@ -414,22 +467,26 @@ def _cpu_forecast(p: Plan) -> Forecast:
 
 def _gpu_forecast(p: Plan) -> Forecast:
     """Misses are shared between the link and the CPU, which together read no faster than RAM gives."""
+    mode = p.wish.experts
     sizes, rates = _sizes(p.wish), p.machine.rates
     hits = p.slots / p.experts if p.experts else 1.0
     missed = (1 - hits) * sizes.experts_per_token
     from_disk = p.disk_experts / max(1, p.experts)
     link = rates.link * LINK_EFFICIENCY * (1 if p.locked else UNLOCKED)
-    both = min(rates.ram, rates.ram * CPU_EFFICIENCY + link)
+    cpu = 0.0 if mode is Mode.STREAM else rates.ram * CPU_EFFICIENCY
+    both = min(rates.ram, cpu + (0.0 if mode is Mode.CPU else link))
     on_gpus = sum(sizes.layers) + sizes.head + hits * sizes.experts_per_token
     seconds = {
         "GPU memory": on_gpus / (rates.vram * GB * GPU_EFFICIENCY),
         "RAM and link": (1 - from_disk) * missed / (both * GB),
         "disk": from_disk * missed / (rates.disk * GB),
     }
-    tokens = min(GPU_CHUNK if p.resident else STREAM_CHUNK, p.wish.context)
-    streamed = 0 if p.resident else p.ram_experts * (1 - hits) * sizes.expert
+    tokens = min(p.chunk, p.wish.context)
+    streamed = p.ram_experts * (1 - hits) * sizes.expert if p.caches else 0
+    flops = tokens * sizes.flops
     prefill = max(
-        tokens * sizes.flops / (rates.gpu_gflops * GB),
+        # Where the CPU computes the experts, most of the work is its own.
+        flops / ((rates.cpu_gflops if mode is Mode.CPU else rates.gpu_gflops) * GB),
         streamed / (link * GB),
         p.disk_experts * sizes.expert / (rates.disk * GB),
     )

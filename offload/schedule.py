@@ -8,7 +8,6 @@ the order of the experts' numbers, so that placement does not change the sum.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from math import inf
 from time import perf_counter
 
@@ -21,29 +20,14 @@ from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.offload.device import Event
 from dsv2_local.offload.pairs import Ints, Pairs
+from dsv2_local.offload.plan import PIECE, Mode
 from dsv2_local.offload.slots import BUFFERS, Slots
 from dsv2_local.offload.split import Costs, Watch, divide, streaming_pays
 from dsv2_local.offload.stream import Stream
 
-PIECE = 4096  # pairs of a token and an expert whose outputs are kept at a time
 FAILURES = 8  # layers' steps in a row that failed on a device and were done without it, before that is an error
 
 Result = Callable[[], Tensor]
-
-
-class Mode(StrEnum):
-    """Who computes routed experts."""
-
-    AUTO = "auto"
-    """The GPU alone if all fit there, else as HYBRID; the CPU where there is no GPU."""
-    GPU = "gpu"
-    """The GPU, which holds them all."""
-    HYBRID = "hybrid"
-    """The GPU those in its slots; the link and the CPU share the others."""
-    STREAM = "stream"
-    """The GPU, to which all that have no slot are copied."""
-    CPU = "cpu"
-    """The CPU."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +62,7 @@ class Lane:
 
     Attributes:
         costs: what fetching and computing an expert take, corrected where observation says otherwise.
+        corrected: whether it did.
     """
 
     def __init__(
@@ -89,6 +74,7 @@ class Lane:
         self._stream = Stream(slots, records)
         self._figures = Figures()
         self._failures = 0
+        self.corrected = False
         self._fetch_watch, self._host_watch = Watch(), Watch()
 
     @property
@@ -274,10 +260,10 @@ class Lane:
         nbytes, seconds = self.slots.settle()
         if nbytes:
             self._fetch_watch.observe(nbytes / self.layout.nbytes * self.costs.fetch, seconds)
-        if ratio := self._fetch_watch.correction():
-            self.costs = replace(self.costs, fetch=self.costs.fetch * ratio)
-        if ratio := self._host_watch.correction():
-            self.costs = replace(self.costs, read=self.costs.read * ratio, token=self.costs.token * ratio)
+        fetch, host = self._fetch_watch.correction(), self._host_watch.correction()
+        if fetch or host:
+            self.corrected, costs = True, self.costs
+            self.costs = Costs(costs.fetch * (fetch or 1), costs.read * (host or 1), costs.token * (host or 1))
 
 
 class OffloadedExperts:

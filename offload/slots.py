@@ -5,6 +5,7 @@ the work that read what it overwrites.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from torch import Tensor
 
@@ -30,7 +31,8 @@ class Slots:
         """Allocates; raises DeviceMemoryError."""
         self.device, self.buffer = device, buffer
         self.cache = SlotCache(slots, policy)
-        self.records = device.allocate((slots + BUFFERS * buffer) * layout.nbytes).view(-1, layout.nbytes)
+        records = slots + BUFFERS * buffer
+        self.records = device.allocate(records * layout.nbytes).view(records, layout.nbytes)
         self.fetched, self.fetch_seconds = 0, 0.0
         self._turn = 0
         self._arrivals: dict[int, Event] = {}  # by index, until they are known to have come
@@ -64,6 +66,18 @@ class Slots:
         for first, count in _runs(indices):
             self._copy(indices[first], source[first : first + count])
         return indices
+
+    def fill(self, records: dict[int, Tensor], keys: Iterable[Key]) -> None:
+        """Give the free slots to the first of these experts, and wait for their copies.
+
+        `records`: uint8 [E, record bytes] in RAM, by layer.
+        """
+        for layer, expert in reversed(list(islice(keys, self.cache.slots - len(self.cache)))):  # the best is used last
+            self.fetch(layer, records[layer], [expert], free_only=True)
+        for event in self._copies:
+            event.wait()
+        self.cache.release()
+        self.settle()
 
     def compute(self, work: Callable[[], None], reads: Iterable[int] = (), after: Sequence[Event] = ()) -> Event:
         """Give the device work that reads the records at these indices, for when the events are done, too."""

@@ -73,10 +73,14 @@ class StandIn:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def free(self) -> int:
+        return self.capacity - self.allocated
+
     def allocate(self, nbytes: int) -> Tensor:
         self.hook("allocate")
-        if self.allocated + nbytes > self.capacity:
-            raise DeviceMemoryError(self.name, nbytes, self.capacity - self.allocated)
+        if nbytes > self.free:
+            raise DeviceMemoryError(self.name, nbytes, self.free)
         self.allocated += nbytes
         return torch.full((nbytes,), RUBBISH, dtype=torch.uint8)
 

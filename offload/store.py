@@ -1,35 +1,83 @@
-"""The routed experts in RAM: each layer's records mapped from its file, computed where they lie.
+"""The routed experts in RAM: mapped from their files, and page-locked where a GPU copies from them."""
 
-This is the regime without a GPU, "all on the CPU". The model knows only the method `experts`, so that the other
-regimes (GPU slots, streamed or split misses) take this one's place without the model noticing.
-"""
+import mmap
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout
-from dsv2_local.quant.checkpoint import Checkpoint
+from dsv2_local.offload.device import Device
+
+Progress = Callable[[int, int], None]
 
 
-class MappedExperts:
-    """Every expert from the page cache; pages are read from disk when first used and never written."""
+class ResidentExperts:
+    """Every expert where it is computed: in RAM, mapped from its file, or in the memory of its layer's GPU."""
 
     def __init__(self, layout: ExpertLayout, records: dict[int, Tensor]) -> None:
         """`records`: uint8 [E, layout.nbytes] by layer."""
         self._layout, self.records = layout, records
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "MappedExperts":
-        """The experts of an opened checkpoint, mapped."""
-        return cls(
-            checkpoint.expert_layout, {layer: checkpoint.experts(layer) for layer in checkpoint.config.moe_layers}
-        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all records."""
         return sum(records.nbytes for records in self.records.values())
 
+    def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+        """See `model.Experts`; nothing is started before the result is asked for."""
+        return lambda: self.experts(layer, x, ids, weights)
+
     def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Σₖ weights[t, k] · expert[ids[t, k]](x[t]): x [T, D], ids and weights [T, K] -> [T, D]."""
         return ops.experts(x, self.records[layer], self._layout, ids, weights)
+
+
+class Arena:
+    """Copies of experts in page-locked RAM, from which a link runs at its full speed.
+
+    Whole layers are locked as far as the budget goes and the system allows; the others stay mapped from their files, so
+    that their pages are read from disk when they are needed and given back under pressure.
+
+    Attributes:
+        records: uint8 [E, record bytes] by layer, locked or mapped.
+        locked: bytes that are locked.
+        refused: whether the system refused to lock what the budget allowed.
+    """
+
+    def __init__(self, mapped: dict[int, Tensor], device: Device, budget: int, progress: Progress) -> None:
+        """`progress` is called with (bytes locked, bytes to lock)."""
+        self.records, self.locked, self.refused = dict(mapped), 0, False
+        self._device, self._copies = device, list[Tensor]()
+        wanted = min(budget, sum(records.nbytes for records in mapped.values()))
+        for layer, records in mapped.items():
+            if self.locked + records.nbytes > wanted or self.refused:
+                break
+            progress(self.locked, wanted)
+            self._lock(layer, records)
+        progress(self.locked, wanted)
+
+    def _lock(self, layer: int, records: Tensor) -> None:
+        copy = _pages(records.nbytes).view(records.shape)
+        if not self._device.lock(copy):  # before it is filled, so that a refusal costs nothing
+            self.refused = True
+            return
+        self._copies.append(copy)
+        copy.copy_(records)
+        self.records[layer] = copy
+        self.locked += copy.nbytes
+
+    def close(self) -> None:
+        """Unlock all of it; the records stay readable."""
+        for copy in self._copies:
+            self._device.unlock(copy)
+        self._copies.clear()
+        self.locked = 0
+
+
+def _pages(nbytes: int) -> Tensor:
+    """Fresh memory that begins with a page: uint8 [nbytes]."""
+    memory = mmap.mmap(-1, nbytes)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

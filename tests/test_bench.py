@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from dsv2_local import bench, cli, random_weights, released
 from dsv2_local.bench import hardware, report, request, subject
 from dsv2_local.bench.subject import Subject
 from dsv2_local.bench.timing import Stopwatch
-from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ConfigError, InputError
 from dsv2_local.inspection import summarise
@@ -24,7 +24,7 @@ from dsv2_local.kernels.format import BLOCK, ROWS, Format
 from dsv2_local.kernels.layout import Matrix, expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.model import Transformer
-from dsv2_local.offload.store import MappedExperts
+from dsv2_local.offload.store import ResidentExperts
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout
 from tests import test_floors
@@ -81,7 +81,7 @@ def tensors(model: random_weights.RandomModel) -> dict[str, tuple[Tensor, ...]]:
 
 
 def transformer(config: ModelConfig, model: random_weights.RandomModel) -> Transformer:
-    return Transformer(config, model.weights, MappedExperts(model.layout, model.records), torch.float32)
+    return Transformer(config, model.weights, ResidentExperts(model.layout, model.records), torch.float32)
 
 
 def test_json_has_these_keys(told, tmp_path):
@@ -338,14 +338,14 @@ def test_a_random_model_computes_and_chooses_varied_experts(changes, quick):
     model = made(config)
     chosen: dict[int, Tensor] = {}
 
-    class Watched(MappedExperts):
-        def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    class Watched(ResidentExperts):
+        def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
             chosen[layer] = ids
-            return super().experts(layer, x, ids, weights)
+            return super().begin(layer, x, ids, weights)
 
     network = Transformer(config, model.weights, Watched(model.layout, model.records), torch.float32)
     ids = torch.randint(config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
-    logits = network.logits(network.forward(ids, LatentCache(config, 64, network.cache_dtype)))
+    logits = network.logits(network.forward(ids, network.new_cache(64)))
     assert torch.isfinite(logits).all()
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(1).unique()) > 16

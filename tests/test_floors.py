@@ -17,9 +17,9 @@ FLOORS = [
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
     | {"offload.stand_in", "offload.cuda", "offload.slots", "offload.split", "offload.pairs", "offload.stream"}
-    | {"offload.schedule"},
+    | {"offload.schedule", "offload.calibration", "offload.favourites"},
     {"model", "sampling", "tokenizer"},
-    {"engine"},
+    {"engine", "placement"},
     {"llm"},
     {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}
     | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report"}
@@ -50,8 +50,12 @@ ORDERED = [
     ["offload.lru", "offload.trace"],
     ["offload.device", "offload.stand_in"],
     ["offload.device", "offload.cuda"],
+    ["offload.device", "offload.store"],
+    ["offload.device", "offload.lru", "offload.slots", "offload.calibration"],
+    ["offload.split", "offload.calibration"],
+    ["offload.lru", "offload.favourites"],
     ["offload.lru", "offload.device", "offload.slots", "offload.stream", "offload.schedule"],
-    ["offload.split", "offload.pairs", "offload.schedule"],
+    ["offload.split", "offload.pairs", "offload.plan", "offload.schedule"],
     [
         "console",
         "inspection",

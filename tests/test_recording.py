@@ -16,7 +16,7 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels import cpu, ops
 from dsv2_local.model import DecodeStep, Transformer
-from dsv2_local.offload.store import MappedExperts
+from dsv2_local.offload.store import ResidentExperts
 from dsv2_local.quant.schema import Recipe
 from tests.conftest import kernels
 from tests.models import TINY
@@ -40,11 +40,11 @@ def variant(request) -> Iterator[str]:
 def model(recipe: Recipe = Recipe.NF4, dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
     config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, **changes})
     made = random_weights.build(config, recipe, threads=1)
-    return Transformer(config, made.weights, MappedExperts(made.layout, made.records), dtype)
+    return Transformer(config, made.weights, ResidentExperts(made.layout, made.records), dtype)
 
 
 def cache(of: Transformer, context: int = 48) -> LatentCache:
-    return LatentCache(of.config, context, of.cache_dtype)
+    return of.new_cache(context)
 
 
 def computed(of: Transformer, tokens: list[int]) -> list[Tensor]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dsv2_local import llm, random_weights, released
 from dsv2_local.bench.hardware import last_level_cache_bytes
 from dsv2_local.config import ModelConfig
@@ -16,7 +18,7 @@ from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.schema import Kind, Recipe, expert_layout
 
 PROMPTS, CONTEXTS = (128, 512), (0, 4_096, 32_768)
-DTYPE = llm.DTYPES["auto"]
+DTYPE = torch.float32
 WARM_UP_TOKENS = 32  # of prefill, where weights lie in memory
 WORKING_BYTES = 1 << 30  # room to compute beside weights and cache
 READ_BYTES = 1 << 30

@@ -15,7 +15,7 @@ from dsv2_local.inspection import KindSummary, summarise
 from dsv2_local.kernels.format import ROWS, matrix_nbytes
 from dsv2_local.machine import memory_available
 from dsv2_local.model import Transformer
-from dsv2_local.offload.store import MappedExperts
+from dsv2_local.offload.store import ResidentExperts
 from dsv2_local.quant.schema import Kind, Recipe, active_weights, expert_layout
 
 
@@ -80,7 +80,7 @@ def _make(plan: Plan, threads: int, progress: Progress) -> Subject:
         progress(f"making random weights: {done}/{parts} parts")
 
     made = random_weights.build(config, recipe, threads=threads, report=report)
-    model = Transformer(config, made.weights, MappedExperts(made.layout, made.records), DTYPE)
+    model = Transformer(config, made.weights, ResidentExperts(made.layout, made.records), DTYPE)
     if name not in released.RELEASED:
         path = Path(name).resolve()
         name = path.name if path.is_dir() else path.parent.name
@@ -92,6 +92,7 @@ def _load(plan: Plan, directory: Path) -> Subject:
     loaded = llm.load(directory, context=2, threads=plan.request.threads)  # its own cache stays unused
     model = loaded.engine.model
     model.config, model.layers = plan.config, model.layers[: plan.config.num_hidden_layers]
+    assert isinstance(loaded.experts, ResidentExperts)
     records = [loaded.experts.records[layer] for layer in plan.config.moe_layers]
     subject = Subject(loaded.name, loaded.recipe, model, summarise(plan.config, loaded.recipe), records)
     if subject.weight_bytes > (available := memory_available()):

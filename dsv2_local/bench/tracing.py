@@ -1,5 +1,6 @@
 """`dsv2 bench --trace`: which experts a model chooses for a real text, recorded for the cache's simulator."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ class Watched:
         self.chosen: dict[int, list[int]] = {}
         self._experts = experts
 
-    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
         self.chosen[layer] = ids.clone()[-1].tolist()
-        return self._experts.experts(layer, x, ids, weights)
+        return self._experts.begin(layer, x, ids, weights)
 
 
 def record(model: str | None, text: str, file: Path, threads: int | None, progress: Progress) -> None:

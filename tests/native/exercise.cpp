@@ -89,6 +89,13 @@ void mixtures(int32_t format) {
                 dsv2_experts(x.data(), tokens, records.get(), record, E, format, hidden, intermediate, ids.data(),
                              weights.data(), K, y.data());
                 finite("experts", y);
+                std::vector<int64_t> owner(tokens * K), rows(tokens * K);
+                for (int64_t i = 0; i < tokens * K; i++) owner[i] = i / K, rows[i] = i % 5 ? i : -1;
+                std::vector<float> outputs(tokens * K * hidden);
+                dsv2_expert_outputs(x.data(), tokens, records.get(), record, E, format, hidden, intermediate, owner.data(),
+                                    ids.data(), tokens * K, outputs.data());
+                dsv2_combine(outputs.data(), tokens, K, hidden, rows.data(), weights.data(), y.data());
+                finite("expert outputs", y);
             }
 }
 

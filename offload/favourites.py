@@ -1,0 +1,42 @@
+"""Which experts a model used most, kept from run to run, so that the slots begin with them."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dsv2_local import measured
+from dsv2_local.offload.lru import Key
+
+
+def file(fingerprint: str) -> Path:
+    """Where those of a model are kept."""
+    return measured.file().with_name("favourites") / f"{fingerprint}.json"
+
+
+def save(fingerprint: str | None, keys: Sequence[Key]) -> None:
+    """Keep experts, the worthiest first; a home that cannot be written is no reason to fail, nor a nameless model."""
+    if fingerprint is None:
+        return
+    with suppress(OSError):
+        path = file(fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.write_text(json.dumps(keys) + "\n", encoding="utf-8")
+        new.replace(path)
+
+
+def load(fingerprint: str | None, layers: Sequence[int], experts: int) -> list[Key]:
+    """Every expert once, those kept first; the others in turns by layer."""
+    every = [(layer, expert) for expert in range(experts) for layer in layers]
+    known = set(every)
+    kept = [key for key in _read(file(fingerprint)) if key in known] if fingerprint else []
+    return list(dict.fromkeys([*kept, *every]))
+
+
+def _read(path: Path) -> list[Key]:
+    try:
+        return [(int(layer), int(expert)) for layer, expert in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
