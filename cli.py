@@ -36,6 +36,9 @@ Model = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")]
 Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda (all GPUs), or some of them: cuda:0,cuda:1.")]
+Experts = Annotated[str, typer.Option(help="Who computes routed experts: gpu, cpu, stream, hybrid or auto.")]
+Vram = Annotated[str | None, typer.Option(help="Of each GPU at most this much: 8GiB, or 8GiB,24GiB.")]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels. Default: one a physical core.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
@@ -82,6 +85,9 @@ def chat(
     max_tokens: MaxTokens = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    experts: Experts = "auto",
+    vram: Vram = None,
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -94,6 +100,7 @@ def chat(
     stop: Stop = None,
 ) -> None:
     """Talk with a model in the terminal."""
+    placement = {name: value for name, value in locals().items() if name in _PLACEMENT}
     options = _given(locals(), "max_tokens", *_SAMPLING)
     if not sys.stdin.isatty():
         from dsv2_local.console import notice
@@ -101,11 +108,13 @@ def chat(
 
         notice("standard input is not a terminal; answering it as `dsv2 run` would")
         text = gather_prompt(None, [], sys.stdin)
-        _run(_load(model, context, dtype, threads), text, options, system=system)
+        with _load(**placement) as llm:
+            _run(llm, text, options, system=system)
         return
     from dsv2_local.chat import Chat
 
-    Chat(_load(model, context, dtype, threads), system, options).loop()
+    with _load(**placement) as llm:
+        Chat(llm, system, options).loop()
 
 
 @app.command()
@@ -122,6 +131,9 @@ def run(
     max_tokens: MaxTokens = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    experts: Experts = "auto",
+    vram: Vram = None,
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -134,12 +146,13 @@ def run(
     stop: Stop = None,
 ) -> None:
     """Answer one prompt from arguments, files and standard input, for use in scripts."""
+    placement = {name: value for name, value in locals().items() if name in _PLACEMENT}
     options = _given(locals(), "max_tokens", "logprobs", *_SAMPLING)
     from dsv2_local.pipe import gather_prompt
 
     text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
-    llm = _load(model, context, dtype, threads)
-    _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats)
+    with _load(**placement) as llm:
+        _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats)
 
 
 @app.command()
@@ -171,6 +184,7 @@ def plan(
     ram: Annotated[str | None, typer.Option(help="RAM that may be used, such as 192GiB.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that must fit: 8192, or 128K.")] = None,
     cache: Annotated[str, typer.Option(help="How latents are kept: bf16, int8 or fp32.")] = "bf16",
+    experts: Experts = "auto",
     rates: Annotated[str, typer.Option(help="GB/s and GFLOP/s to reckon with: ram=80,link=25,vram=900.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -178,7 +192,7 @@ def plan(
     from dsv2_local import planning
 
     with _closed_pipe_is_no_error():
-        planning.run(planning.Request(model, recipe, vram, ram, context, cache, rates), as_json)
+        planning.run(planning.Request(model, recipe, vram, ram, context, cache, rates, experts), as_json)
 
 
 @app.command()
@@ -241,20 +255,26 @@ _SAMPLING = (
 )  # fmt: skip
 
 
+_PLACEMENT = ("model", "context", "dtype", "device", "experts", "vram", "threads")
+
+
 def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """The options that were given, by name."""
     return {name: values[name] for name in names if values[name] is not None}
 
 
-def _load(model: str | None, context: int | None, dtype: str, threads: int | None) -> "LLM":
+def _load(model: str | None, vram: str | None, **options: Any) -> "LLM":
     from dsv2_local import llm
-    from dsv2_local.console import notice
+    from dsv2_local.console import Waiting, notice
     from dsv2_local.kernels import ops
+    from dsv2_local.sizes import size
 
     if model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
-    loaded = llm.load(model, context=context, dtype=dtype, threads=threads)
-    for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.plan.notes):
+    limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
+    with Waiting("bringing experts to page-locked RAM") as progress:
+        loaded = llm.load(model, vram=limits, progress=progress, **options)
+    for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
         if warning:
             notice(warning)
     return loaded

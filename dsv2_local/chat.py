@@ -20,7 +20,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
-from dsv2_local.console import PrefillProgress, describe
+from dsv2_local.console import READING, Waiting, describe, describe_experts
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
 from dsv2_local.llm import LLM, Generation
 from dsv2_local.markdown import MarkdownStream
@@ -41,6 +41,7 @@ HELP = """\
 /load FILE         read one
 /set [NAME VALUE]  show or change how answers are made ("-" for the model's own)
 /stats             figures of the last answer
+/experts           where the routed experts are, and what happened to them
 /exit              leave (so does Ctrl-D)
 
 Enter sends; Alt-Enter or a \\ at the end of the line makes a new line. Ctrl-C stops an answer and keeps what came.
@@ -170,10 +171,10 @@ class Chat:
         self._ask = ask or PromptSession[str]().prompt
         self._last: Generation | None = None
         self._interrupted = False
-        self._progress = PrefillProgress(self.console)
+        self._progress = Waiting(READING, self.console)
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, f"_{name}")
-            for name in ("help", "clear", "undo", "retry", "system", "save", "load", "set", "stats")
+            for name in ("help", "clear", "undo", "retry", "system", "save", "load", "set", "stats", "experts")
         }
 
     def loop(self) -> None:
@@ -323,6 +324,10 @@ class Chat:
             self._say("no answer yet")
         else:
             self._say(describe(self._last.stats, self._interrupted))
+
+    def _experts(self, _: str) -> None:
+        for line in describe_experts(self.llm):
+            self._say(line)
 
 
 def _path(name: str) -> Path:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from dsv2_local.engine import Stats
+    from dsv2_local.llm import LLM
 
 PROGRESS_AFTER = 1.0
+READING = "reading the prompt"
 
 
 def notice(text: str) -> None:
@@ -42,21 +44,21 @@ def human(size: float) -> str:
     return f"{size:,.2f} GB"
 
 
-class PrefillProgress:
-    """How far a prompt is read; shown once it has taken over a second and wiped when it is done.
+class Waiting:
+    """How far something is that takes time; shown once it has taken over a second and wiped when it is done.
 
-    An instance is the `progress` that generation calls; leaving the context wipes it in any case.
+    An instance is the `progress` that loading and generation call; leaving the context wipes it in any case.
     """
 
-    def __init__(self, console: "Console | None" = None) -> None:
-        """Show on `console`; None: on stderr."""
-        self._console = console
+    def __init__(self, what: str, console: "Console | None" = None) -> None:
+        """Show `what` is done on `console`; None: on stderr."""
+        self._what, self._console = what, console
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         self._timer: threading.Timer | None = None
         self._state = (0, 0)
 
-    def __enter__(self) -> "PrefillProgress":
+    def __enter__(self) -> "Waiting":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -84,9 +86,9 @@ class PrefillProgress:
             console = self._console or Console(stderr=True)
             if self._timer is None or not console.is_terminal:
                 return
-            columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, console=console, transient=True)
-            self._bar.add_task("prefill", completed=self._state[0], total=self._state[1])
+            self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
             self._bar.start()
 
     def _stop(self) -> None:
@@ -112,3 +114,28 @@ def describe(stats: "Stats", interrupted: bool = False) -> str:
         full = stats.context_used >= stats.context
         parts.append("stopped: the context is full" if full else "stopped at max_tokens")
     return " · ".join(parts)
+
+
+def describe_experts(llm: "LLM") -> list[str]:
+    """Where the routed experts are and what happened to them since loading, line by line."""
+    from dsv2_local.offload.schedule import OffloadedExperts
+
+    expert, total = llm.plan.expert_bytes, llm.plan.experts
+    if not isinstance(llm.experts, OffloadedExperts):
+        where = "GPU memory" if llm.plan.resident else "RAM, where the CPU computes them"
+        return [f"{total:,} experts of {human(expert)} ({human(total * expert)}), all in {where}"]
+    figures = llm.experts.figures
+    lines = [
+        f"{llm.plan.slots:,} of {total:,} experts of {human(expert)} have a slot in GPU memory; "
+        f"hit rate {figures.hit_rate:.1%} of {figures.hits + figures.misses:,} uses",
+        f"link: {human(figures.fetched_bytes)}{_rate(figures.fetched_bytes, figures.fetch_seconds)}, "
+        f"{figures.streamed_layers:,} layers streamed",
+        f"CPU: {figures.host_experts:,} experts computed{_rate(figures.host_experts * expert, figures.host_seconds)}",
+    ]
+    if figures.retries:
+        lines.append(f"{figures.retries:,} layers failed on a device and were computed again on the CPU")
+    return lines
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f" at {nbytes / seconds / 1e9:,.1f} GB/s" if seconds else ""

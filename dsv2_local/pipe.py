@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dsv2_local.console import PrefillProgress, describe, notice
+from dsv2_local.console import READING, Waiting, describe, describe_experts, notice
 from dsv2_local.errors import InputError
 from dsv2_local.llm import LLM, Chunk, Generation
 
@@ -76,7 +76,7 @@ def run(llm: LLM, request: Request, out: TextIO) -> None:
     """
     chunks: list[Chunk] = []
     interrupted = False
-    with PrefillProgress() as progress:
+    with Waiting(READING) as progress:
         generation = _start(llm, request, progress)
         try:
             for chunk in generation:
@@ -90,7 +90,7 @@ def run(llm: LLM, request: Request, out: TextIO) -> None:
         raise KeyboardInterrupt
 
 
-def _start(llm: LLM, request: Request, progress: PrefillProgress) -> Generation:
+def _start(llm: LLM, request: Request, progress: Waiting) -> Generation:
     if request.raw:
         return llm.generate(request.text, **request.options, progress=progress)
     messages = [{"role": "system", "content": request.system}] if request.system is not None else []
@@ -107,7 +107,8 @@ def _finish(
     if not request.json and out.isatty():
         _write(out, "\n")
     if request.stats:
-        notice(describe(generation.stats, interrupted=interrupted))
+        for line in (describe(generation.stats, interrupted=interrupted), *describe_experts(llm)):
+            notice(line)
 
 
 def _write(out: TextIO, text: str) -> None:

@@ -1,7 +1,6 @@
 """`dsv2 plan`: where a model's bytes would lie on this machine or an imagined one, and how fast that would be."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from dsv2_local.machine import lockable_memory, memory_available
 from dsv2_local.offload.plan import GIB, RATES, Cache, Machine, Mode, Plan, Rates, Share, Wish, default_context, plan
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.released import read_config, stored_recipe
+from dsv2_local.sizes import size
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {f"{letter}iB": UNITS[letter] for letter in "KMGT"}
 BAR = 64  # characters of a memory's bar
 MARKS = "█▓▒░▚▖◆"  # of its parts, in order
 
@@ -57,18 +55,6 @@ def run(request: Request, as_json: bool) -> None:
         notice(note)
     if made.gpus:
         notice("this version computes on the CPU alone; a plan with GPUs is what is to come")
-
-
-def size(option: str, text: str) -> int:
-    """Bytes from "24GiB", "24GB" (decimal), "24G" (binary, as cards are sold) or a plain number."""
-    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?(?:iB|B)?)", text.strip(), re.IGNORECASE)
-    unit = found and next((scale for name, scale in UNITS.items() if name.lower() == found[2].lower()), None)
-    try:
-        if found and unit:
-            return int(float(found[1]) * unit)
-    except ValueError:
-        pass
-    raise InputError(f"{option} {text!r} is no size; write 24GiB, 24GB or 24G")
 
 
 def _wish(request: Request) -> Wish:

@@ -1,5 +1,7 @@
 """Which expert works for which token in a step, arranged so that experts at one place lie together."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,22 +15,22 @@ class Pairs:
         tokens, experts: int64 [T · K].
         order: int64 [T, K], a token's choices by ascending number of their experts.
         rows: int64 [T, K], where those pairs stand.
+        parts: where the pairs of each group stand.
     """
 
-    def __init__(self, ids: Ints, group_of: Ints) -> None:
-        """`ids` [T, K] are the experts of each token, `group_of` [E] the group of each expert, from 0."""
+    def __init__(self, ids: Ints, groups: Sequence[Iterable[int]], experts: int) -> None:
+        """`ids` [T, K] are the experts of each token, of `experts` in all; each of them is in one of the groups."""
         T, K = ids.shape
+        number = np.zeros(experts, dtype=np.int64)
+        for group, members in enumerate(groups):
+            number[list(members)] = group
         flat = ids.ravel()
-        keys = group_of[flat] * len(group_of) + flat
-        sorting = keys.argsort(kind="stable")
+        group_of = number[flat]
+        sorting = (group_of * experts + flat).argsort(kind="stable")
         place = np.empty(T * K, dtype=np.int64)
         place[sorting] = np.arange(T * K)
         self.tokens, self.experts = sorting // K, flat[sorting]
         self.order = ids.argsort(axis=1)
-        self.rows = np.take_along_axis(place.reshape(T, K), self.order, axis=1)
-        self._groups = group_of[self.experts]
-
-    def part(self, group: int) -> slice:
-        """Where the pairs of a group stand."""
-        start, stop = self._groups.searchsorted((group, group + 1))
-        return slice(int(start), int(stop))
+        self.rows = place[self.order + np.arange(0, T * K, K)[:, None]]
+        ends = np.bincount(group_of, minlength=len(groups)).cumsum().tolist()
+        self.parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

@@ -146,6 +146,11 @@ class Plan:
         return _experts(self.wish.config)
 
     @property
+    def expert_bytes(self) -> int:
+        """Bytes of one of them."""
+        return _sizes(self.wish).expert
+
+    @property
     def slots(self) -> int:
         return sum(gpu.slots for gpu in self.gpus)
 
@@ -176,7 +181,7 @@ class Plan:
         """What slows it down, and what to do about it."""
         found = []
         if self.disk_experts:
-            size = self.disk_experts * _sizes(self.wish).expert
+            size = self.disk_experts * self.expert_bytes
             found.append(
                 f"{self.disk_experts:,} of {self.experts:,} experts ({size / GB:,.1f} GB) do not fit in RAM and are "
                 f"read from disk when they are needed: expect about {self.forecast.decode_tok_s:,.2g} tok/s, if the "

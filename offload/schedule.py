@@ -6,7 +6,7 @@ the next layer's experts while this one computes. Either way the outputs of all 
 the order of the experts' numbers, so that placement does not change the sum.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from time import perf_counter
@@ -30,7 +30,7 @@ FAILURES = 8  # layers' steps in a row that failed on a device and were done wit
 Result = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Figures:
     """What happened to the experts of a run."""
 
@@ -125,7 +125,7 @@ class Lane:
         self._failures += 1
         if self._failures > FAILURES:
             raise error
-        self._figures = replace(self._figures, retries=self._figures.retries + 1)
+        self._figures.retries += 1
         self._stream.reset()
         self.slots.drop_failed()
         return self._alone(layer, x, ids, weights)
@@ -147,18 +147,18 @@ class Lane:
         hits, misses = self.slots.cache.use(layer, np.flatnonzero(counts).tolist())
         fetched, on_host = self._divide(layer, misses, counts)
         batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), self.slots.buffer)]
-        pairs = Pairs(chosen, _groups([hits, *batches, on_host], len(counts)))
+        pairs = Pairs(chosen, [hits, *batches, on_host], len(counts))
         out = torch.empty(chosen.size, x.shape[1], device=x.device)
         indices = [self._fetch(layer, batch) for batch in batches[:BUFFERS]]
-        given = [self._outputs(x, pairs, pairs.part(0), hits, out)] if hits else []
+        given = [self._outputs(x, pairs, pairs.parts[0], hits, out)] if hits else []
         x_host = x.cpu() if on_host else x
 
         def finish() -> Tensor:
             for number in range(len(batches)):
-                given.append(self._outputs(x, pairs, pairs.part(1 + number), indices[number], out))
+                given.append(self._outputs(x, pairs, pairs.parts[1 + number], indices[number], out))
                 if number + BUFFERS < len(batches):
                     indices.append(self._fetch(layer, batches[number + BUFFERS]))
-            part = pairs.part(1 + len(batches))
+            part = pairs.parts[-1]
             here = self._host_outputs(layer, x_host, pairs, part, counts[on_host])
             y = torch.zeros(x.shape, device=x.device)
             rows, sorted_weights = _to(x, pairs.rows), weights.gather(1, _to(x, pairs.order))
@@ -178,18 +178,18 @@ class Lane:
         groups = self._stream.enter(layer)
 
         def finish() -> Tensor:
-            pairs = Pairs(ids.cpu().numpy(), _groups(groups, len(self.records[layer])))
+            pairs = Pairs(ids.cpu().numpy(), groups, len(self.records[layer]))
             rows, sorted_weights = _to(x, pairs.rows), weights.gather(1, _to(x, pairs.order))
             y = torch.zeros(x.shape, device=x.device)
             given: list[Event] = []
             for number in range(len(groups)):
-                indices, whole = self._stream.take(), pairs.part(number)
+                indices, whole = self._stream.take(), pairs.parts[number]
                 for start in range(whole.start, whole.stop, PIECE):
                     part = slice(start, min(start + PIECE, whole.stop))
                     given = [self._added(x, pairs, part, indices, rows, sorted_weights, y, given)]
                 self._stream.advance()
             self._device.join(given[0])
-            self._figures = replace(self._figures, streamed_layers=self._figures.streamed_layers + 1)
+            self._figures.streamed_layers += 1
             return y
 
         return finish
@@ -250,10 +250,8 @@ class Lane:
         return out
 
     def _count(self, experts: int, seconds: float) -> None:
-        figures = self._figures
-        self._figures = replace(
-            figures, host_experts=figures.host_experts + experts, host_seconds=figures.host_seconds + seconds
-        )
+        self._figures.host_experts += experts
+        self._figures.host_seconds += seconds
 
     def _observe(self) -> None:
         """Take in how long copies took, and correct the costs where they are off."""
@@ -298,14 +296,6 @@ class OffloadedExperts:
         """Give back the devices."""
         for lane in self.lanes:
             lane.slots.device.close()
-
-
-def _groups(groups: Sequence[Iterable[int]], experts: int) -> Ints:
-    """The number of each expert's group; that of none, for those in none."""
-    numbers = np.full(experts, len(groups), dtype=np.int64)
-    for number, group in enumerate(groups):
-        numbers[list(group)] = number
-    return numbers
 
 
 def _slots(pairs: Pairs, part: slice, indices: dict[int, int]) -> Ints:

@@ -4,7 +4,7 @@ All hazards between copies and work are settled here: work waits for the copies 
 the work that read what it overwrites.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 
 from torch import Tensor
@@ -29,10 +29,11 @@ class Slots:
 
     def __init__(self, device: Device, layout: ExpertLayout, slots: int, buffer: int, policy: Policy) -> None:
         """Allocates; raises DeviceMemoryError."""
-        self.device, self.buffer = device, buffer
+        self.device, self.buffer, self._nbytes = device, buffer, layout.nbytes
         self.cache = SlotCache(slots, policy)
         records = slots + BUFFERS * buffer
         self.records = device.allocate(records * layout.nbytes).view(records, layout.nbytes)
+        self._record = list(self.records)  # a view of each, since a decoded token takes hundreds
         self.fetched, self.fetch_seconds = 0, 0.0
         self._turn = 0
         self._arrivals: dict[int, Event] = {}  # by index, until they are known to have come
@@ -64,7 +65,7 @@ class Slots:
         if staging > start:
             self._turn = (self._turn + 1) % BUFFERS
         for first, count in _runs(indices):
-            self._copy(indices[first], source[first : first + count])
+            self._copy(indices[first], source[first] if count == 1 else source[first : first + count], count)
         return indices
 
     def fill(self, records: dict[int, Tensor], keys: Iterable[Key]) -> None:
@@ -79,18 +80,19 @@ class Slots:
         self.cache.release()
         self.settle()
 
-    def compute(self, work: Callable[[], None], reads: Iterable[int] = (), after: Sequence[Event] = ()) -> Event:
+    def compute(self, work: Callable[[], None], reads: Collection[int] = (), after: Sequence[Event] = ()) -> Event:
         """Give the device work that reads the records at these indices, for when the events are done, too."""
-        reads = list(reads)
-        arrivals = {id(event): event for index in reads if (event := self._arrivals.get(index))}
-        event = self.device.compute(work, [*arrivals.values(), *after])
-        self._readers |= dict.fromkeys(reads, event)
+        event = self.device.compute(work, [*_of(reads, self._arrivals), *after])
+        for index in reads:
+            self._readers[index] = event
         return event
 
     def settle(self) -> tuple[int, float]:
         """Forget the copies and the work that are done; the bytes of those copies, and the seconds that they took."""
-        done = [event for event in self._copies if event.done]
-        nbytes, seconds = sum(self._copies.pop(event) for event in done), sum(event.seconds for event in done)
+        nbytes, seconds = 0, 0.0
+        for event in [event for event in self._copies if event.done]:
+            nbytes += self._copies.pop(event)
+            seconds += event.seconds
         self.fetch_seconds += seconds
         for waited in (self._arrivals, self._readers):
             for index in [index for index, event in waited.items() if event.done]:
@@ -109,13 +111,21 @@ class Slots:
         self._arrivals.clear()
         self._readers.clear()
 
-    def _copy(self, index: int, source: Tensor) -> None:
-        indices = range(index, index + len(source))
-        readers = {id(event): event for i in indices if (event := self._readers.get(i))}
-        event = self.device.copy(self.records[index : index + len(source)], source, list(readers.values()))
-        self._arrivals |= dict.fromkeys(indices, event)
-        self._copies[event] = source.nbytes
-        self.fetched += source.nbytes
+    def _copy(self, index: int, source: Tensor, count: int) -> None:
+        indices = range(index, index + count)
+        target = self._record[index] if count == 1 else self.records[index : index + count]
+        event = self.device.copy(target, source, _of(indices, self._readers))
+        for i in indices:
+            self._arrivals[i] = event
+        nbytes = count * self._nbytes
+        self._copies[event] = nbytes
+        self.fetched += nbytes
+
+
+def _of(indices: Collection[int], events: dict[int, Event]) -> list[Event]:
+    """The events of these indices, each once."""
+    found = [event for index in indices if (event := events.get(index))] if events else []
+    return found if len(found) < 2 else list(dict.fromkeys(found))
 
 
 def _failed(event: Event) -> bool:

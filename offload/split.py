@@ -6,7 +6,6 @@ token. So the experts with the most tokens are fetched, and as many of them as l
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 # Streamed layers are copied while others compute, which the time of their copies does not show.
 OVERLAP_GAIN = 1.1
@@ -35,8 +34,14 @@ def divide(counts: Sequence[int], costs: Costs) -> int:
 
     `counts` are their tokens, the most first. Of divisions that are equally fast it is the one that fetches least.
     """
-    rest = [*accumulate((costs.host(count) for count in reversed(counts)), initial=0.0)][::-1]
-    return min(range(len(counts) + 1), key=lambda fetched: max(fetched * costs.fetch, rest[fetched]))
+    rest = sum(map(costs.host, counts))
+    best, fetched = rest, 0
+    for number, count in enumerate(counts, 1):
+        rest -= costs.host(count)
+        longer = max(number * costs.fetch, rest)
+        if longer < best:
+            best, fetched = longer, number
+    return fetched
 
 
 def streaming_pays(tokens: int, experts: int, per_token: int, resident: float, costs: Costs) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
-    {"__init__", "config", "errors", "machine", "measured", "numa", "released"},
+    {"__init__", "config", "errors", "machine", "measured", "numa", "released", "sizes"},
     {"kernels.format", "kernels.layout", "cache", "rope", "kernels.reference", "kernels.cpu.recording"}
     | {"kernels.cpu", "kernels.ops"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
@@ -31,6 +31,7 @@ ORDERED = [
     ["errors", "config", "released", "__init__"],
     ["errors", "machine", "numa"],
     ["machine", "measured"],
+    ["errors", "sizes"],
     [
         "kernels.format",
         "kernels.layout",

@@ -17,6 +17,7 @@ from dsv2_local.errors import InputError, PlanError
 from dsv2_local.inspection import summarise
 from dsv2_local.offload.plan import GIB, RATES, Cache, Machine, Mode, Plan, Rates, Wish, plan
 from dsv2_local.quant.schema import Kind, Recipe
+from dsv2_local.sizes import size
 from tests.models import TINY
 from tests.test_cli import dsv2
 
@@ -78,13 +79,11 @@ def changed(wish: Wish, machine: Machine, remedy: str) -> tuple[Wish, Machine]:
     if option == "--recipe":
         return replace(wish, recipe=Recipe(value)), machine
     if option == "--ram":
-        return wish, replace(machine, ram=planning.size(option, value))
+        return wish, replace(machine, ram=size(option, value))
     if option == "--experts":
         return replace(wish, experts=Mode(value)), machine
     assert option == "--vram"
-    return wish, replace(
-        machine, vram=tuple(size for part in value.split(",") if (size := planning.size(option, part)))
-    )
+    return wish, replace(machine, vram=tuple(nbytes for part in value.split(",") if (nbytes := size(option, part))))
 
 
 def in_memory(config: ModelConfig, recipe: Recipe) -> int:
@@ -168,13 +167,13 @@ def test_little_lockable_memory_is_told_with_the_remedy():
     [("24GiB", 24 << 30), ("24G", 24 << 30), ("24gb", 24 * 10**9), ("1.5TiB", 3 << 39), ("128K", 131072), ("7", 7)],
 )
 def test_sizes(text, nbytes):
-    assert planning.size("--ram", text) == nbytes
+    assert size("--ram", text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "24 apples", "-1G", "1.2.3G", "24GiBs", "nan"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(InputError, match="--ram"):
-        planning.size("--ram", text)
+        size("--ram", text)
 
 
 def test_the_command_prints_json_tables_and_errors(tmp_path):
