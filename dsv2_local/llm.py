@@ -326,6 +326,8 @@ def _plan(
     """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
     if not devices and experts not in (Mode.AUTO, Mode.CPU):
         raise InputError(f"--experts {experts} needs a GPU (--device cuda); without one the CPU computes them")
+    if not devices and vram is not None:
+        raise InputError("--vram needs a GPU (--device cuda)")
     limits = list(vram) if vram is not None else [device.free + CONTEXT_BYTES for device in devices]
     if len(limits) != len(devices):
         raise InputError(f"--vram names {len(limits)} GPUs and {len(devices)} are used; give one size for each")

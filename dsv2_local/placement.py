@@ -58,6 +58,7 @@ class Placed:
 
     model: Transformer
     experts: ResidentExperts | OffloadedExperts
+    devices: list[Device] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     closing: list[Callable[[], object]] = field(default_factory=list)
 
@@ -103,7 +104,7 @@ def on_devices(
     if plan.resident:
         records = {layer: _put(owner[layer], source.records[layer]) for layer in source.records}
         resident = ResidentExperts(source.layout, records)
-        return Placed(Transformer(source.config, weights, resident, dtype, allocate), resident, [], closing)
+        return Placed(Transformer(source.config, weights, resident, dtype, allocate), resident, devices, [], closing)
     arena = Arena(source.records, devices[0], _budget(source, plan), progress)
     notes = [_refusal(arena, source)] if arena.refused else []
     lanes = [
@@ -112,7 +113,7 @@ def on_devices(
     ]
     experts = OffloadedExperts(lanes)
     closing = [arena.close, *closing, lambda: _learn(source, plan, lanes)]
-    return Placed(Transformer(source.config, weights, experts, dtype, allocate), experts, notes, closing)
+    return Placed(Transformer(source.config, weights, experts, dtype, allocate), experts, devices, notes, closing)
 
 
 def _dense(source: Source, owner: list[Device]) -> Weights:

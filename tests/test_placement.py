@@ -1,0 +1,237 @@
+"""dsv2-nano on devices made of RAM: the same tokens wherever it lies, the planned bytes, and nothing left behind."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv2_local import llm, measured
+from dsv2_local.console import describe_experts
+from dsv2_local.errors import DeviceError, DeviceMemoryError, InputError, PlanError
+from dsv2_local.llm import LLM, bundled_model
+from dsv2_local.offload import favourites
+from dsv2_local.offload.plan import Machine, Mode, plan
+from dsv2_local.offload.schedule import OffloadedExperts
+from dsv2_local.offload.split import Costs
+from dsv2_local.offload.stand_in import StandIn
+from tests.models import heed_ctrl_c
+
+EVEN = Costs(fetch=1.0, read=1.0, token=0.1)
+PROMPT = "A violin is a string instrument that is played with a bow. " * 6
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def devices(slots: int, number: int = 1, hook: Callable[[str], None] = lambda step: None) -> list[StandIn]:
+    """As large as nano needs for `slots` experts each, or one more byte."""
+    wish = replace(llm.load(context=512).plan.wish, experts=Mode.STREAM)
+    made = plan(wish, Machine((1 << 30,) * number, 1 << 40))
+    fixed = [
+        sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots")) for gpu in made.gpus
+    ]
+    return [StandIn(gpu, capacity=size + slots * made.expert_bytes + 1, hook=hook) for gpu, size in enumerate(fixed)]
+
+
+def loaded(mode: Mode = Mode.HYBRID, *, costs: Costs | None = EVEN, on: list[StandIn]) -> LLM:
+    return LLM(
+        bundled_model(), dtype=torch.float32, context=512, threads=None, experts=mode, devices=on, costs=costs
+    )  # fmt: skip
+
+
+def answer(model: LLM, tokens: int = 24) -> list[int | None]:
+    never_end = dict.fromkeys(model._end_tokens, -100.0)
+    return [c.token_id for c in model.generate(PROMPT, max_tokens=tokens, temperature=0, logit_bias=never_end)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[int | None]:
+    return answer(llm.load(context=512))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("slots", [0, 7, 40])
+@pytest.mark.parametrize("mode", [Mode.AUTO, Mode.HYBRID, Mode.STREAM, Mode.CPU])
+def test_the_same_tokens_wherever_experts_are(expected, mode, slots, number):
+    with loaded(mode, on=devices(slots, number)) as model:
+        for chunk in (model.engine.chunk, 17):
+            model.engine.chunk = chunk
+            model.engine.cache.truncate(0)
+            assert answer(model) == expected
+        for device, gpu in zip(model._placed.devices, model.plan.gpus, strict=True):
+            parts = {name: size for name, size in gpu.parts.items() if name not in ("driver", "workspace")}
+            assert device.allocated == sum(parts.values()), gpu
+        if mode in (Mode.HYBRID, Mode.STREAM):
+            assert isinstance(model.experts, OffloadedExperts)
+            figures = model.experts.figures
+            assert (figures.streamed_layers > 0) == (mode is Mode.STREAM)
+            assert (figures.hits > 0) == (slots > 0)
+            assert (figures.host_experts > 0) == (mode is Mode.HYBRID)
+            assert figures.retries == 0
+            told = "\n".join(describe_experts(model))
+            assert f"{number * slots:,} of 120 experts" in told
+            assert "hit rate" in told
+
+
+def test_a_model_that_fits_needs_no_cache(expected):
+    with loaded(Mode.GPU, on=[StandIn(capacity=1 << 30)]) as model:
+        assert answer(model) == expected
+        assert not isinstance(model.experts, OffloadedExperts)
+        assert "all in GPU memory" in describe_experts(model)[0]
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_allocated():
+    (gpu,) = plan(replace(llm.load(context=512).plan.wish, experts=Mode.GPU), Machine((1 << 30,), 1 << 40)).gpus
+    device = StandIn(capacity=gpu.used - gpu.parts["driver"] - 1)
+    with pytest.raises(PlanError) as error:
+        loaded(Mode.GPU, on=[device])
+    assert (error.value.where, error.value.shortfall) == ("GPU 0", 1)
+    assert device.allocated == 0
+
+
+def test_experts_that_were_used_begin_in_slots(expected):
+    with loaded(on=devices(20)) as model:
+        answer(model)
+        cold = model.experts.figures.hit_rate
+        used = model.experts.lanes[0].slots.cache.favourites()
+    kept = favourites.load(next(favourites.file("x").parent.glob("*.json")).stem, [1, 2, 3, 4, 5], 24)
+    assert kept[: len(used)] == used
+    assert sorted(kept) == [(layer, expert) for layer in range(1, 6) for expert in range(24)]
+    with loaded(on=devices(20)) as model:
+        assert answer(model) == expected
+        assert model.experts.figures.hit_rate > cold
+
+
+@pytest.mark.parametrize("damage", ["", "[", "[3]", '{"a": 1}', "[[99, 99]]"])
+def test_a_damaged_file_of_favourites_is_none(damage):
+    path = favourites.file("f")
+    path.parent.mkdir(parents=True)
+    path.write_text(damage)
+    assert favourites.load("f", [1], 2) == [(1, 0), (1, 1)]
+
+
+def test_costs_are_measured_once_and_kept():
+    with loaded(costs=None, on=devices(7)) as model:
+        first = model.experts.lanes[0].costs
+        assert min(first.fetch, first.read, first.token) > 0
+    assert len(measured._read(measured.file())) == 1
+    with loaded(costs=None, on=devices(7)) as model:
+        assert model.experts.lanes[0].costs == first
+
+
+def locked_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmLck"))
+    return int(line.split()[1]) << 10
+
+
+def test_page_locked_memory_is_given_back(monkeypatch):
+    monkeypatch.setattr(llm, "lockable_memory", lambda: None)
+    before = locked_bytes()
+    try:
+        with loaded(on=devices(7)) as model:
+            if not model._placed.notes:
+                assert locked_bytes() - before >= 120 * model.plan.expert_bytes
+            answer(model, 2)
+    finally:
+        assert locked_bytes() == before
+
+
+def test_a_refusal_to_lock_is_told_and_changes_nothing(expected, monkeypatch):
+    monkeypatch.setattr(llm, "lockable_memory", lambda: None)
+    monkeypatch.setattr(StandIn, "lock", lambda self, memory: False)
+    with loaded(on=devices(7)) as model:
+        assert answer(model) == expected
+        (note,) = model.notes
+        assert "ulimit -l" in note
+
+
+def test_memory_that_something_else_took_is_a_typed_error():
+    (device,) = devices(7)
+
+    def taken(step: str) -> None:
+        if step == "allocate" and device.allocated > 5_000_000:
+            device.capacity = device.allocated
+
+    device.hook = taken
+    with pytest.raises(DeviceMemoryError, match="--vram"):
+        loaded(on=[device])
+
+
+def test_a_copy_that_fails_costs_time_and_nothing_else(expected):
+    calls = iter(range(1 << 30))
+
+    def faulty(step: str) -> None:
+        if step == "copy" and next(calls) % 50 == 49:
+            raise DeviceError("the link is loose")
+
+    with loaded(Mode.STREAM, on=devices(40, hook=faulty)) as model:
+        assert answer(model) == expected
+        assert model.experts.figures.retries > 0
+        assert "computed again" in "\n".join(describe_experts(model))
+
+
+def test_a_device_that_keeps_failing_is_a_typed_error():
+    (device,) = devices(7)
+    with loaded(Mode.STREAM, on=[device]) as model:
+
+        def dead(step: str) -> None:
+            if step == "copy":
+                raise DeviceError("the link is cut")
+
+        device.hook = dead
+        with pytest.raises(DeviceError, match="the link is cut"):
+            answer(model)
+
+
+def test_ctrl_c_amid_a_transfer_leaves_a_model_that_answers(tmp_path, expected):
+    """In a process of its own, whose copies are slow enough to be interrupted."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, signal, threading, time
+            from tests.test_placement import *
+
+            def slow(step):
+                time.sleep(0.002)
+
+            with loaded(Mode.STREAM, on=devices(7, hook=slow)) as model:
+                for delay in (0.05, 0.2, 0.4):
+                    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+                    try:
+                        answer(model)
+                    except KeyboardInterrupt:
+                        print("interrupted", flush=True)
+                print(answer(model) == answer(llm.load(context=512)))
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=120, preexec_fn=heed_ctrl_c,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["interrupted"] * 3 + ["True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts": "hybrid"}, "needs a GPU"),
+        ({"experts": "some"}, "is not one of auto, gpu"),
+        ({"device": "tpu"}, "is not cpu, cuda"),
+        ({"device": "cuda:0,cuda:0"}, "is not cpu, cuda"),
+        ({"device": "cuda:63"}, "there is no cuda:63"),
+        ({"vram": [1 << 30]}, "--vram"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(InputError, match=message):
+        llm.load(**options)
