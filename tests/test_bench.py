@@ -87,7 +87,10 @@ def transformer(config: ModelConfig, model: random_weights.RandomModel) -> Trans
 def test_json_has_these_keys(told, tmp_path):
     path = write_config(tmp_path / "small")
     result = told("--random-weights", path, "--prompt", "5,40", "--decode", 3, "--context", "0,70")
-    assert list(result) == ["machine", "model", "prefill", "decode", "parts", "peak_rss_bytes", "weight_bytes"]
+    assert list(result) == [
+        "machine", "model", "prefill", "decode", "predicted", "parts", "peak_rss_bytes", "weight_bytes"
+    ]  # fmt: skip
+    assert min(result["predicted"].values()) > 0
     assert list(result["machine"]) == ["read_gb_s", "matmul_gflops", "threads", "kernels"]
     assert list(result["model"]) == [
         "name", "layers", "recipe", "parameters", "active_weights_per_token", "weight_bytes"

@@ -68,11 +68,13 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     prefill = [timing.measure_prefill(engine, tokens, progress) for tokens in plan.lengths.prompts]
     decode = [timing.measure_decode(engine, context, steps, reader, progress) for context in contexts]
     parts = timing.measure_parts(engine, contexts[0], steps, progress)
+    machine = report.machine_facts(decode, matmul, threads)
     return {
-        "machine": report.machine_facts(decode, matmul, threads),
+        "machine": machine,
         "model": report.model_facts(subject),
         "prefill": [report.prefill_facts(run, subject) for run in prefill],
         "decode": [report.decode_facts(run, subject) for run in decode],
+        "predicted": report.prediction(subject, plan.lengths.cache, machine),
         "parts": report.part_facts(parts, steps),
         "peak_rss_bytes": peak_bytes() - reader.buffer_bytes,
         "weight_bytes": subject.weight_bytes,

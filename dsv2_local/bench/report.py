@@ -1,17 +1,20 @@
 """From times to the object that `--json` prints, and from there to tables for people."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import harmonic_mean
 from typing import Any
 
 from rich.table import Table
 
+from dsv2_local import measured
 from dsv2_local.bench.request import Plan
 from dsv2_local.bench.subject import Subject
 from dsv2_local.bench.timing import DecodeRun, PrefillRun, layer_kind
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import human, report_console
 from dsv2_local.kernels import ops
+from dsv2_local.offload.plan import RATES, Machine, Rates, Wish
+from dsv2_local.offload.plan import plan as plan_memory
 
 PARTS = ("attention", "dense", "shared", "routed", "head")
 
@@ -51,6 +54,14 @@ def decode_facts(run: DecodeRun, subject: Subject) -> dict[str, Any]:
         "read_gb_s": run.read_gb_s,
         "read_fraction": gb_s / run.read_gb_s,
     }
+
+
+def prediction(subject: Subject, context: int, machine: dict[str, Any]) -> dict[str, float]:
+    """What `dsv2 plan` expects of this model here, from the rates just measured and what was known before."""
+    known = {"cpu_gflops": machine["matmul_gflops"], **measured.load(RATES), "ram": machine["read_gb_s"]}
+    rates = replace(Rates(), **known)
+    forecast = plan_memory(Wish(subject.config, subject.recipe, context), Machine((), 1 << 50, rates=rates)).forecast
+    return {"decode_tok_s": forecast.decode_tok_s, "prefill_tok_s": forecast.prefill_tok_s}
 
 
 def part_facts(part_seconds: dict[str, float], steps: int) -> dict[str, float]:
@@ -118,7 +129,15 @@ def _millions(count: int) -> str:
 
 
 def _closing(result: dict[str, Any]) -> list[str]:
-    lines = [f"peak memory {human(result['peak_rss_bytes'])}"]
+    predicted, decode = result["predicted"], result["decode"][0]
+    lines = [
+        f"peak memory {human(result['peak_rss_bytes'])}",
+        f"`dsv2 plan` predicts {predicted['decode_tok_s']:,.1f} tok/s of decoding at this bandwidth, "
+        f"{decode['tok_s']:,.1f} were measured at context {decode['context']:,}",
+    ]
+    if result["prefill"]:
+        fastest = max(run["tok_s"] for run in result["prefill"])
+        lines.append(f"and {predicted['prefill_tok_s']:,.1f} tok/s of prefill, {fastest:,.1f} were measured")
     if "extrapolated" in result:
         lines.append(
             f"whole model of {result['total_layers']} layers: {result['extrapolated']['decode_tok_s']:,.2f} tok/s at "

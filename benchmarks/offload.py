@@ -1,0 +1,184 @@
+"""How well the schedule uses a link and a CPU, on a device made of RAM whose link, like the CPU, has a set speed.
+
+    python benchmarks/offload.py [--json FILE]
+
+Computing is replaced by waiting as long as a CPU of that bandwidth would take, and a GPU is taken to need no time; what
+is measured is who waits for whom. Experts have the size of V2-Lite's.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import inf
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.offload.device import Event
+from dsv2_local.offload.lru import Policy
+from dsv2_local.offload.plan import Mode
+from dsv2_local.offload.schedule import Lane, OffloadedExperts
+from dsv2_local.offload.slots import Slots
+from dsv2_local.offload.split import Costs
+from dsv2_local.offload.stand_in import StandIn
+
+LAYOUT = ExpertLayout(Format.NF4, 2048, 1408)
+EXPERTS, PER_TOKEN, LAYERS = 64, 6, 4
+TOKENS, PROMPT = 12, 512
+REPEATS = 20  # of the overhead's measurement, of which the best counts
+GB = 10**9
+SPEEDS = [(2.0, 2.0), (2.0, 4.0), (4.0, 2.0), (1.0, 4.0)]  # GB/s of link and CPU
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    records = {layer: torch.zeros(EXPERTS, LAYOUT.nbytes, dtype=torch.uint8) for layer in range(LAYERS)}
+    result: dict[str, Any] = {
+        "decode": [decode(records, link, cpu, slots) for link, cpu in SPEEDS for slots in (0, 64)]
+    }
+    result["prefill"] = [prefill(records, link, slots) for link in (2.0, 4.0) for slots in (0, 64)]
+    result["overhead"] = [overhead(records, slots) for slots in (0, 64, EXPERTS * LAYERS)]
+    show(result)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@contextmanager
+def speeds(records: dict[int, Tensor], cpu: float) -> Iterator[None]:
+    """Experts in RAM take as long as reading them at `cpu` GB/s would; on a device they take no time."""
+    in_ram = {layer.data_ptr() for layer in records.values()}
+
+    def wait(x: Tensor, at: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor) -> None:
+        if at.data_ptr() in in_ram:
+            time.sleep(len(set(slots.tolist())) * layout.nbytes / (cpu * GB))
+
+    def alone(x: Tensor, at: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
+        time.sleep(len(set(ids.flatten().tolist())) * layout.nbytes / (cpu * GB))
+        return torch.zeros_like(x)
+
+    with patch.object(ops, "expert_outputs", wait), patch.object(ops, "experts", alone):
+        yield
+
+
+def choices() -> list[list[Tensor]]:
+    """Experts by token and layer, unequally popular."""
+    draw = random.Random(0)
+    popularity = [[draw.expovariate(1) ** 2 for _ in range(EXPERTS)] for _ in range(LAYERS)]
+    tokens = []
+    for _ in range(TOKENS):
+        layers = [[*dict.fromkeys(draw.choices(range(EXPERTS), weights, k=400))][:PER_TOKEN] for weights in popularity]
+        tokens.append([torch.tensor([layer]) for layer in layers])
+    return tokens
+
+
+def decode(records: dict[int, Tensor], link: float, cpu: float, slots: int) -> dict[str, Any]:
+    """Milliseconds of a layer in each mode, and what link and CPU together would need for the same misses."""
+    result: dict[str, Any] = {"link_gb_s": link, "cpu_gb_s": cpu, "slots": slots}
+    x, weights = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN)
+    for mode in (Mode.CPU, Mode.STREAM, Mode.HYBRID):
+        with speeds(records, cpu):
+            experts = made(records, mode, link, cpu, slots)
+            start = time.perf_counter()
+            for token in choices():
+                for layer, ids in enumerate(token):
+                    experts.begin(layer, x, ids, weights)()
+            result[f"{mode}_ms"] = (time.perf_counter() - start) / TOKENS / LAYERS * 1e3
+            figures = experts.figures
+            experts.close()
+    missed = figures.misses * LAYOUT.nbytes / TOKENS / LAYERS
+    result["bound_ms"] = missed / ((link + cpu) * GB) * 1e3
+    result["hit_rate"] = figures.hit_rate
+    return result
+
+
+def prefill(records: dict[int, Tensor], link: float, slots: int) -> dict[str, Any]:
+    """Streamed layers against their bytes at the link's speed."""
+    ids = torch.stack([torch.randperm(EXPERTS)[:PER_TOKEN] for _ in range(PROMPT)])
+    x, weights = torch.zeros(PROMPT, LAYOUT.hidden_size), torch.ones(PROMPT, PER_TOKEN)
+    with speeds(records, 1e-3):
+        experts = made(records, Mode.STREAM, link, 1.0, slots)
+        before, start = experts.figures.fetched_bytes, time.perf_counter()
+        for layer in records:
+            experts.begin(layer, x, ids, weights)()
+        seconds = time.perf_counter() - start
+        fetched = experts.figures.fetched_bytes - before
+        assert experts.figures.streamed_layers == LAYERS
+        experts.close()
+    return {"link_gb_s": link, "slots": slots, "seconds": seconds, "of_bound": fetched / (link * GB) / seconds}
+
+
+class Done:
+    """An event of `Nowhere`."""
+
+    done, seconds = True, LAYOUT.nbytes / GB
+
+    def wait(self) -> None: ...
+
+
+class Nowhere(StandIn):
+    """A device that is done at once with what it is given, without doing it."""
+
+    def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
+        return Done()
+
+    def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
+        return Done()
+
+
+def overhead(records: dict[int, Tensor], slots: int) -> dict[str, float]:
+    """Microseconds of the caller's own processor time for a decoded layer, beside kernels."""
+    costs = Costs(LAYOUT.nbytes / GB, LAYOUT.nbytes / GB, 0.0)
+    placed = Slots(Nowhere(), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    experts = OffloadedExperts([Lane(placed, LAYOUT, records, Mode.HYBRID, costs)])
+    x, weights, tokens = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN), choices()
+    best = inf
+    with patch.object(ops, "expert_outputs", lambda *arguments: None), torch.inference_mode():
+        for _ in range(REPEATS):
+            start = time.thread_time()
+            for token in tokens:
+                for layer, ids in enumerate(token):
+                    experts.begin(layer, x, ids, weights)()
+            best = min(best, (time.thread_time() - start) / TOKENS / LAYERS * 1e6)
+    return {"slots": slots, "hit_rate": experts.figures.hit_rate, "us": best}
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table("link", "CPU", "slots", "hits", "CPU only", "stream", "hybrid", "of the better", "bound", "of bound")
+    for run in result["decode"]:
+        cpu, stream, hybrid, bound = (run[name] for name in ("cpu_ms", "stream_ms", "hybrid_ms", "bound_ms"))
+        table.add_row(
+            f"{run['link_gb_s']:g} GB/s", f"{run['cpu_gb_s']:g} GB/s", f"{run['slots']}", f"{run['hit_rate']:.0%}",
+            f"{cpu:.2f} ms", f"{stream:.2f} ms", f"{hybrid:.2f} ms", f"{min(cpu, stream) / hybrid:.2f} x",
+            f"{bound:.2f} ms", f"{bound / hybrid:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    for run in result["prefill"]:
+        speed, slots = f"{run['link_gb_s']:g} GB/s", run["slots"]
+        console.print(f"streamed prefill at {speed}, {slots} slots: {run['of_bound']:.1%} of bytes over link")
+    for run in result["overhead"]:
+        console.print(f"host time a layer, {run['slots']} slots, {run['hit_rate']:.0%} hits: {run['us']:.0f} µs")
+
+
+def made(records: dict[int, Tensor], mode: Mode, link: float, cpu: float, slots: int) -> OffloadedExperts:
+    """Experts on a stand-in; its first slots are filled."""
+    costs = Costs(LAYOUT.nbytes / (link * GB), LAYOUT.nbytes / (cpu * GB), 0.0)
+    made = Slots(StandIn(link=link), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    return OffloadedExperts([Lane(made, LAYOUT, records, mode, costs)])
+
+
+if __name__ == "__main__":
+    main()
