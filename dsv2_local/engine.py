@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv2_local.errors import ContextLengthError, InputError
 from dsv2_local.model import DecodeStep, Transformer
+from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.sampling import Sampler, SamplingParams
 
@@ -147,14 +148,16 @@ class Engine:
     def _decode(self, token: int, stats: Stats) -> Tensor:
         start = time.perf_counter()
         self._note([token])
-        logits = self._step.run(token)
+        with typed_errors():
+            logits = self._step.run(token)
         stats.decode_seconds += time.perf_counter() - start
         stats.context_used = self.cache.length
         return logits
 
     def _run(self, ids: list[int]) -> Tensor:
         self._note(ids)
-        return self.model.forward(torch.tensor(ids), self.cache)
+        with typed_errors():
+            return self.model.forward(torch.tensor(ids), self.cache)
 
     def _note(self, ids: list[int]) -> None:
         """Remember what a step will add before it runs, so that an interrupt leaves no unknown tokens in the cache."""

@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dsv2_local.errors import DeviceError, DeviceMemoryError
-from dsv2_local.offload.device import Event
+from dsv2_local.errors import DeviceMemoryError
+from dsv2_local.offload.device import Event, typed_errors
 
 REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
@@ -20,10 +20,8 @@ class CudaEvent:
         self.end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        try:
+        with typed_errors():
             self.end.synchronize()
-        except RuntimeError as error:
-            raise _typed(error) from error
 
     @property
     def done(self) -> bool:
@@ -73,17 +71,10 @@ class CudaDevice:
 
     def _on(self, stream: torch.cuda.Stream, work: Callable[[], object], after: Sequence[Event]) -> Event:
         event = CudaEvent()
-        try:
-            with torch.cuda.stream(stream):
-                for earlier in after:
-                    stream.wait_event(cast(CudaEvent, earlier).end)
-                event.start.record(stream)
-                work()
-                event.end.record(stream)
-        except RuntimeError as error:  # out of memory, too
-            raise _typed(error) from error
+        with typed_errors(), torch.cuda.stream(stream):
+            for earlier in after:
+                stream.wait_event(cast(CudaEvent, earlier).end)
+            event.start.record(stream)
+            work()
+            event.end.record(stream)
         return event
-
-
-def _typed(error: RuntimeError) -> DeviceError:
-    return DeviceError(f"{str(error).splitlines()[0]} (start again; if it happens often, see the driver's log)")

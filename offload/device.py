@@ -4,11 +4,14 @@ Copies and work run on their own, each kind in the order given and beside the ot
 `offload/cuda.py` is the GPU itself, `offload/stand_in.py` runs the same schedule without one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from dsv2_local.errors import DeviceError
 
 
 class Event(Protocol):
@@ -89,3 +92,18 @@ class Device(Protocol):
     def close(self) -> None:
         """Wait for what is under way and give everything back."""
         ...
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Have what torch raises of a GPU's memory and state be a DeviceError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{_first_line(error)} (use a shorter --context, or less memory with --vram)") from error
+    except torch.AcceleratorError as error:
+        raise DeviceError(f"{_first_line(error)} (start again; the driver's log may say more)") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -191,6 +191,22 @@ def test_a_device_that_keeps_failing_is_a_typed_error():
             answer(model)
 
 
+@pytest.mark.parametrize(
+    "raised", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), torch.AcceleratorError("lost")]
+)
+def test_what_torch_says_of_a_gpu_is_typed_and_the_sequence_stays(expected, raised, monkeypatch):
+    model = llm.load(context=512)
+    with monkeypatch.context() as patched:
+
+        def fail(*arguments: object) -> None:
+            raise raised
+
+        patched.setattr(model.engine.model, "forward", fail)
+        with pytest.raises(DeviceError, match=str(raised).splitlines()[0]):
+            answer(model)
+    assert answer(model) == expected
+
+
 def test_ctrl_c_amid_a_transfer_leaves_a_model_that_answers(tmp_path, expected):
     """In a process of its own, whose copies are slow enough to be interrupted."""
     script = tmp_path / "script.py"
