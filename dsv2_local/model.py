@@ -28,7 +28,13 @@ Weights = dict[str, Matrix | Tensor]
 
 
 class Experts(Protocol):
-    """Whoever holds the routed experts, wherever they are."""
+    """Whoever holds the routed experts, wherever they are.
+
+    Attributes:
+        replayable: whether a step is the same calls of kernels every time (`DecodeStep`).
+    """
+
+    replayable: bool
 
     def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
         """Σₖ weights[t, k] · expert[ids[t, k]](x[t]): x [T, D], ids int64 and weights fp32 [T, K] -> [T, D].
@@ -170,6 +176,11 @@ class Transformer:
         layers = range(config.num_hidden_layers)
         self.layers = [Block(config, view.under(f"model.layers.{layer}."), layer, experts) for layer in layers]
 
+    @property
+    def replayable(self) -> bool:
+        """Whether a step is the same calls every time, as far as the experts are concerned."""
+        return all(layer.mlp.routed_experts.replayable for layer in self.layers if isinstance(layer.mlp, MoE))
+
     def new_cache(self, context: int) -> LatentCache:
         """A cache of `context` tokens, empty."""
         dtype = ops.cache_dtype(self.layers[0].self_attn.w_uk.format, self.dtype, self.layers[0].where)
@@ -219,7 +230,7 @@ class DecodeStep:
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self.model, self.cache = model, cache
         self.recording: Recording | None = None
-        self._recordable = True
+        self._recordable = model.replayable
         self._ids = torch.empty(1, dtype=torch.int64)
         self._rotation = torch.empty_like(model.rotation(0, 1))
         self._logits = torch.empty(0)  # where a replay leaves them

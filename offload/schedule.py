@@ -267,6 +267,8 @@ class Lane:
 class OffloadedExperts:
     """The routed experts of a model whose other weights lie on one device or several."""
 
+    replayable = False
+
     def __init__(self, lanes: Sequence[Lane]) -> None:
         """Each layer belongs to one lane."""
         self.lanes = lanes

@@ -16,6 +16,8 @@ Progress = Callable[[int, int], None]
 class ResidentExperts:
     """Every expert where it is computed: in RAM, mapped from its file, or in the memory of its layer's GPU."""
 
+    replayable = True
+
     def __init__(self, layout: ExpertLayout, records: dict[int, Tensor]) -> None:
         """`records`: uint8 [E, layout.nbytes] by layer."""
         self._layout, self.records = layout, records

@@ -17,17 +17,16 @@ PASSAGE = 512  # tokens of a text that are read from an empty cache
 
 
 class Watched:
-    """Experts that note who was chosen.
+    """Experts that note who was chosen."""
 
-    The copy of the ids is deliberate: a torch operation keeps the step from being replayed without this.
-    """
+    replayable = False
 
     def __init__(self, experts: Experts) -> None:
         self.chosen: dict[int, list[int]] = {}
         self._experts = experts
 
     def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
-        self.chosen[layer] = ids.clone()[-1].tolist()
+        self.chosen[layer] = ids[-1].tolist()
         return self._experts.begin(layer, x, ids, weights)
 
 
