@@ -36,6 +36,7 @@ Model = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")]
 Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
+CacheKind = Annotated[str, typer.Option("--cache", help="How latents are kept: bf16, or int8 in 57 % of its memory.")]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels. Default: one a physical core.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
@@ -82,6 +83,7 @@ def chat(
     max_tokens: MaxTokens = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    cache: CacheKind = "bf16",
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -101,11 +103,11 @@ def chat(
 
         notice("standard input is not a terminal; answering it as `dsv2 run` would")
         text = gather_prompt(None, [], sys.stdin)
-        _run(_load(model, context, dtype, threads), text, options, system=system)
+        _run(_load(model, context, dtype, cache, threads), text, options, system=system)
         return
     from dsv2_local.chat import Chat
 
-    Chat(_load(model, context, dtype, threads), system, options).loop()
+    Chat(_load(model, context, dtype, cache, threads), system, options).loop()
 
 
 @app.command()
@@ -122,6 +124,7 @@ def run(
     max_tokens: MaxTokens = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    cache: CacheKind = "bf16",
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -138,7 +141,7 @@ def run(
     from dsv2_local.pipe import gather_prompt
 
     text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
-    llm = _load(model, context, dtype, threads)
+    llm = _load(model, context, dtype, cache, threads)
     _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats)
 
 
@@ -207,6 +210,7 @@ def bench(
     context: Annotated[
         str | None, typer.Option(help="Tokens in the cache before decoding. Default: 0,4096,32768.")
     ] = None,
+    cache: CacheKind = "bf16",
     threads: Threads = None,
     recipe: Annotated[
         str | None, typer.Option(help="Of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
@@ -218,7 +222,8 @@ def bench(
     text: Annotated[Path | None, typer.Option(help="With --trace: the text. Default: standard input.")] = None,
 ) -> None:
     """Measure how fast this machine runs a model, or would run one that is not there yet."""
-    from dsv2_local import bench
+    from dsv2_local import bench, llm
+    from dsv2_local.kernels.format import Cache
     from dsv2_local.quant.schema import Recipe
 
     if recipe is not None and recipe not in list(Recipe):
@@ -226,8 +231,10 @@ def bench(
     source = invocation.get_parameter_source("model")
     if random_weights is not None and source is not None and source.name == "ENVIRONMENT":
         model = None  # $DSV2_MODEL is only a default
+    if cache not in llm.CACHES:
+        raise InputError(f"--cache {cache} is not one of {', '.join(llm.CACHES)}")
     chosen = None if recipe is None else Recipe(recipe)
-    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen)
+    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen, Cache(cache))
     if trace is not None:
         bench.trace(request, trace, text)
         return
@@ -246,14 +253,14 @@ def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if values[name] is not None}
 
 
-def _load(model: str | None, context: int | None, dtype: str, threads: int | None) -> "LLM":
+def _load(model: str | None, context: int | None, dtype: str, cache: str, threads: int | None) -> "LLM":
     from dsv2_local import llm
     from dsv2_local.console import notice
     from dsv2_local.kernels import ops
 
     if model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
-    loaded = llm.load(model, context=context, dtype=dtype, threads=threads)
+    loaded = llm.load(model, context=context, dtype=dtype, cache=cache, threads=threads)
     for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.plan.notes):
         if warning:
             notice(warning)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv2_local.cache import LatentCache
 from dsv2_local.errors import ContextLengthError, InputError
+from dsv2_local.kernels.format import Cache
 from dsv2_local.model import DecodeStep, Transformer
 from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.sampling import Sampler, SamplingParams
@@ -57,11 +58,11 @@ class Step:
 class Engine:
     """A model with its cache. It runs one generation at a time; a new one ends the last."""
 
-    def __init__(self, model: Transformer, context: int, chunk: int = CPU_CHUNK) -> None:
-        """Allocate a cache of `context` tokens; prefill in steps of `chunk`."""
+    def __init__(self, model: Transformer, context: int, chunk: int = CPU_CHUNK, cache: Cache = Cache.BF16) -> None:
+        """Allocate a cache of `context` tokens, as `Transformer.cache_kind` has it; prefill in steps of `chunk`."""
         self.model = model
         self.chunk = chunk
-        self.cache = LatentCache(model.config, context, model.cache_dtype)
+        self.cache = LatentCache(model.config, context, model.cache_kind(cache))
         self._step = DecodeStep(model, self.cache)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0

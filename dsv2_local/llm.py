@@ -14,9 +14,10 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Progress, Stats, Step
 from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import Cache
 from dsv2_local.machine import memory_available
 from dsv2_local.model import Transformer
-from dsv2_local.offload.plan import Cache, Machine, Plan, Wish, default_context, plan
+from dsv2_local.offload.plan import Machine, Plan, Wish, default_context, plan
 from dsv2_local.offload.store import MappedExperts
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from dsv2_local.quant.schema import Kind
 from dsv2_local.sampling import GenerationConfig
 from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
 
+CACHES = (Cache.BF16, Cache.INT8)
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -76,11 +78,14 @@ class Generation(Iterator[Chunk]):
 class LLM:
     """A loaded model. It holds one sequence: a new generation ends the one before."""
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype, context: int | None, threads: int | None) -> None:
+    def __init__(
+        self, directory: Path, *, dtype: torch.dtype, context: int | None, cache: Cache, threads: int | None
+    ) -> None:
         """See `load`."""
         checkpoint = Checkpoint(directory)
         tokens = _context(context, checkpoint.config)
-        self.plan = _plan(checkpoint, tokens, dtype)
+        kv_b = checkpoint.recipe.format_of(Kind.KV_B)
+        self.plan = _plan(checkpoint, tokens, ops.cache_kind(kv_b, dtype, cache))
         self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
@@ -94,7 +99,7 @@ class LLM:
             self._end_tokens |= {self._tokenizer.eos_id}
         self.experts = MappedExperts.of(checkpoint)
         model = Transformer(self.config, checkpoint.dense(), self.experts, dtype)
-        self.engine = Engine(model, tokens)
+        self.engine = Engine(model, tokens, cache=cache)
 
     @property
     def context(self) -> int:
@@ -212,6 +217,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     context: int | None = None,
+    cache: str = Cache.BF16,
     threads: int | None = None,
 ) -> LLM:
     """Load a converted checkpoint; its experts are mapped, not copied.
@@ -219,9 +225,9 @@ def load(
     Args:
         model: a directory, a hub repository that holds a converted checkpoint, or None for the bundled dsv2-nano.
         device: "auto" or "cpu".
-        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU. The cache is bfloat16 with the native
-            kernels, and as the activations without them.
+        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU.
         context: tokens that prompt and answer may have together; None: 8,192, or the model's own limit if that is less.
+        cache: how latents are kept, "bf16" (without the native kernels: as the activations) or "int8", in 57 % of that.
         threads: of the CPU kernels; None: one for each physical core that this process may use.
 
     Raises:
@@ -234,8 +240,10 @@ def load(
         raise InputError(f"device {device!r} is not available in this version; use 'auto' or 'cpu'")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
+    if cache not in CACHES:
+        raise InputError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
-    return LLM(directory, dtype=DTYPES[dtype], context=context, threads=threads)
+    return LLM(directory, dtype=DTYPES[dtype], context=context, cache=Cache(cache), threads=threads)
 
 
 def bundled_model() -> Path:
@@ -243,15 +251,13 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "nano"
 
 
-def _plan(checkpoint: Checkpoint, context: int, dtype: torch.dtype) -> Plan:
+def _plan(checkpoint: Checkpoint, context: int, cache: Cache) -> Plan:
     """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
     machine = Machine((), memory_available(), available=True)
-    latents = ops.cache_dtype(checkpoint.recipe.format_of(Kind.KV_B), dtype)
-    cache = Cache.BF16 if latents is torch.bfloat16 else Cache.FP32
     try:
         return plan(Wish(checkpoint.config, checkpoint.recipe, context, cache), machine)
     except PlanError as error:
-        remedies = tuple(remedy for remedy in error.remedies if remedy.startswith("--context"))
+        remedies = tuple(remedy for remedy in error.remedies if remedy.startswith(("--cache", "--context")))
         raise PlanError(error.where, error.shortfall, remedies) from None
 
 

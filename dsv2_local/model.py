@@ -17,6 +17,7 @@ from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.cpu.recording import Recording
+from dsv2_local.kernels.format import Cache
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.rope import Rope
 
@@ -75,7 +76,7 @@ class Attention:
         c, T = self.config, x.shape[0]
         q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
         kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
-        latents = cache.layers[self.layer]  # [context, C + P]
+        latents = cache.layers[self.layer]  # [context, …]
         ops.write_latents(latents, cache.filled, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
         out = ops.attention(q, rotation, latents, cache.filled, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
         return ops.linear(out, self.o_proj)
@@ -149,10 +150,9 @@ class Transformer:
         layers = range(config.num_hidden_layers)
         self.layers = [Block(config, view.under(f"model.layers.{layer}."), layer, experts) for layer in layers]
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """The type of the latents in the cache."""
-        return ops.cache_dtype(self.layers[0].self_attn.w_uk.format, self.dtype)
+    def cache_kind(self, asked: Cache = Cache.BF16) -> Cache:
+        """How the cache keeps latents; see `ops.cache_kind`."""
+        return ops.cache_kind(self.layers[0].self_attn.w_uk.format, self.dtype, asked)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:

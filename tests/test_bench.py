@@ -345,7 +345,7 @@ def test_a_random_model_computes_and_chooses_varied_experts(changes, quick):
 
     network = Transformer(config, model.weights, Watched(model.layout, model.records), torch.float32)
     ids = torch.randint(config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
-    logits = network.logits(network.forward(ids, LatentCache(config, 64, network.cache_dtype)))
+    logits = network.logits(network.forward(ids, LatentCache(config, 64, network.cache_kind())))
     assert torch.isfinite(logits).all()
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(1).unique()) > 16

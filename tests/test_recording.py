@@ -44,7 +44,7 @@ def model(recipe: Recipe = Recipe.NF4, dtype: torch.dtype = torch.float32, **cha
 
 
 def cache(of: Transformer, context: int = 48) -> LatentCache:
-    return LatentCache(of.config, context, of.cache_dtype)
+    return LatentCache(of.config, context, of.cache_kind())
 
 
 def computed(of: Transformer, tokens: list[int]) -> list[Tensor]:

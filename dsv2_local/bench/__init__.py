@@ -63,14 +63,15 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     subject = prepare(plan, threads, progress)
     reader = Reader(subject.records, plan.read_bytes, threads)
     steps, contexts = plan.lengths.decode, plan.lengths.contexts
-    engine = Engine(subject.model, max(plan.lengths.cache, plan.warm_up_tokens + 1))
+    context = max(plan.lengths.cache, plan.warm_up_tokens + 1)
+    engine = Engine(subject.model, context, cache=plan.request.cache)
     timing.prefill(engine, plan.warm_up_tokens, progress)
     prefill = [timing.measure_prefill(engine, tokens, progress) for tokens in plan.lengths.prompts]
     decode = [timing.measure_decode(engine, context, steps, reader, progress) for context in contexts]
     parts = timing.measure_parts(engine, contexts[0], steps, progress)
     return {
         "machine": report.machine_facts(decode, matmul, threads),
-        "model": report.model_facts(subject),
+        "model": report.model_facts(subject, plan.request.cache),
         "prefill": [report.prefill_facts(run, subject) for run in prefill],
         "decode": [report.decode_facts(run, subject) for run in decode],
         "parts": report.part_facts(parts, steps),
