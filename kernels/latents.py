@@ -54,7 +54,7 @@ def dequantize_latents(rows: Tensor, rank: int) -> Tensor:
 def _blocks(x: Tensor) -> Tensor:
     """[T, C] to [T, B, 64], with zeros in the end."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
-    return padded.view(len(x), -1, BLOCK)
+    return padded.view(len(x), padded.shape[1] // BLOCK, BLOCK)
 
 
 def _next_bf16(x: Tensor) -> Tensor:

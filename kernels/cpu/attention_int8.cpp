@@ -231,13 +231,27 @@ void soften(float (*scores)[ROWS], int64_t n, const int32_t* limits, Running<ROW
     if (n % 2) std::memset(scores[n], 0, sizeof *scores);
 }
 
-// A block's weights as pairs of 16-bit numbers: weights[s / 2][row] of p[s][row] · scales[s] / unit.
-void pack_weights(const float (*p)[ROWS], const Chunk& chunk, int64_t b, float unit, int32_t (*weights)[ROWS]) {
-    const float inverse = unit > 0 ? 1.0f / unit : 0.0f;
-    for (int64_t s = 0; s < chunk.n; s += 2) {
-        const int64_t next = std::min(s + 1, chunk.n - 1);
-        const float first = chunk.scales[s * chunk.blocks + b] * inverse, second = chunk.scales[next * chunk.blocks + b] * inverse;
-        for (int at = 0; at < ROWS; at += LANES) {
+// What a step of a row's weights is in block b, so that the largest there can be is WEIGHT_LEVELS: from the positions that
+// the row sees alone, since its result must not depend on which other rows there are.
+void find_units(const Chunk& chunk, int64_t b, const int32_t* limits, float* units) {
+    for (int row = 0; row < ROWS; row++) {
+        if (row && limits[row] == limits[row - 1]) {
+            units[row] = units[row - 1];
+            continue;
+        }
+        float largest = 0;
+        for (int64_t s = 0; s < limits[row]; s++) largest = std::max(largest, chunk.scales[s * chunk.blocks + b]);
+        units[row] = largest / WEIGHT_LEVELS;
+    }
+}
+
+// A block's weights as pairs of 16-bit numbers: weights[s / 2][row] of p[s][row] · scales[s] / units[row].
+void pack_weights(const float (*p)[ROWS], const Chunk& chunk, int64_t b, const float* units, int32_t (*weights)[ROWS]) {
+    for (int at = 0; at < ROWS; at += LANES) {
+        const Vec unit = load(units + at), inverse = unit > 0.0f ? 1.0f / unit : Vec{};
+        for (int64_t s = 0; s < chunk.n; s += 2) {
+            const int64_t next = std::min(s + 1, chunk.n - 1);
+            const Vec first = inverse * chunk.scales[s * chunk.blocks + b], second = inverse * chunk.scales[next * chunk.blocks + b];
             const Int low = round_to_int(load(p[s] + at) * first), high = round_to_int(load(p[s + 1] + at) * second);
             store_int(weights[s / 2] + at, low | high << 16);
         }
@@ -245,14 +259,13 @@ void pack_weights(const float (*p)[ROWS], const Chunk& chunk, int64_t b, float u
 }
 
 // out[row][c] = out[row][c] · keep[row] + Σ_s p[s][row] · add[row] · latents[s][c].
-void mix(const float (*p)[ROWS], const Chunk& chunk, const float* keep, const float* add, float* out) {
+void mix(const float (*p)[ROWS], const Chunk& chunk, const int32_t* limits, const float* keep, const float* add, float* out) {
     alignas(64) int32_t weights[CHUNK / 2][ROWS];
+    alignas(64) float units[ROWS];
     const int64_t width = chunk.blocks * BLOCK;
     for (int64_t b = 0; b < chunk.blocks; b++) {
-        float largest = 0;
-        for (int64_t s = 0; s < chunk.n; s++) largest = std::max(largest, chunk.scales[s * chunk.blocks + b]);
-        const float unit = largest / WEIGHT_LEVELS;
-        pack_weights(p, chunk, b, unit, weights);
+        find_units(chunk, b, limits, units);
+        pack_weights(p, chunk, b, units, weights);
         for (int64_t c = b * BLOCK; c < (b + 1) * BLOCK; c += STRIP) {
             const Code* strip = chunk.codes + chunk.place(0, c);
             for (int row = 0; row < ROWS; row += MIXED) {
@@ -270,7 +283,7 @@ void mix(const float (*p)[ROWS], const Chunk& chunk, const float* keep, const fl
                     in_order(columns);
                     for (int v = 0; v < 2; v++) {
                         float* to = out + (row + r) * width + c + v * LANES;
-                        store(to, fma(columns[v], splat(unit * add[row + r]), load(to) * keep[row + r]));
+                        store(to, fma(columns[v], splat(units[row + r] * add[row + r]), load(to) * keep[row + r]));
                     }
                 }
             }
@@ -313,7 +326,7 @@ void absorbed_int8(const Shape& shape, const float* latent, const float* rope, f
         for (int r = 0; r < ROWS; r++) limits[r] = int32_t(std::clamp<int64_t>(shape.seen_by(pass * ROWS + r) - s, 0, n));
         score(queries_of(pass), chunk, weights);
         soften(weights, n, limits, state, keep, add);
-        mix(weights, chunk, keep, add, out);
+        mix(weights, chunk, limits, keep, add, out);
     });
 }
 
