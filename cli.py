@@ -39,6 +39,7 @@ Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda (all GPUs), or some of them: cuda:0,cuda:1.")]
 Experts = Annotated[str, typer.Option(help="Who computes routed experts: gpu, cpu, stream, hybrid or auto.")]
 Vram = Annotated[str | None, typer.Option(help="Of each GPU at most this much: 8GiB, or 8GiB,24GiB.")]
+CacheKind = Annotated[str, typer.Option("--cache", help="How latents are kept: bf16, or int8 in 57 % of its memory.")]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels. Default: one a physical core.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
@@ -88,6 +89,7 @@ def chat(
     device: Device = "auto",
     experts: Experts = "auto",
     vram: Vram = None,
+    cache: CacheKind = "bf16",
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -134,6 +136,7 @@ def run(
     device: Device = "auto",
     experts: Experts = "auto",
     vram: Vram = None,
+    cache: CacheKind = "bf16",
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -221,6 +224,7 @@ def bench(
     context: Annotated[
         str | None, typer.Option(help="Tokens in the cache before decoding. Default: 0,4096,32768.")
     ] = None,
+    cache: CacheKind = "bf16",
     threads: Threads = None,
     recipe: Annotated[
         str | None, typer.Option(help="Of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
@@ -232,7 +236,8 @@ def bench(
     text: Annotated[Path | None, typer.Option(help="With --trace: the text. Default: standard input.")] = None,
 ) -> None:
     """Measure how fast this machine runs a model, or would run one that is not there yet."""
-    from dsv2_local import bench
+    from dsv2_local import bench, llm
+    from dsv2_local.kernels.format import Cache
     from dsv2_local.quant.schema import Recipe
 
     if recipe is not None and recipe not in list(Recipe):
@@ -240,8 +245,10 @@ def bench(
     source = invocation.get_parameter_source("model")
     if random_weights is not None and source is not None and source.name == "ENVIRONMENT":
         model = None  # $DSV2_MODEL is only a default
+    if cache not in llm.CACHES:
+        raise InputError(f"--cache {cache} is not one of {', '.join(llm.CACHES)}")
     chosen = None if recipe is None else Recipe(recipe)
-    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen)
+    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen, Cache(cache))
     if trace is not None:
         bench.trace(request, trace, text)
         return
@@ -255,7 +262,7 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-_PLACEMENT = ("model", "context", "dtype", "device", "experts", "vram", "threads")
+_PLACEMENT = ("model", "context", "dtype", "cache", "device", "experts", "vram", "threads")
 
 
 def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Per token and layer it keeps the normed latent (kv_lora_rank, 512 numbers in the
 rope key that all heads share (qk_rope_head_dim, 64): 576 numbers, where plain keys and values of 128 heads would
 be 40,960. In bf16 that is 1,152 bytes per token and layer: 69,120 per token of the 236B model (60 layers),
 8.44 GiB at 128K tokens; 31,104 and 3.80 GiB for V2-Lite (27 layers). fp32, which the torch reference keeps, doubles it.
+With latents of 8 bits (`kernels/latents.py`) it is 512 + 8 · 2 + 64 · 2 = 656 bytes: 39,360 per token and 4.80 GiB at
+128K, for V2-Lite 17,712 and 2.16 GiB.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ContextLengthError
+from dsv2_local.kernels.format import Cache
+from dsv2_local.kernels.latents import row_shape
 
 Allocate = Callable[[int], Tensor]
 """Bytes to memory: uint8 [nbytes], with any contents."""
@@ -23,29 +27,30 @@ def in_ram(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+def bytes_per_token(config: ModelConfig, kind: Cache = Cache.BF16) -> int:
     """Bytes the cache takes for one token over all layers."""
-    return config.num_hidden_layers * config.latent_dim * dtype.itemsize
+    return config.num_hidden_layers * kind.bytes_per_token_and_layer(config)
 
 
 class LatentCache:
-    """Latents of one sequence, allocated up front: for each layer [context, kv_lora_rank + qk_rope_head_dim].
+    """Latents of one sequence, allocated up front: for each layer [context, a row as `kernels.latents` has it].
 
     A step writes its tokens layer by layer at `length` and advances once, so that a step that fails half way
     leaves the sequence as it was.
     """
 
     def __init__(
-        self, config: ModelConfig, context: int, dtype: torch.dtype, allocate: Sequence[Allocate] | None = None
+        self, config: ModelConfig, context: int, kind: Cache, allocate: Sequence[Allocate] | None = None
     ) -> None:
         """`allocate` makes each layer's memory; None: RAM."""
-        self.context = context
+        self.context, self.kind = context, kind
         self.filled = torch.zeros(1, dtype=torch.int64)
         """`length`, where kernels find it: a replayed step has no other way to learn its position."""
-        nbytes = context * config.latent_dim * dtype.itemsize
+        width, dtype = row_shape(kind, config.kv_lora_rank, config.qk_rope_head_dim)
+        nbytes = context * width * dtype.itemsize
         made = (make(nbytes) for make in allocate or [in_ram] * config.num_hidden_layers)
-        self.layers = [memory.view(dtype).view(context, config.latent_dim) for memory in made]
-        """Each layer's rows [context, C + P], of which the first `length` are written."""
+        self.layers = [memory.view(dtype).view(context, width) for memory in made]
+        """Each layer's rows [context, …], of which the first `length` are written."""
 
     @property
     def nbytes(self) -> int:

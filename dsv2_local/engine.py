@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import ContextLengthError, InputError
+from dsv2_local.kernels.format import Cache
 from dsv2_local.model import DecodeStep, Transformer
 from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
@@ -57,11 +58,11 @@ class Step:
 class Engine:
     """A model with its cache. It runs one generation at a time; a new one ends the last."""
 
-    def __init__(self, model: Transformer, context: int, chunk: int = CPU_CHUNK) -> None:
-        """Allocate a cache of `context` tokens; prefill in steps of `chunk`."""
+    def __init__(self, model: Transformer, context: int, chunk: int = CPU_CHUNK, cache: Cache = Cache.BF16) -> None:
+        """Allocate a cache of `context` tokens, as `Transformer.cache_kind` has it; prefill in steps of `chunk`."""
         self.model = model
         self.chunk = chunk
-        self.cache = model.new_cache(context)
+        self.cache = model.new_cache(context, cache)
         self._step = DecodeStep(model, self.cache)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0

@@ -16,9 +16,10 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Stats, Step
 from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import Cache
 from dsv2_local.machine import lockable_memory, memory_available
 from dsv2_local.offload.device import Device
-from dsv2_local.offload.plan import CONTEXT_BYTES, RATES, Cache, Machine, Mode, Plan, Rates, Wish, default_context, plan
+from dsv2_local.offload.plan import CONTEXT_BYTES, RATES, Machine, Mode, Plan, Rates, Wish, default_context, plan
 from dsv2_local.offload.split import Costs
 from dsv2_local.offload.store import Progress
 from dsv2_local.quant import hub
@@ -27,6 +28,7 @@ from dsv2_local.quant.schema import Kind
 from dsv2_local.sampling import GenerationConfig
 from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
 
+CACHES = (Cache.BF16, Cache.INT8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -86,6 +88,7 @@ class LLM:
         dtype: torch.dtype,
         context: int | None,
         threads: int | None,
+        cache: Cache = Cache.BF16,
         experts: Mode = Mode.AUTO,
         devices: Sequence[Device] = (),
         vram: Sequence[int] | None = None,
@@ -94,8 +97,10 @@ class LLM:
     ) -> None:
         """See `load`; `devices` are the GPUs to use, `costs` what `placement.on_devices` takes."""
         checkpoint = Checkpoint(directory)
-        tokens = _context(context, checkpoint.config)
-        self.plan = _plan(checkpoint, tokens, dtype, experts, devices, vram)
+        where = devices[0].where if devices else ops.RAM
+        kept = ops.cache_kind(checkpoint.recipe.format_of(Kind.KV_B), dtype, cache, where)
+        wish = Wish(checkpoint.config, checkpoint.recipe, _context(context, checkpoint.config), kept, experts)
+        self.plan = _plan(wish, devices, vram)
         self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
@@ -114,7 +119,7 @@ class LLM:
             else placement.in_ram(source, dtype)
         )
         self.experts = self._placed.experts
-        self.engine = Engine(self._placed.model, tokens, self.plan.chunk)
+        self.engine = Engine(self._placed.model, wish.context, self.plan.chunk, cache=cache)
 
     def __enter__(self) -> "LLM":
         return self
@@ -252,6 +257,7 @@ def load(
     vram: Sequence[int] | None = None,
     dtype: str = "auto",
     context: int | None = None,
+    cache: str = Cache.BF16,
     threads: int | None = None,
     progress: Progress = lambda done, of: None,
 ) -> LLM:
@@ -262,9 +268,9 @@ def load(
         device: "cpu", "cuda" (all GPUs), or some of them: "cuda:0,cuda:1"; "auto" is "cpu" in this version.
         experts: who computes routed experts: "gpu", "cpu", "stream", "hybrid" or "auto" (`offload.plan.Mode`).
         vram: bytes of each GPU that may be used at most; None: all that are free.
-        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU, bfloat16 on GPUs. The cache is
-            bfloat16 with the native kernels, and as the activations without them.
+        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU, bfloat16 on GPUs.
         context: tokens that prompt and answer may have together; None: 8,192, or the model's own limit if that is less.
+        cache: how latents are kept, "bf16" (without the native kernels: as the activations) or "int8", in 57 % of that.
         threads: of the CPU kernels; None: one for each physical core that this process may use.
         progress: called with the bytes of experts that were brought to page-locked RAM, and of those that will be.
 
@@ -279,12 +285,14 @@ def load(
         raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
     if experts not in list(Mode):
         raise InputError(f"experts {experts!r} is not one of {', '.join(Mode)}")
+    if cache not in CACHES:
+        raise InputError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
     devices = _devices(device)
     chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
     return LLM(
-        directory, dtype=chosen, context=context, threads=threads, experts=Mode(experts), devices=devices, vram=vram,
-        progress=progress,
+        directory, dtype=chosen, context=context, threads=threads, cache=Cache(cache), experts=Mode(experts),
+        devices=devices, vram=vram, progress=progress,
     )  # fmt: skip
 
 
@@ -315,17 +323,10 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "nano"
 
 
-def _plan(
-    checkpoint: Checkpoint,
-    context: int,
-    dtype: torch.dtype,
-    experts: Mode,
-    devices: Sequence[Device],
-    vram: Sequence[int] | None,
-) -> Plan:
+def _plan(wish: Wish, devices: Sequence[Device], vram: Sequence[int] | None) -> Plan:
     """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
-    if not devices and experts not in (Mode.AUTO, Mode.CPU):
-        raise InputError(f"--experts {experts} needs a GPU (--device cuda); without one the CPU computes them")
+    if not devices and wish.experts not in (Mode.AUTO, Mode.CPU):
+        raise InputError(f"--experts {wish.experts} needs a GPU (--device cuda); without one the CPU computes them")
     if not devices and vram is not None:
         raise InputError("--vram needs a GPU (--device cuda)")
     limits = list(vram) if vram is not None else [device.free + CONTEXT_BYTES for device in devices]
@@ -335,13 +336,10 @@ def _plan(
     free = tuple(min(limit, device.free + CONTEXT_BYTES) for limit, device in zip(limits, devices, strict=True))
     rates = replace(Rates(), **measured.load(RATES))
     machine = Machine(free, memory_available(), lockable_memory(), available=True, rates=rates)
-    where = devices[0].where if devices else ops.RAM
-    latents = ops.cache_dtype(checkpoint.recipe.format_of(Kind.KV_B), dtype, where)
-    cache = Cache.BF16 if latents is torch.bfloat16 else Cache.FP32
     try:
-        return plan(Wish(checkpoint.config, checkpoint.recipe, context, cache, experts), machine)
+        return plan(wish, machine)
     except PlanError as error:
-        options = ("--context", "--experts") if devices else ("--context",)
+        options = ("--cache", "--context", "--experts")
         remedies = tuple(remedy for remedy in error.remedies if remedy.startswith(options))
         raise PlanError(error.where, error.shortfall, remedies) from None
 

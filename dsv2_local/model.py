@@ -18,6 +18,7 @@ from dsv2_local.cache import Allocate, LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.cpu.recording import Recording
+from dsv2_local.kernels.format import Cache
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.rope import Rope
 
@@ -86,7 +87,7 @@ class Attention:
         c, T = self.config, x.shape[0]
         q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
         kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
-        latents = cache.layers[self.layer]  # [context, C + P]
+        latents = cache.layers[self.layer]  # [context, …]
         ops.write_latents(latents, cache.filled, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
         out = ops.attention(q, rotation, latents, cache.filled, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
         return ops.linear(out, self.o_proj)
@@ -181,10 +182,11 @@ class Transformer:
         """Whether a step is the same calls every time, as far as the experts are concerned."""
         return all(layer.mlp.routed_experts.replayable for layer in self.layers if isinstance(layer.mlp, MoE))
 
-    def new_cache(self, context: int) -> LatentCache:
-        """A cache of `context` tokens, empty."""
-        dtype = ops.cache_dtype(self.layers[0].self_attn.w_uk.format, self.dtype, self.layers[0].where)
-        return LatentCache(self.config, context, dtype, self._allocate)
+    def new_cache(self, context: int, kind: Cache = Cache.BF16) -> LatentCache:
+        """A cache of `context` tokens, empty, whose latents are kept as `ops.cache_kind` makes of `kind`."""
+        first = self.layers[0]
+        kept = ops.cache_kind(first.self_attn.w_uk.format, self.dtype, kind, first.where)
+        return LatentCache(self.config, context, kept, self._allocate)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:

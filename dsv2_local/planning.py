@@ -15,8 +15,9 @@ from dsv2_local import measured
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice, report_console
 from dsv2_local.errors import InputError
+from dsv2_local.kernels.format import Cache
 from dsv2_local.machine import lockable_memory, memory_available
-from dsv2_local.offload.plan import GIB, RATES, Cache, Machine, Mode, Plan, Rates, Share, Wish, default_context, plan
+from dsv2_local.offload.plan import GIB, RATES, Machine, Mode, Plan, Rates, Share, Wish, default_context, plan
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.released import read_config, stored_recipe
 from dsv2_local.sizes import size

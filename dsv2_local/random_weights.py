@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv2_local.cache import bytes_per_token
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError
-from dsv2_local.kernels.format import BLOCK, ROWS, ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.format import BLOCK, ROWS, Cache, ExpertLayout, Format, matrix_nbytes
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, pack_int8, pack_nf4, unpack_int8, unpack_nf4
 from dsv2_local.machine import memory_available
 from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout, stored_bytes
@@ -58,8 +58,8 @@ def weight_bytes(config: ModelConfig, recipe: Recipe) -> int:
     return dense + len(config.moe_layers) * config.n_routed_experts * expert_layout(config, recipe).nbytes
 
 
-def require_memory(config: ModelConfig, recipe: Recipe, *, context: int, dtype: torch.dtype, other: int) -> None:
-    """Refuse a model that does not fit beside a cache of `context` tokens of `dtype` and `other` bytes.
+def require_memory(config: ModelConfig, recipe: Recipe, *, context: int, cache: Cache, other: int) -> None:
+    """Refuse a model that does not fit beside a cache of `context` tokens and `other` bytes.
 
     Raises:
         InputError: with the bytes needed and available, and the number of layers that would fit.
@@ -68,17 +68,17 @@ def require_memory(config: ModelConfig, recipe: Recipe, *, context: int, dtype: 
 
     def needed(layers: int) -> int:
         cut = replace(config, num_hidden_layers=layers)
-        return weight_bytes(cut, recipe) + context * bytes_per_token(cut, dtype) + other
+        return weight_bytes(cut, recipe) + context * bytes_per_token(cut, cache) + other
 
     layers = config.num_hidden_layers
     if needed(layers) <= available:
         return
     fitting = [n for n in range(_least_layers(config), layers) if needed(n) <= available]
     remedy = f"--layers {fitting[-1]} fits" if fitting else "free memory or ask for a shorter --context"
-    weights, cache = weight_bytes(config, recipe), context * bytes_per_token(config, dtype)
+    weights, latents = weight_bytes(config, recipe), context * bytes_per_token(config, cache)
     raise InputError(
         f"{layers} layers need {needed(layers) / 1e9:,.2f} GB (weights {weights / 1e9:,.2f}, cache of {context:,} "
-        f"tokens {cache / 1e9:,.2f}, working memory {other / 1e9:,.2f}) and {available / 1e9:,.2f} GB are available; "
+        f"tokens {latents / 1e9:,.2f}, working memory {other / 1e9:,.2f}) and {available / 1e9:,.2f} GB are available; "
         f"{remedy}"
     )
 

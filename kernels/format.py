@@ -1,7 +1,12 @@
-"""The formats of weights and the bytes that they take; how the bytes lie is `kernels.layout`. No torch."""
+"""The formats of weights and of the latent cache, and the bytes that they take. No torch.
+
+How the bytes lie is `kernels.layout`, for the cache `kernels.latents`.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+from dsv2_local.config import ModelConfig
 
 ROWS = 8
 BLOCK = 64
@@ -18,6 +23,26 @@ class Format(StrEnum):
     def bits(self) -> float:
         """Bits per weight of a matrix that needs no padding."""
         return {Format.NF4: 4.25, Format.INT8: 8.25, Format.BF16: 16.0}[self]
+
+
+class Cache(StrEnum):
+    """How the latent cache is stored."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP32 = "fp32"
+    """As the torch reference keeps it."""
+
+    def bytes_per_token_and_layer(self, config: ModelConfig) -> int:
+        """2 or 4 bytes a number; int8: latents of 8 bits with a 16-bit scale a 64, the rope key in bf16."""
+        if self is not Cache.INT8:
+            return (2 if self is Cache.BF16 else 4) * config.latent_dim
+        return latent_nbytes(config.kv_lora_rank, config.qk_rope_head_dim)
+
+
+def latent_nbytes(rank: int, rope: int) -> int:
+    """Bytes of an 8-bit row of the cache: 656 in the released models, where rank is 512 and rope 64."""
+    return rank + 2 * -(-rank // BLOCK) + 2 * rope
 
 
 def matrix_nbytes(format: Format, rows: int, cols: int) -> int:

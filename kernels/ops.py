@@ -12,13 +12,13 @@ from torch import Tensor
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import cpu, reference
 from dsv2_local.kernels.cpu.recording import Recording
-from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.format import Cache, ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine import Threads, choose_threads
 from dsv2_local.numa import spread_memory
 
 __all__ = [
-    "add", "attention", "cache_dtype", "combine", "embedding", "expert_outputs", "experts", "linear", "recording",
+    "add", "attention", "cache_kind", "combine", "embedding", "expert_outputs", "experts", "linear", "recording",
     "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "variant", "write_latents",
 ]  # fmt: skip
 
@@ -56,12 +56,13 @@ def set_threads(requested: int | None, format: Format) -> Threads:
     return threads
 
 
-def cache_dtype(kv_b: Format, dtype: torch.dtype, where: torch.device = RAM) -> torch.dtype:
-    """The type of latents that `attention` wants: bf16 for the native kernels, else that of the activations.
+def cache_kind(kv_b: Format, dtype: torch.dtype, asked: Cache, where: torch.device = RAM) -> Cache:
+    """How latents will be kept: as asked, but where the torch reference computes in fp32 it keeps fp32 for bf16.
 
     The native kernels compute in RAM, where they know the format of both halves of kv_b.
     """
-    return torch.bfloat16 if where == RAM and cpu.kernels() and kv_b in cpu.FORMATS else dtype
+    native = where == RAM and cpu.kernels() and kv_b in cpu.FORMATS
+    return Cache.FP32 if asked is Cache.BF16 and not native and dtype == torch.float32 else asked
 
 
 def recording() -> Recording | None:
@@ -143,7 +144,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
     """Fill the next rows of a layer's cache; see `reference.write_latents`."""
     native = _native_for(latents)
-    if native and latents.dtype == torch.bfloat16:
+    if native and latents.dtype in cpu.CACHES:
         return native.write_latents(latents, length, kv_a, weight, eps, rotation)
     return reference.write_latents(latents, length, kv_a, weight, eps, rotation)
 
@@ -157,10 +158,10 @@ def attention(
     T·(N + P + V) and C·(N + V) once to rebuild key and value.
     """
     T, N, C, V = len(q), w_uk.cols, w_uv.cols, w_uv.rows // q.shape[1]
-    P = latents.shape[1] - C
+    P = q.shape[2] - N
     absorb = T * (2 * C + P) <= T * (N + P + V) + C * (N + V)
     native = _native(w_uk)
     # The native products of one head take whole groups of 8 rows.
-    if native and latents.dtype == torch.bfloat16 and C % 8 == 0 and V % 8 == 0:
+    if native and latents.dtype in cpu.CACHES and C % 8 == 0 and V % 8 == 0:
         return native.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)
     return reference.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)

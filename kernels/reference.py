@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels.format import BLOCK, ROWS, ExpertLayout, Format
+from dsv2_local.kernels.latents import read_rows, write_rows
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, unpack_int8, unpack_nf4
 from dsv2_local.rope import rotate
 
@@ -140,9 +141,8 @@ def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor,
     recorded step can be replayed at the next position.
     """
     C = len(weight)
-    rows = latents[int(length) :][: len(kv_a)]
-    rows[:, :C] = rms_norm(kv_a[:, :C], weight, eps)
-    rows[:, C:] = rotate(kv_a[:, C:], rotation)
+    made = torch.cat((rms_norm(kv_a[:, :C], weight, eps), rotate(kv_a[:, C:], rotation)), 1)
+    write_rows(latents[int(length) :][: len(kv_a)], made, C)
 
 
 def attention(
@@ -159,7 +159,8 @@ def attention(
 
     Args:
         q: [T, H, N + P], not yet rotated; rotation: complex64 [T, P/2].
-        latents: a layer's cache, normed latents and rotated rope keys: [S, C + P], and more after them.
+        latents: a layer's cache, normed latents and rotated rope keys: [S, C + P] or 8-bit rows (`kernels.latents`),
+            and more after them.
         length: int64 [1], the positions before the queries': S = length + T.
         w_uk: [H·C, N]; w_uv: [H·V, C].
         scale: multiplies the scores; from N + P, whatever the form.
@@ -169,10 +170,10 @@ def attention(
         [T, H·V].
     """
     P = 2 * rotation.shape[1]
-    latents = latents[: int(length) + len(q)]
+    seen = read_rows(latents[: int(length) + len(q)], w_uv.cols, q.dtype)
     q_nope, q_rope = torch.split(q, [q.shape[2] - P, P], dim=2)
     form = absorbed_attention if absorb else materialized_attention
-    return form(q_nope, rotate(q_rope, rotation), latents.to(q.dtype), w_uk, w_uv, scale)
+    return form(q_nope, rotate(q_rope, rotation), seen, w_uk, w_uv, scale)
 
 
 def absorbed_attention(

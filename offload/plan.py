@@ -14,6 +14,7 @@ from math import prod
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import PlanError
+from dsv2_local.kernels.format import Cache
 from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, active_weights, dense_files, expert_layout, stored_bytes
 
 GB, GIB, MIB = 10**9, 1 << 30, 1 << 20
@@ -36,21 +37,6 @@ CONTEXT_STEP, MOST_GIB = 1024, 4096  # of the remedies that are tried
 # Shares of a memory's bandwidth that kernels reach; docs/log.md has the CPU's, the GPU's is a target.
 CPU_EFFICIENCY, GPU_EFFICIENCY, LINK_EFFICIENCY = 0.85, 0.8, 0.9
 UNLOCKED = 0.5  # of the link's speed, where RAM is not page-locked and every copy goes through the driver's buffer
-
-
-class Cache(StrEnum):
-    """How the latent cache is stored."""
-
-    BF16 = "bf16"
-    INT8 = "int8"
-    FP32 = "fp32"
-    """As the torch reference keeps it."""
-
-    def bytes_per_token_and_layer(self, config: ModelConfig) -> int:
-        """2 or 4 bytes a number; int8: latents of 8 bits with a 16-bit scale a 64, the rope key in bf16."""
-        if self is not Cache.INT8:
-            return (2 if self is Cache.BF16 else 4) * config.latent_dim
-        return config.kv_lora_rank + 2 * -(-config.kv_lora_rank // 64) + 2 * config.qk_rope_head_dim
 
 
 class Mode(StrEnum):

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
     {"__init__", "config", "errors", "machine", "measured", "numa", "released", "sizes"},
-    {"kernels.format", "kernels.layout", "cache", "rope", "kernels.reference", "kernels.cpu.recording"}
-    | {"kernels.cpu", "kernels.ops"},
+    {"kernels.format", "kernels.layout", "kernels.latents", "cache", "rope", "kernels.reference"}
+    | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
@@ -35,12 +35,14 @@ ORDERED = [
     [
         "kernels.format",
         "kernels.layout",
+        "kernels.latents",
         "rope",
         "kernels.reference",
         "kernels.cpu.recording",
         "kernels.cpu",
         "kernels.ops",
     ],
+    ["kernels.format", "kernels.latents", "cache"],
     ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
     ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
     ["quant.nf4", "quant.int8", "quant.quantize", "quant.convert"],

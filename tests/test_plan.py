@@ -15,7 +15,8 @@ from dsv2_local import llm, measured, planning, released
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError, PlanError
 from dsv2_local.inspection import summarise
-from dsv2_local.offload.plan import GIB, RATES, Cache, Machine, Mode, Plan, Rates, Wish, plan
+from dsv2_local.kernels.format import Cache
+from dsv2_local.offload.plan import GIB, RATES, Machine, Mode, Plan, Rates, Wish, plan
 from dsv2_local.quant.schema import Kind, Recipe
 from dsv2_local.sizes import size
 from tests.models import TINY

@@ -15,6 +15,7 @@ from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels import cpu, ops
+from dsv2_local.kernels.format import Cache
 from dsv2_local.model import DecodeStep, Transformer
 from dsv2_local.offload.store import ResidentExperts
 from dsv2_local.quant.schema import Recipe
@@ -43,13 +44,13 @@ def model(recipe: Recipe = Recipe.NF4, dtype: torch.dtype = torch.float32, **cha
     return Transformer(config, made.weights, ResidentExperts(made.layout, made.records), dtype)
 
 
-def cache(of: Transformer, context: int = 48) -> LatentCache:
-    return of.new_cache(context)
+def cache(of: Transformer, context: int = 48, kind: Cache = Cache.BF16) -> LatentCache:
+    return of.new_cache(context, kind)
 
 
-def computed(of: Transformer, tokens: list[int]) -> list[Tensor]:
+def computed(of: Transformer, tokens: list[int], kind: Cache = Cache.BF16) -> list[Tensor]:
     """Logits after each token, none of them replayed."""
-    empty = cache(of)
+    empty = cache(of, kind=kind)
     return [of.logits(of.forward(torch.tensor([token]), empty))[0] for token in tokens]
 
 
@@ -69,6 +70,14 @@ def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
     again = computed(made, TOKENS[:10] + TOKENS[20:22])
     for token, expected in zip(TOKENS[20:22], again[10:], strict=True):
         assert torch.equal(step.run(token), expected)
+
+
+def test_a_replay_over_an_8_bit_cache():
+    made = model()
+    step = DecodeStep(made, cache(made, kind=Cache.INT8))
+    for token, expected in zip(TOKENS, computed(made, TOKENS, Cache.INT8), strict=True):
+        assert torch.equal(step.run(token), expected)
+    assert step.recording is not None
 
 
 @pytest.mark.parametrize(("recipe", "dtype"), [(Recipe.BF16, torch.float32), (Recipe.NF4, torch.bfloat16)])

@@ -63,7 +63,8 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     subject = prepare(plan, threads, progress)
     reader = Reader(subject.records, plan.read_bytes, threads)
     steps, contexts = plan.lengths.decode, plan.lengths.contexts
-    engine = Engine(subject.model, max(plan.lengths.cache, plan.warm_up_tokens + 1))
+    context = max(plan.lengths.cache, plan.warm_up_tokens + 1)
+    engine = Engine(subject.model, context, cache=plan.request.cache)
     timing.prefill(engine, plan.warm_up_tokens, progress)
     prefill = [timing.measure_prefill(engine, tokens, progress) for tokens in plan.lengths.prompts]
     decode = [timing.measure_decode(engine, context, steps, reader, progress) for context in contexts]
@@ -71,7 +72,7 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     machine = report.machine_facts(decode, matmul, threads)
     return {
         "machine": machine,
-        "model": report.model_facts(subject),
+        "model": report.model_facts(subject, plan.request.cache),
         "prefill": [report.prefill_facts(run, subject) for run in prefill],
         "decode": [report.decode_facts(run, subject) for run in decode],
         "predicted": report.prediction(subject, plan.lengths.cache, machine),

@@ -13,6 +13,7 @@ from dsv2_local.bench.timing import DecodeRun, PrefillRun, layer_kind
 from dsv2_local.config import ModelConfig
 from dsv2_local.console import human, report_console
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import Cache
 from dsv2_local.offload.plan import RATES, Machine, Rates, Wish
 from dsv2_local.offload.plan import plan as plan_memory
 
@@ -25,11 +26,12 @@ def machine_facts(decode: list[DecodeRun], matmul: float, threads: int) -> dict[
     return {"read_gb_s": read_gb_s, "matmul_gflops": matmul, "threads": threads, "kernels": ops.variant()}
 
 
-def model_facts(subject: Subject) -> dict[str, Any]:
+def model_facts(subject: Subject, cache: Cache) -> dict[str, Any]:
     return {
         "name": subject.name,
         "layers": subject.config.num_hidden_layers,
         "recipe": str(subject.recipe),
+        "cache": str(cache),
         "parameters": sum(kind.parameters for kind in subject.kinds.values()),
         "active_weights_per_token": subject.active_weights,
         "weight_bytes": subject.weight_bytes,
@@ -117,8 +119,9 @@ def _heading(result: dict[str, Any]) -> tuple[str, str]:
     model, machine = result["model"], result["machine"]
     layers = f"{model['layers']} of {result['total_layers']}" if "total_layers" in result else f"{model['layers']}"
     return (
-        f"{model['name']}, {model['recipe']}: {layers} layers, {_millions(model['parameters'])} weights in "
-        f"{human(model['weight_bytes'])}; {_millions(model['active_weights_per_token'])} compute a token",
+        f"{model['name']}, {model['recipe']}, {model['cache']} cache: {layers} layers, "
+        f"{_millions(model['parameters'])} weights in {human(model['weight_bytes'])}; "
+        f"{_millions(model['active_weights_per_token'])} compute a token",
         f"machine: {machine['threads']} threads, {machine['kernels']} kernels, reads {machine['read_gb_s']:,.1f} GB/s, "
         f"fp32 matrix product {machine['matmul_gflops']:,.0f} GFLOP/s",
     )

@@ -11,6 +11,7 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.console import notice
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import Cache
 from dsv2_local.machine import choose_threads
 from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.quant import hub
@@ -36,6 +37,7 @@ class Request:
     context: str | None = None
     threads: int | None = None
     recipe: Recipe | None = None
+    cache: Cache = Cache.BF16
 
     def __post_init__(self) -> None:
         """Raises InputError for options out of range or that contradict each other."""
@@ -90,8 +92,9 @@ def settle(request: Request) -> Plan:
     if directory is None:
         experts = expert_layout(config, recipe).nbytes * config.n_routed_experts * len(config.moe_layers)
         buffer = 0 if experts >= read_bytes else read_bytes  # `hardware.Reader`'s
-        dtype, other = ops.cache_dtype(recipe.format_of(Kind.KV_B), DTYPE), buffer + WORKING_BYTES
-        random_weights.require_memory(config, recipe, context=lengths.cache, dtype=dtype, other=other)
+        kept = ops.cache_kind(recipe.format_of(Kind.KV_B), DTYPE, request.cache)
+        other = buffer + WORKING_BYTES
+        random_weights.require_memory(config, recipe, context=lengths.cache, cache=kept, other=other)
     return Plan(request, directory, whole, config, recipe, lengths, read_bytes)
 
 

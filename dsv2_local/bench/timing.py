@@ -22,6 +22,7 @@ from dsv2_local.cache import LatentCache
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Stats
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.latents import write_rows
 from dsv2_local.model import DecodeStep, MoE, Transformer
 from dsv2_local.sampling import SamplingParams
 
@@ -133,7 +134,7 @@ def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
     cache.truncate(0)
     latents = torch.randn(tokens, config.latent_dim)
     for layer in range(config.num_hidden_layers):
-        cache.layers[layer][:tokens] = latents
+        write_rows(cache.layers[layer][:tokens], latents, config.kv_lora_rank)
     cache.advance(tokens)
 
 

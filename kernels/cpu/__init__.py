@@ -2,7 +2,8 @@
 
 Signatures and meaning are those of `kernels.reference`, which names the shapes. All is computed from and to float32
 (other types are cast); matrix products quantise their input to int8 in blocks of 64, which costs 0.7 % of the result's
-norm on Gaussian numbers (nf4; int8 0.6 %). Latents are bfloat16. Calls release the interpreter's lock while they run.
+norm on Gaussian numbers (nf4; int8 0.6 %). Latents are bfloat16 or of 8 bits. Calls release the interpreter's lock
+while they run.
 """
 
 import ctypes
@@ -35,6 +36,7 @@ REFERENCE = "reference"
 VARIABLE = "DSV2_KERNELS"
 
 FORMATS = {Format.NF4: 0, Format.INT8: 1}
+CACHES = {torch.bfloat16: 0, torch.uint8: 1}  # `Kept` of latents.hpp
 
 
 class _Matrix(ctypes.Structure):
@@ -50,10 +52,10 @@ _SIGNATURES = {
     "experts": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
     "expert_outputs": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
     "combine": (_P, _I, _I, _I, _P, _P, _P),
-    "attention": (_P, _P, _P, _P, _M, _M, _F, _I, _I, _I, c_int32, _P),
+    "attention": (_P, _P, _P, c_int32, _P, _M, _M, _F, _I, _I, _I, c_int32, _P),
     "rms_norm": (_P, _I, _I, _P, _F, _P),
     "add": (_P, _P, _I, _P),
-    "latents": (_P, _I, _I, _I, _P, _F, _P, _P, _P),
+    "latents": (_P, _I, _I, _I, _P, _F, _P, _P, _P, c_int32),
     "route": (_P, _I, _I, _P, _I, _I, _I, _I, c_int32, _F, _P, _P),
     "embedding": (_P, _I, _M, _P),
     "quantize_nf4": (_P, _I, _I, _P, _P),
@@ -162,8 +164,8 @@ class Kernels:
         T, H, _ = q.shape
         out = torch.empty(T, w_uv.rows)
         self._call(
-            "attention", q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), length.data_ptr(), _struct(w_uk),
-            _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb, out.data_ptr(),
+            "attention", q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), CACHES[latents.dtype],
+            length.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb, out.data_ptr(),
         )  # fmt: skip
         return _output(out, q)
 
@@ -186,6 +188,7 @@ class Kernels:
         self._call(
             "latents", kv_a_.data_ptr(), kv_a.shape[0], weight.shape[0], kv_a.shape[1] - weight.shape[0],
             weight.data_ptr(), eps, rotation.data_ptr(), length.data_ptr(), latents.data_ptr(),
+            CACHES[latents.dtype],
         )  # fmt: skip
 
     def route(self, x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@
 namespace dsv2 {
 
 // A recorded call: a function of replay.cpp's list and its arguments, each in the low bytes of a word.
-constexpr int CALL_ARGUMENTS = 12;
+constexpr int CALL_ARGUMENTS = 13;
 struct Call {
     int64_t function;
     uint64_t arguments[CALL_ARGUMENTS];
@@ -30,19 +30,20 @@ API void dsv2_expert_outputs(const float* x, int64_t x_rows, const uint8_t* reco
 // y [tokens, size] += weights[t, i] · outputs[rows[t, i]] for i = 0 to k - 1, in this order; rows below 0 are left out.
 API void dsv2_combine(const float* outputs, int64_t tokens, int64_t k, int64_t size, const int64_t* rows,
                       const float* weights, float* y);
-// q [T, H, N + P], not yet rotated; rotation [T, P / 2] of (cos, sin); latents bf16 [length + T, C + P] at least, of which
-// `length` points to the number of those before this step; w_uk [H·C, N]; w_uv [H·V, C]; out [T, H·V].
-API void dsv2_attention(const float* q, const float* rotation, const uint16_t* latents, const int64_t* length,
+// q [T, H, N + P], not yet rotated; rotation [T, P / 2] of (cos, sin); cache: length + T rows at least of the kind `kept`
+// (latents.hpp), of which `length` points to the number of those before this step; w_uk [H·C, N]; w_uv [H·V, C];
+// out [T, H·V].
+API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* length,
                         const dsv2::Matrix* w_uk, const dsv2::Matrix* w_uv, float scale, int64_t T, int64_t H, int64_t P,
                         int32_t absorb, float* out);
 // y = x / sqrt(mean(x²) + eps) · weight for each of `rows` rows.
 API void dsv2_rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* y);
 // a + b.
 API void dsv2_add(const float* a, const float* b, int64_t count, float* y);
-// Cache rows of bf16 [tokens, latent + rope] after the first `*length`, from kv_a [tokens, latent + rope]: the first part
+// Cache rows of the kind `kept` (latents.hpp) after the first `*length`, from kv_a [tokens, latent + rope]: the first part
 // normed, the second rotated.
 API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, const int64_t* length, uint16_t* latents);
+                      const float* rotation, const int64_t* length, void* cache, int32_t kept);
 // softmax(gate · x), then the best `k` experts of the best `topk_group` groups (a group is as good as its best expert;
 // the scores of the others count as 0); see `reference.route`.
 API void dsv2_route(const float* x, int64_t tokens, int64_t hidden, const float* gate, int64_t experts, int64_t k,

@@ -1,49 +1,27 @@
-// Latent attention over a cache of bf16 rows [latent C | rope key P], in both of its forms.
+// Latent attention over a cache of bf16 or 8-bit rows, in both of its forms.
 //
-// Absorbed (few queries): scores and sums in the latent space, the cache read once for several heads.
+// Absorbed (few queries): scores and sums in the latent space, the cache read once for several heads; here over bf16 rows,
+// in `attention_int8.cpp` over 8-bit ones.
 // Materialised (many queries): keys and values of one head are rebuilt block by block, and the softmax runs along.
-#include <vector>
+#include "attention.hpp"
 
 #include "api.hpp"
-#include "matrix.hpp"
 #include "rows.hpp"
 
 namespace dsv2 {
 namespace {
 
-// Shapes: T queries, the last of S positions; H heads; N, P numbers of a query with and without rotation; C latent; V.
-struct Shape {
-    int64_t T, S, H, N, P, C, V;
-    int64_t width() const { return C + P; }
-    int64_t visible(int64_t t) const { return S - T + t + 1; }  // positions that query t may see
-};
+// ---- absorbed, bf16 -------------------------------------------------------------------------------------------------
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int ROWS = 8;  // rows of queries (a token's head each) that share a pass over the cache
 
-// ---- absorbed -------------------------------------------------------------------------------------------------------
-
-constexpr int ROWS = 8;              // rows of queries (a token's head each) that share a pass over the cache
-constexpr int64_t CHUNK = 256;       // positions of a pass: with ROWS rows, a piece of work
-constexpr int64_t SPLIT_BELOW = 32;  // fewer passes than this are split along the positions too
-
-// What a query row is kept as, and how many numbers of it meet as many of a latent in one instruction.
-#if DSV2_AVX512 && defined(__AVX512BF16__)
-typedef uint16_t Query;
-constexpr int STEP = 2 * LANES;
-typedef __m512bh Packed;
-inline Query to_query(float x) { return to_bf16(x); }
-inline Packed load_query(const Query* p) { return (Packed)_mm512_loadu_si512(p); }
-inline Packed load_latent(const uint16_t* p) { return (Packed)_mm512_loadu_si512(p); }
-inline Vec dot_add(Vec sum, Packed a, Packed b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+inline Packed load_latent(const uint16_t* p) {
+#if DSV2_BF16
+    return (Packed)_mm512_loadu_si512(p);
 #else
-typedef float Query;
-constexpr int STEP = LANES;
-typedef Vec Packed;
-inline Query to_query(float x) { return x; }
-inline Packed load_query(const Query* p) { return load(p); }
-inline Packed load_latent(const uint16_t* p) { return load_bf16(p); }
-inline Vec dot_add(Vec sum, Packed a, Packed b) { return fma(a, b, sum); }
+    return load_bf16(p);
 #endif
+}
 
 constexpr int64_t AHEAD_ROWS = 8;  // positions that are fetched ahead of their scores
 constexpr int TILE = DSV2_AVX512 ? 2 : 1;  // positions, and registers of columns, that ROWS rows meet at a time
@@ -92,7 +70,7 @@ void score(const Query* queries, const uint16_t* latents, int64_t width, int64_t
 }
 
 // What a position's weights are kept as for `mix_columns`, and how many positions meet in one instruction.
-#if DSV2_AVX512 && defined(__AVX512BF16__)
+#if DSV2_BF16
 constexpr int TOGETHER = 2;
 inline void pack_weights(const float* weights, uint32_t* packed) {
     for (int64_t s = 0; s < CHUNK; s += LANES) {
@@ -112,7 +90,7 @@ inline void mix_columns(const uint32_t (*packed)[CHUNK], const uint16_t* latents
     Vec sums[ROWS][TILE] = {};
     for (int64_t s = 0; s < n; s += TOGETHER) {
         const uint16_t* row = latents + s * width;
-#if DSV2_AVX512 && defined(__AVX512BF16__)
+#if DSV2_BF16
         // The numbers of two positions are interleaved, which permutes the lanes until the end.
         const uint16_t* next = s + 1 < n ? row + width : row;
         const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(next);
@@ -132,12 +110,8 @@ inline void mix_columns(const uint32_t (*packed)[CHUNK], const uint16_t* latents
 #endif
     }
     for (int r = 0; r < ROWS; r++) {
-#if DSV2_AVX512 && defined(__AVX512BF16__)
-        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-        const __m512 low = (__m512)sums[r][0], high = (__m512)sums[r][1];
-        sums[r][0] = (Vec)_mm512_permutex2var_ps(low, first, high);
-        sums[r][1] = (Vec)_mm512_permutex2var_ps(low, second, high);
+#if DSV2_BF16
+        in_order(sums[r]);
 #endif
         for (int v = 0; v < TILE; v++) {
             float* to = out + r * C + v * LANES;
@@ -172,63 +146,22 @@ void soften(float* scores, int64_t limit, float& maximum_score, float& total) {
     total = sum(sums);
 }
 
-// Running softmax of some rows: maximum, sum and unnormalised result [ROWS, C].
-struct Partial {
-    float maximum[ROWS], total[ROWS];
-};
-
-void absorbed(const Shape& shape, const Query* queries, int64_t padded, const uint16_t* latents, float* mixed) {
-    const int64_t rows = shape.T * shape.H, passes = (rows + ROWS - 1) / ROWS, C = shape.C;
-    const int64_t chunks = (shape.S + CHUNK - 1) / CHUNK;
-    const int64_t parts = passes < SPLIT_BELOW ? chunks : 1;
-    thread_local Scratch partial_scratch, sum_scratch;
-    float* sums = sum_scratch.reserve<float>(passes * parts * ROWS * C);
-    Partial* partials = partial_scratch.reserve<Partial>(passes * parts);
-
-    parallel(passes * parts, [&](int64_t item) {
-        // Neighbours share a part of the cache, so that it comes from memory once.
-        const int64_t pass = item % passes, part = item / passes, row = pass * ROWS;
-        float* out = sums + item * ROWS * C;
-        Partial& state = partials[item];
-        std::memset(out, 0, ROWS * C * sizeof(float));
-        for (int r = 0; r < ROWS; r++) state.maximum[r] = -INFINITY, state.total[r] = 0;
-        const int64_t see = shape.visible(std::min(row + ROWS - 1, rows - 1) / shape.H);
-        const int64_t from = parts > 1 ? part * CHUNK : 0, to = parts > 1 ? std::min(from + CHUNK, see) : see;
-        for (int64_t s = from; s < to; s += CHUNK) {
-            alignas(64) float weights[ROWS][CHUNK];
-            const int64_t n = std::min(CHUNK, to - s);
-            score(queries + row * padded, latents + s * shape.width(), shape.width(), n, weights);
-            for (int r = 0; r < ROWS; r++) {
-                const int64_t t = std::min(row + r, rows - 1) / shape.H;
-                float largest, total;
-                soften(weights[r], std::min(n, shape.visible(t) - s), largest, total);
-                if (largest == -INFINITY) continue;
-                const float joint = std::max(largest, state.maximum[r]);
-                const float keep = std::exp(state.maximum[r] - joint), add = std::exp(largest - joint);
-                state.total[r] = state.total[r] * keep + total * add;
-                state.maximum[r] = joint;
-                if (keep != 1) for (int64_t c = 0; c < C; c++) out[r * C + c] *= keep;
-                if (add != 1) for (int64_t k = 0; k < CHUNK; k++) weights[r][k] *= add;
-            }
-            mix(weights, latents + s * shape.width(), shape.width(), n, out, C);
+void absorbed_bf16(const Shape& shape, const Query* queries, int64_t padded, const uint16_t* latents, float* mixed) {
+    absorbed<ROWS>(shape, shape.C, mixed, [&](int64_t pass, int64_t s, int64_t n, float* out, Running<ROWS>& state) {
+        alignas(64) float weights[ROWS][CHUNK];
+        score(queries + pass * ROWS * padded, latents + s * shape.width(), shape.width(), n, weights);
+        for (int r = 0; r < ROWS; r++) {
+            float largest, total;
+            soften(weights[r], std::min(n, shape.seen_by(pass * ROWS + r) - s), largest, total);
+            if (largest == -INFINITY) continue;
+            const float joint = std::max(largest, state.maximum[r]);
+            const float keep = std::exp(state.maximum[r] - joint), add = std::exp(largest - joint);
+            state.total[r] = state.total[r] * keep + total * add;
+            state.maximum[r] = joint;
+            if (keep != 1) for (int64_t c = 0; c < shape.C; c++) out[r * shape.C + c] *= keep;
+            if (add != 1) for (int64_t k = 0; k < CHUNK; k++) weights[r][k] *= add;
         }
-    }, Claim::WHOLE);
-
-    parallel(passes, [&](int64_t pass) {  // join the parts, in their order
-        for (int r = 0; r < ROWS && pass * ROWS + r < rows; r++) {
-            float largest = -INFINITY, total = 0;
-            for (int64_t k = 0; k < parts; k++) largest = std::max(largest, partials[k * passes + pass].maximum[r]);
-            float* to = mixed + (pass * ROWS + r) * C;
-            std::memset(to, 0, C * sizeof(float));
-            for (int64_t k = 0; k < parts; k++) {
-                const Partial& part = partials[k * passes + pass];
-                const float weight = std::exp(part.maximum[r] - largest);
-                const float* from = sums + ((k * passes + pass) * ROWS + r) * C;
-                if (weight > 0) for (int64_t c = 0; c < C; c++) to[c] += weight * from[c];
-                total += weight * part.total[r];
-            }
-            for (int64_t c = 0; c < C; c++) to[c] /= total;
-        }
+        mix(weights, latents + s * shape.width(), shape.width(), n, out, shape.C);
     });
 }
 
@@ -278,7 +211,7 @@ void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t am, int
 constexpr int64_t KEYS = 128, QUERIES = 64;  // positions and queries of a block of scores
 
 // One head of nope [T, H, N] and rope [T, H, P] (the latter rotated and scaled) into out [T, H, V]. Lanes are queries.
-void materialised_head(const Shape& s, int64_t head, const float* nope, const float* rope, const uint16_t* latents,
+void materialised_head(const Shape& s, int64_t head, const float* nope, const float* rope, const Latents& latents,
                        const Matrix& w_uk, const Matrix& w_uv, float scale, float* out) {
     const int64_t N = round_up(s.N, LANES), V = round_up(s.V, LANES), T = round_up(s.T, LANES), K = N + s.P;
     const int64_t sizes[] = {s.C * N, s.C * V, (s.N + s.P) * T, V * T, 2 * T, KEYS * s.C, KEYS * K, KEYS * V, KEYS * QUERIES};
@@ -303,14 +236,10 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 
     for (int64_t from = 0; from < s.S; from += KEYS) {
         const int64_t n = std::min(KEYS, s.S - from);
-        for (int64_t k = 0; k < n; k++) {
-            const uint16_t* row = latents + (from + k) * s.width();
-            for (int64_t c = 0; c < s.C; c++) latent[k * s.C + c] = from_bf16(row[c]);
-        }
+        for (int64_t k = 0; k < n; k++) latents.latent(from + k, latent + k * s.C);
         gemm(n, N, s.C, latent, s.C, 1, uk, N, key, K, false);
         gemm(n, V, s.C, latent, s.C, 1, uv, V, value, V, false);
-        for (int64_t k = 0; k < n; k++)
-            for (int64_t d = 0; d < s.P; d++) key[k * K + s.N + d] = from_bf16(latents[(from + k) * s.width() + s.C + d]);
+        for (int64_t k = 0; k < n; k++) latents.rope(from + k, key + k * K + s.N);
         for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
             const int64_t columns = std::min(QUERIES, T - t0), last = std::min(t0 + columns, s.T) - 1;
             if (from >= s.visible(last)) continue;
@@ -345,9 +274,10 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 
 using namespace dsv2;
 
-API void dsv2_attention(const float* q, const float* rotation, const uint16_t* latents, const int64_t* length,
+API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* length,
                         const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t T, int64_t H, int64_t P, int32_t absorb,
                         float* out) {
+    const Latents latents{static_cast<const uint8_t*>(cache), Kept(kept), w_uv->cols, P};
     const Shape shape{T, *length + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
     const int64_t rows = T * H, N = shape.N, C = shape.C;
     thread_local Scratch nope_scratch, rope_scratch, query_scratch, latent_scratch;
@@ -361,9 +291,14 @@ API void dsv2_attention(const float* q, const float* rotation, const uint16_t* l
         parallel(H, [&](int64_t head) { materialised_head(shape, head, nope, rope, latents, *w_uk, *w_uv, scale, out); });
         return;
     }
-    const int64_t padded = round_up(shape.width(), STEP), passes = (rows + ROWS - 1) / ROWS;
     float* latent = latent_scratch.reserve<float>(rows * C);
     heads_linear(nope, T, H, *w_uk, latent);
+    if (latents.kept == Kept::INT8) {
+        absorbed_int8(shape, latent, rope, scale, latents, latent);
+        heads_linear(latent, T, H, *w_uv, out);
+        return;
+    }
+    const int64_t padded = round_up(shape.width(), STEP), passes = (rows + ROWS - 1) / ROWS;
     Query* queries = query_scratch.reserve<Query>(passes * ROWS * padded);
     std::memset(queries, 0, passes * ROWS * padded * sizeof(Query));
     each_row(rows, [&](int64_t row) {
@@ -371,6 +306,6 @@ API void dsv2_attention(const float* q, const float* rotation, const uint16_t* l
         for (int64_t c = 0; c < C; c++) put(c, latent[row * C + c] * scale);
         for (int64_t d = 0; d < P; d++) put(C + d, rope[row * P + d]);
     });
-    absorbed(shape, queries, padded, latents, latent);
+    absorbed_bf16(shape, queries, padded, static_cast<const uint16_t*>(cache), latent);
     heads_linear(latent, T, H, *w_uv, out);
 }

@@ -23,7 +23,7 @@ ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.def
 SLICE_SECONDS, FIRST_SLICE = 0.1, 12
 
 
-_Arguments = c_uint64 * 12
+_Arguments = c_uint64 * 13
 
 
 class Call(ctypes.Structure):

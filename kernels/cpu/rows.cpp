@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "api.hpp"
+#include "latents.hpp"
 #include "matrix.hpp"
 #include "rows.hpp"
 
@@ -53,16 +54,21 @@ API void dsv2_add(const float* a, const float* b, int64_t count, float* y) {
 }
 
 API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, const int64_t* length, uint16_t* latents) {
-    uint16_t* rows = latents + *length * (latent + rope);
+                      const float* rotation, const int64_t* length, void* cache, int32_t kept) {
+    const Latents latents{static_cast<uint8_t*>(cache), Kept(kept), latent, rope};
     each_row(tokens, [&](int64_t t) {
         thread_local Scratch scratch;
         float* normed = scratch.reserve<float>(latent);
         const float* x = kv_a + t * (latent + rope);
-        uint16_t* row = rows + t * (latent + rope);
+        uint8_t* row = static_cast<uint8_t*>(cache) + (*length + t) * latents.row_bytes();
         rms_norm(x, weight, eps, latent, normed);
-        for (int64_t i = 0; i < latent; i++) row[i] = to_bf16(normed[i]);
-        rotate(x + latent, rotation + t * rope, rope, [&](int64_t i, float v) { row[latent + i] = to_bf16(v); });
+        if (latents.kept == Kept::INT8) {
+            quantize_latent(normed, latent, row);
+        } else {
+            for (int64_t i = 0; i < latent; i++) store_half(row + 2 * i, to_bf16(normed[i]));
+        }
+        uint8_t* key = row + latents.rope_at();
+        rotate(x + latent, rotation + t * rope, rope, [&](int64_t i, float v) { store_half(key + 2 * i, to_bf16(v)); });
     });
 }
 

@@ -23,6 +23,11 @@
 #ifndef DSV2_AVX2
 #define DSV2_AVX2 0
 #endif
+#if DSV2_AVX512 && defined(__AVX512BF16__)
+#define DSV2_BF16 1
+#else
+#define DSV2_BF16 0
+#endif
 
 namespace dsv2 {
 
@@ -87,6 +92,23 @@ inline void sum_four(const Vec (&v)[4], float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 #else
     for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
+#endif
+}
+
+// Two registers whose quarters of 128 bits (of AVX2: halves) alternate, as unpacking leaves them, to the order of columns.
+inline void in_order(Vec (&v)[2]) {
+#if DSV2_AVX512
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const __m512 low = (__m512)v[0], high = (__m512)v[1];
+    v[0] = (Vec)_mm512_permutex2var_ps(low, first, high);
+    v[1] = (Vec)_mm512_permutex2var_ps(low, second, high);
+#elif DSV2_AVX2
+    const __m256 low = (__m256)v[0], high = (__m256)v[1];
+    v[0] = (Vec)_mm256_permute2f128_ps(low, high, 0x20);
+    v[1] = (Vec)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+    (void)v;
 #endif
 }
 

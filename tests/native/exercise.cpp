@@ -9,7 +9,10 @@
 #include <vector>
 
 #include "api.hpp"
+#include "latents.hpp"
 
+using dsv2::Kept;
+using dsv2::Latents;
 using dsv2::Matrix;
 
 namespace {
@@ -99,19 +102,20 @@ void mixtures(int32_t format) {
             }
 }
 
-void attention() {
-    const int64_t H = 3, N = 16, P = 6, C = 40, V = 24;
+void attention(Kept kept, int64_t C, int64_t P) {
+    const int64_t H = 3, N = 16, V = 24, row = Latents{nullptr, kept, C, P}.row_bytes();
     const Stored uk(H * C, N, 1), uv(H * V, C, 1);
     for (int64_t tokens : {1, 5, 90})
         for (int64_t cached : {0, 3, 600}) {
             const auto kv_a = numbers((cached + tokens) * (C + P)), weight = numbers(C), rotation = numbers((cached + tokens) * P);
-            std::vector<uint16_t> rows((cached + tokens) * (C + P));
+            const std::unique_ptr<uint8_t[]> rows(new uint8_t[(cached + tokens) * row]);
             const int64_t none = 0;
-            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), &none, rows.data());
+            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), &none, rows.get(),
+                         int32_t(kept));
             for (int absorb : {0, 1}) {
                 std::vector<float> out(tokens * H * V);
-                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.data(), &cached, &uk.m, &uv.m,
-                               0.1f, tokens, H, P, absorb, out.data());
+                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.get(), int32_t(kept), &cached,
+                               &uk.m, &uv.m, 0.1f, tokens, H, P, absorb, out.data());
                 finite("attention", out);
             }
         }
@@ -142,7 +146,10 @@ void everything() {
         products(format);
         mixtures(format);
     }
-    attention();
+    for (Kept kept : {Kept::BF16, Kept::INT8}) {
+        attention(kept, 40, 6);
+        attention(kept, 128, 64);
+    }
     std::vector<float> y(7 * 100);
     dsv2_rms_norm(numbers(700).data(), 7, 100, numbers(100).data(), 1e-6f, y.data());
     finite("rms_norm", y);

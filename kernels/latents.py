@@ -1,0 +1,62 @@
+"""How a token's row lies in the latent cache, in torch: the meaning of what the native kernels write and read.
+
+Shapes: `T` tokens, `C` kv_lora_rank, `P` qk_rope_head_dim, `B` blocks of 64 latents.
+
+- bf16 and fp32: C + P numbers, the normed latent and then the rotated rope key.
+- int8: bytes, C codes (int8), then B scales and the rope key (both bf16): 656 in the released models, where bf16 takes
+  1,152. A latent is code × scale. A block's scale is its largest magnitude / 127, rounded up to bf16: no code is cut
+  off, and no magnitude of float32 is out of reach, as it would be of float16. A latent is off by half a scale at most,
+  Gaussian numbers by 0.6 % of their norm.
+"""
+
+import torch
+from torch import Tensor
+
+from dsv2_local.kernels.format import BLOCK, Cache, latent_nbytes
+
+DTYPES = {Cache.BF16: torch.bfloat16, Cache.FP32: torch.float32, Cache.INT8: torch.uint8}
+
+
+def row_shape(cache: Cache, rank: int, rope: int) -> tuple[int, torch.dtype]:
+    """Numbers (int8: bytes) of a row, and their type."""
+    return latent_nbytes(rank, rope) if cache is Cache.INT8 else rank + rope, DTYPES[cache]
+
+
+def write_rows(rows: Tensor, latents: Tensor, rank: int) -> None:
+    """Put latents [T, C + P] into rows of a cache [T, …], in the type that it has."""
+    rows.copy_(quantize_latents(latents, rank) if rows.dtype == torch.uint8 else latents)
+
+
+def read_rows(rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """The latents [T, C + P] of rows of a cache, in `dtype`."""
+    return (dequantize_latents(rows, rank) if rows.dtype == torch.uint8 else rows).to(dtype)
+
+
+def quantize_latents(latents: Tensor, rank: int) -> Tensor:
+    """[T, C + P] to 8-bit rows: uint8 [T, latent_nbytes(C, P)]."""
+    blocks = _blocks(latents[:, :rank].float())  # [T, B, 64]
+    scales = _next_bf16(blocks.abs().amax(2) / 127.0)  # [T, B]
+    codes = (blocks / scales.float()[..., None]).nan_to_num_(0.0).round().to(torch.int8)  # zeros have no scale
+    rope = latents[:, rank:].bfloat16()
+    return torch.cat(
+        (codes.flatten(1)[:, :rank].view(torch.uint8), scales.view(torch.uint8), rope.contiguous().view(torch.uint8)), 1
+    )
+
+
+def dequantize_latents(rows: Tensor, rank: int) -> Tensor:
+    """8-bit rows uint8 [T, …] to fp32 [T, C + P]."""
+    halves = rows[:, rank:].contiguous().view(torch.bfloat16).float()
+    count = -(-rank // BLOCK)
+    latents = _blocks(rows[:, :rank].contiguous().view(torch.int8).float()) * halves[:, :count, None]
+    return torch.cat((latents.flatten(1)[:, :rank], halves[:, count:]), 1)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[T, C] to [T, B, 64], with zeros in the end."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
+    return padded.view(len(x), padded.shape[1] // BLOCK, BLOCK)
+
+
+def _next_bf16(x: Tensor) -> Tensor:
+    """Positive numbers to the next bf16 that is not smaller: the upper half of a float, counted up."""
+    return ((x.contiguous().view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)

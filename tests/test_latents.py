@@ -1,0 +1,240 @@
+"""The 8-bit latent cache: its format, and the native kernels on its rows against the torch reference."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dsv2_local
+from dsv2_local import machine
+from dsv2_local.cache import LatentCache, bytes_per_token
+from dsv2_local.config import ModelConfig
+from dsv2_local.errors import InputError
+from dsv2_local.kernels import cpu, ops, reference
+from dsv2_local.kernels.format import Cache, Format, latent_nbytes
+from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
+from dsv2_local.quant import int8
+from tests.conftest import kernels
+from tests.models import TINY
+
+SHAPES = [(512, 64), (64, 16), (40, 6), (130, 8), (24, 0)]  # C, P
+# As `test_kernels` has it for a bf16 cache; where VNNI multiplies bytes, queries are of 8 bits too.
+TOLERANCE, VNNI_TOLERANCE = 0.02, 0.025
+
+
+@pytest.fixture(scope="module", params=cpu.usable())
+def native(request) -> Iterator[cpu.Kernels]:
+    with kernels(request.param):
+        found = cpu.kernels()
+        assert found is not None
+        found.set_threads(machine.Threads(3, ()))
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def scales_of(rows: Tensor, rank: int) -> Tensor:
+    """The scale of each latent: [T, C]."""
+    halves = rows[:, rank:].contiguous().view(torch.bfloat16).float()
+    return halves[:, : -(-rank // 64)].repeat_interleave(64, 1)[:, :rank]
+
+
+@pytest.mark.parametrize(("rank", "rope"), SHAPES)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_latent_is_within_half_a_scale(rank, rope, data):
+    size = data.draw(st.floats(1e-30, 1e30))
+    tokens = data.draw(st.integers(1, 4))
+    torch.manual_seed(data.draw(st.integers(0, 1 << 16)))
+    latents = torch.distributions.StudentT(2.0).sample((tokens, rank + rope)) * size
+    latents[:, data.draw(st.integers(0, rank - 1))] = 0
+    rows = quantize_latents(latents, rank)
+    assert rows.shape == (tokens, latent_nbytes(rank, rope))
+    back, half = dequantize_latents(rows, rank), scales_of(rows, rank) / 2
+    assert ((back - latents)[:, :rank].abs() <= half * 1.0001).all()
+    assert torch.equal(back[:, rank:], latents[:, rank:].bfloat16().float())
+    largest = torch.nn.functional.pad(latents[:, :rank], (0, -rank % 64)).view(tokens, -1, 64).abs().amax(2)
+    assert (scales_of(rows, rank)[:, ::64] <= largest / 127 * (1 + 2**-7)).all()  # no coarser than bf16 makes it
+
+
+def test_the_error_of_gaussian_latents():
+    latents = torch.randn(2000, 576)
+    back = dequantize_latents(quantize_latents(latents, 512), 512)
+    assert float((back - latents)[:, :512].norm() / latents[:, :512].norm()) < 0.0065
+
+
+def test_zeros_infinities_and_nan():
+    latents = torch.zeros(4, 130 + 8)
+    latents[1, 3], latents[2, 70], latents[3, 129] = 3e38, float("inf"), float("nan")
+    back = dequantize_latents(quantize_latents(latents, 130), 130)
+    assert torch.equal(back[0], latents[0])
+    assert back[1, 3] == pytest.approx(3e38, rel=0.01)
+    assert not back[2, 64:128].isfinite().any()
+    assert back[3, 128:130].isnan().all()
+    assert back[2:, :64].eq(0).all()
+
+
+@pytest.mark.parametrize(("rank", "rope"), [shape for shape in SHAPES if shape[1]])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
+    kv_a, weight = torch.randn(tokens, rank + rope), torch.rand(rank) + 0.5
+    kv_a[1:2] = 0
+    rotation = torch.polar(torch.ones(tokens, rope // 2), torch.randn(tokens, rope // 2))
+    ours, theirs = torch.zeros(2, 5 + tokens, latent_nbytes(rank, rope), dtype=torch.uint8)
+    native.write_latents(ours, torch.tensor([5]), kv_a, weight, 1e-6, rotation)
+    reference.write_latents(theirs, torch.tensor([5]), kv_a, weight, 1e-6, rotation)
+    assert torch.equal(ours[:5], torch.zeros_like(ours[:5]))
+    codes = (ours[:, :rank].view(torch.int8).int() - theirs[:, :rank].view(torch.int8)).abs()
+    assert codes.max() <= 1  # a norm that differs in its last bit can cross the middle between two codes
+    assert codes.float().mean() < 0.001
+    assert (dequantize_latents(ours, rank) - dequantize_latents(theirs, rank)).norm() < 1e-3 * kv_a.norm()
+
+
+def test_native_rows_of_nan_stay_nan(native):
+    kv_a, rotation = torch.full((2, 72), float("nan")), torch.ones(2, 4, dtype=torch.complex64)
+    rows = torch.zeros(2, latent_nbytes(64, 8), dtype=torch.uint8)
+    native.write_latents(rows, torch.tensor([0]), kv_a, torch.ones(64), 1e-6, rotation)
+    assert dequantize_latents(rows, 64).isnan().all()
+
+
+class Case:
+    """Attention over random 8-bit rows."""
+
+    def __init__(self, heads: int, N: int, P: int, C: int, V: int, tokens: int, cached: int, sharpness: float = 1.0):
+        w_uk, w_uv = torch.randn(heads * C, N) / N**0.5, torch.randn(heads * V, C) / C**0.5
+        self.w_uk, self.w_uv = int8.quantize(w_uk), int8.quantize(w_uv)
+        self.q = torch.randn(tokens, heads, N + P) * sharpness
+        self.rows = quantize_latents(torch.randn(cached + tokens, C + P), C)
+        self.rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
+        self.length = torch.tensor([cached])
+
+    def run(self, kernel, absorb: bool) -> Tensor:
+        arguments = (self.q, self.rotation, self.rows, self.length, self.w_uk, self.w_uv, 0.11)
+        return kernel.attention(*arguments, absorb)
+
+    def tokens(self, start: int, end: int) -> "Case":
+        """The queries of some tokens alone, over what they may see."""
+        cut, cached = copy.copy(self), int(self.length)
+        cut.q, cut.rotation = self.q[start:end], self.rotation[start:end]
+        cut.rows, cut.length = self.rows[: cached + end], torch.tensor([cached + start])
+        return cut
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """The largest of a token's result, in norm."""
+    return float(((ours - exact).norm(dim=1) / exact.norm(dim=1)).max())
+
+
+def tolerance(native: cpu.Kernels) -> float:
+    return VNNI_TOLERANCE if native.variant.startswith("avx512") else TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("heads", "N", "P", "C", "V"),
+    [(16, 128, 64, 512, 128), (128, 128, 64, 512, 128), (4, 32, 16, 64, 48), (3, 16, 8, 40, 24), (5, 16, 6, 136, 16)],
+)
+@pytest.mark.parametrize(("tokens", "cached"), [(1, 0), (1, 6), (1, 255), (1, 800), (3, 257), (70, 0), (70, 300)])
+def test_attention_in_both_forms(native, heads, N, P, C, V, tokens, cached):
+    if heads == 128 and tokens == 70 and native.variant == "portable":
+        pytest.skip("slow")
+    case = Case(heads, N, P, C, V, tokens, cached)
+    exact = case.run(reference, True)
+    assert error(case.run(native, True), exact) < tolerance(native), "absorbed"
+    assert error(case.run(native, False), exact) < 1e-4, "materialised"
+
+
+def test_queries_of_8_bits_cost_what_is_said():
+    """What the VNNI kernels add to the error: the absorbed query rounded to 127 steps of each 64, 0.6 % of its norm."""
+    H, N, P, C, V = 16, 128, 64, 512, 128
+    case = Case(H, N, P, C, V, 1, 4095)
+    latents = dequantize_latents(case.rows, C)
+    w_uk = reference.dequantize(case.w_uk).view(H, C, N)
+    query = torch.einsum("thn,hcn->htc", case.q[..., :N], w_uk)
+    blocks = query.view(H, 1, C // 64, 64)
+    scale = blocks.abs().amax(3, keepdim=True) / 127
+    rounded = ((blocks / scale).round() * scale).view_as(query)
+    assert float((rounded - query).norm() / query.norm()) < 0.0065
+    rope = reference.rotate(case.q[..., N:], case.rotation).transpose(0, 1) @ latents[:, C:].T
+
+    def mixed(query: Tensor) -> Tensor:
+        return ((query @ latents[:, :C].T + rope) * 0.11).softmax(2) @ latents[:, :C]
+
+    assert float((mixed(rounded) - mixed(query)).norm() / mixed(query).norm()) < 0.012
+
+
+def test_sharp_attention(native):
+    """One position has all the weight, or nearly: it must be found, and the others' small weights not lost."""
+    case = Case(4, 32, 16, 64, 48, 1, 600, sharpness=30.0)
+    assert error(case.run(native, True), case.run(reference, True)) < 0.2  # 0.6 % of scores of 100
+    case = Case(4, 32, 16, 64, 48, 1, 600, sharpness=0.0)  # all alike
+    assert error(case.run(native, True), case.run(reference, True)) < 0.01
+
+
+def test_a_position_of_large_latents_does_not_coarsen_the_others(native):
+    """Weights share a scale in a block of the latents and 256 positions: 15 bits leave room for one that is 50 times
+    larger and has no weight."""
+    case = Case(4, 32, 16, 64, 48, 1, 200)
+    latents = dequantize_latents(case.rows, 64)
+    latents[7, :64] *= 50
+    case.rows = quantize_latents(latents, 64)
+    case.q[..., :] *= 0.05
+    assert error(case.run(native, True), case.run(reference, True)) < tolerance(native)
+
+
+def test_attention_ignores_what_lies_after_it_in_the_cache(native):
+    case = Case(4, 32, 16, 64, 48, 2, 7)
+    expected = [case.run(native, absorb) for absorb in (True, False)]
+    case.rows = torch.cat((case.rows, torch.full((40, case.rows.shape[1]), 0xFF, dtype=torch.uint8)))  # scales are NaN
+    for absorb, result in zip((True, False), expected, strict=True):
+        assert torch.equal(case.run(native, absorb), result)
+
+
+def test_a_token_does_not_depend_on_its_company(native):
+    """Chunks of prefill give what one token after the other gives, as over a bf16 cache."""
+    case = Case(16, 32, 16, 64, 48, 12, 500)
+    whole = case.run(native, True)
+    for start, end in ((0, 1), (3, 8), (11, 12)):
+        part = case.tokens(start, end).run(native, True)
+        assert torch.equal(part, whole[start:end]) or native.variant == "portable"
+        assert error(part, whole[start:end]) < 1e-6
+
+
+def test_what_the_cache_takes():
+    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY})
+    for kind, row in ((Cache.BF16, 2 * 80), (Cache.FP32, 4 * 80), (Cache.INT8, 64 + 2 + 32)):
+        cache = LatentCache(config, 10, kind)
+        assert cache.nbytes == 10 * bytes_per_token(config, kind) == 10 * 3 * row
+
+
+@pytest.mark.parametrize("variant", [*cpu.usable(), cpu.REFERENCE])
+def test_nano_with_an_8_bit_cache(variant):
+    """It says the same wherever the bf16 cache's two best tokens are apart, and the plan counts the cache."""
+    with kernels(variant):
+        exact, ours = dsv2_local.load(context=256), dsv2_local.load(context=256, cache="int8")
+        assert ours.plan.ram.parts["latent cache"] == ours.engine.cache.nbytes == 256 * 6 * (128 + 4 + 128)
+        ids = exact.tokenizer.encode_chat([{"role": "user", "content": "What is a violin?"}])
+        ids += [c.token_id for c in exact.generate(ids, max_tokens=24, temperature=0) if c.token_id is not None]
+        theirs, logits = exact.logits(ids), ours.logits(ids)
+        best = theirs.topk(2, dim=1).values
+        clear = best[:, 0] - best[:, 1] > 0.5
+        assert clear.sum() > 10
+        assert torch.equal(logits.argmax(1)[clear], theirs.argmax(1)[clear])
+        assert 0 < (logits - theirs).norm() / theirs.norm() < 0.08
+        steps = list(ours.generate(ids[:9], max_tokens=12, temperature=0))  # decoding, replayed where it can be
+        assert len([step for step in steps if step.token_id is not None]) == 12
+
+
+def test_no_other_cache():
+    with pytest.raises(InputError, match="cache 'fp8' is not one of bf16, int8"):
+        dsv2_local.load(cache="fp8")
+    assert ops.cache_kind(Format.INT8, torch.float32, Cache.INT8) is Cache.INT8
+    with kernels(cpu.REFERENCE):
+        assert ops.cache_kind(Format.INT8, torch.float32, Cache.BF16) is Cache.FP32
+        assert ops.cache_kind(Format.INT8, torch.bfloat16, Cache.BF16) is Cache.BF16
