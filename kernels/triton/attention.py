@@ -15,7 +15,7 @@ from dsv2_local.kernels.triton.rows import rotated
 
 # Rebuilt keys and values of one group of heads, in numbers; heads are taken in groups below this.
 WORKSPACE = 1 << 27
-MOST_SPLITS = 64
+MOST_SPLITS = 128
 LOG2_E = 1.4426950408889634
 
 
@@ -77,17 +77,15 @@ def _absorbed(
 
 
 @triton.jit
-def _merge(parts, sums, mixed, M, C, BC: tl.constexpr, SPLITS: tl.constexpr, BSPLITS: tl.constexpr):
-    """The stretches of row m put together: mixed [M, C]."""
+def _merge(parts, sums, mixed, M, C, SPLITS: tl.constexpr, BC: tl.constexpr, BSPLITS: tl.constexpr):
+    """The stretches of row m put together, BC of the columns of mixed [M, C]."""
     m = tl.program_id(0).to(tl.int64)
-    c, split = tl.arange(0, BC), tl.arange(0, BSPLITS)
-    maximum = tl.max(tl.load(sums + split * M + m, split < SPLITS, float("-inf")))
-    sum_, total = tl.zeros([BC], tl.float32), 0.0
-    for i in range(SPLITS):
-        weight = tl.exp2(tl.load(sums + i * M + m) - maximum)
-        sum_ = tl.fma(weight, tl.load(parts + (i * M + m) * C + c, c < tl.where(weight > 0, C, 0), 0.0), sum_)
-        total += weight
-    tl.store(mixed + m * C + c, sum_ / total, c < C)
+    c, split = tl.program_id(1) * BC + tl.arange(0, BC), tl.arange(0, BSPLITS)
+    sum_ = tl.load(sums + split * M + m, split < SPLITS, float("-inf"))
+    weight = tl.exp2(sum_ - tl.max(sum_))
+    there = (weight > 0)[:, None] & (c < C)[None, :]
+    part = tl.load(parts + (split * M + m)[:, None] * C + c[None, :], there, 0.0)
+    tl.store(mixed + m * C + c, tl.sum(weight[:, None] * part, 0) / tl.sum(weight), c < C)
 
 
 @triton.jit
@@ -179,13 +177,15 @@ def absorbed_attention(
     splits = min(MOST_SPLITS, max(1, processors(q.device) // triton.cdiv(M, BM)), triton.cdiv(context, BS))
     parts = torch.empty(splits, M, C, device=q.device)
     sums, mixed = torch.empty(splits, M, device=q.device), torch.empty_like(q_latent)
-    BC = triton.next_power_of_2(C)
     _absorbed[(triton.cdiv(M, BM), splits)](
-        q_latent, rows[:, w_uk.cols :], rotation, latents, length, parts, sums, M, T, H, rows.stride(0),
-        latents.stride(0), scale * LOG2_E, C=C, P=P, BC=BC, BP=max(16, triton.next_power_of_2(P)), BM=BM, BS=BS,
-        SPLITS=splits, num_warps=4 if BM == 16 else 8, num_stages=2,
+        q_latent, rows[:, w_uk.cols :], rotation, latents, length, parts, sums,
+        M, T, H, rows.stride(0), latents.stride(0), scale * LOG2_E,
+        C=C, P=P, BC=power_of_2(C), BP=power_of_2(P), BM=BM, BS=BS, SPLITS=splits,
+        num_warps=4 if BM == 16 else 8, num_stages=2,
     )  # fmt: skip
-    _merge[(M,)](parts, sums, mixed, M, C, BC=BC, SPLITS=splits, BSPLITS=triton.next_power_of_2(splits))
+    _merge[(M, triton.cdiv(C, 64))](
+        parts, sums, mixed, M, C, SPLITS=splits, BC=64, BSPLITS=triton.next_power_of_2(splits)
+    )
     return by_heads(mixed, w_uv, H).view(T, -1)
 
 
@@ -208,20 +208,20 @@ def materialized_attention(
     out = q.new_empty(T, H * V)
     heads = min(H, max(1, WORKSPACE // (context * (N + V))))
     keys, values = q.new_empty(heads, context, N), q.new_empty(heads, context, V)
-    BM, BS = _materialized_block(q)
+    BM, BS = 64, 64 // q.element_size()
     for first in range(0, H, heads):
         group = min(heads, H - first)
         for weights, rebuilt in ((uk[first:], keys), (uv[first:], values)):
             n = weights.shape[2]
             _rebuild[(triton.cdiv(context, 64), group)](
                 latents, length, weights, rebuilt, T, context, latents.stride(0), *weights.stride(), C, n,
-                BS=64, BC=32, BN=max(16, triton.next_power_of_2(n)),
+                BS=64, BC=32, BN=power_of_2(n),
             )  # fmt: skip
         _materialized[(triton.cdiv(T, BM), group)](
-            q, rotation, latents, length, keys, values, out, T, H, context, first, q.stride(1), latents.stride(0),
-            scale * LOG2_E, C, N=N, P=P, V=V, BN=max(16, triton.next_power_of_2(N)),
-            BP=max(16, triton.next_power_of_2(P)), BV=max(16, triton.next_power_of_2(V)), BM=BM, BS=BS,
-            num_warps=8 if BM == 128 else 4, num_stages=2,
+            q, rotation, latents, length, keys, values, out,
+            T, H, context, first, q.stride(1), latents.stride(0), scale * LOG2_E, C,
+            N=N, P=P, V=V, BN=power_of_2(N), BP=power_of_2(P), BV=power_of_2(V), BM=BM, BS=BS,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
 
@@ -230,14 +230,14 @@ def _absorbed_block(q: Tensor) -> tuple[int, int]:
     """Rows and positions of a program of `_absorbed`.
 
     A program holds BM rows of 4·C bytes in registers and of C numbers in shared memory, beside two steps of BS latents:
-    for C = 512 in bf16 55 KB with 16 rows, 74 with 32, 110 with 64, where consumer GPUs have 99. fp32 needs it all.
+    for C = 512 in bf16 55 KB with 16 rows, 74 with 32, 144 with 64, where consumer GPUs have 99; in fp32 90 with 16.
     """
     rows = q.shape[0] * q.shape[1]
     if q.dtype == torch.float32 or rows <= 16:
         return 16, 64 // q.element_size()
-    return (64 if rows > 32 and shared_memory(q.device) > 160_000 else 32), 32
+    return (64 if rows > 32 and shared_memory(q.device) > 200_000 else 32), 32
 
 
-def _materialized_block(q: Tensor) -> tuple[int, int]:
-    """Queries and positions of a program of `_materialized`."""
-    return 64, 64 // q.element_size()
+def power_of_2(size: int) -> int:
+    """The side of a tile that holds `size` numbers; tensor cores take no less than 16."""
+    return max(16, int(triton.next_power_of_2(size)))

@@ -309,13 +309,16 @@ def launch(
 
 
 @triton.jit
-def _dequantize(words, scales, table, y, rows, cols, blocks, NF4: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr):
+def _dequantize(
+    words, scales, table, y, rows, cols, blocks,
+    NF4: tl.constexpr, BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr,
+):  # fmt: skip
     WORDS: tl.constexpr = 8 if NF4 else 16
-    group = tl.program_id(0) + tl.arange(0, 1)
+    group = tl.program_id(0) * BG + tl.arange(0, BG)
     word = tl.program_id(1) * KB * WORDS + tl.arange(0, KB * WORDS)
-    stored = (word < blocks * WORDS)[None, :, None]
+    stored = (group * ROWS_ < rows)[:, None, None] & (word < blocks * WORDS)[None, :, None]
     values = weight_tile(words, scales, table, group, word, stored, blocks, y.dtype.element_ty, NF4, LOOKUP)
-    row = tl.program_id(0).to(tl.int64) * ROWS_ + tl.arange(0, ROWS_)
+    row = tl.program_id(0).to(tl.int64) * BG * ROWS_ + tl.arange(0, BG * ROWS_)
     column = tl.program_id(1) * KB * BLOCK_ + tl.arange(0, KB * BLOCK_)
     there = (row < rows)[:, None] & (column < cols)[None, :]
     tl.store(y + row[:, None] * cols + column[None, :], values, there)
@@ -328,8 +331,8 @@ def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
     bank = Bank.of(matrix)
     y = torch.empty(matrix.rows, matrix.cols, dtype=dtype, device=bank.words.device)
     shape = {name: bank.arguments[name] for name in ("table", "rows", "cols", "blocks", "NF4")}
-    grid = (triton.cdiv(matrix.rows, ROWS), triton.cdiv(matrix.cols, 4 * BLOCK))
-    _dequantize[grid](words=bank.words, scales=bank.scales, y=y, **shape, KB=4, LOOKUP=GATHER)
+    grid = (triton.cdiv(matrix.rows, 8 * ROWS), triton.cdiv(matrix.cols, 2 * BLOCK))
+    _dequantize[grid](words=bank.words, scales=bank.scales, y=y, **shape, BG=8, KB=2, LOOKUP=GATHER)
     return y
 
 
