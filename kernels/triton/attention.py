@@ -34,7 +34,7 @@ def _start(BM: tl.constexpr):
     return tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _absorbed(
     q_latent, q_rope, rotation, latents, length, parts, sums,
     M, T, H, q_stride, latents_stride, scale,
@@ -76,7 +76,7 @@ def _absorbed(
     tl.store(sums + place, tl.where(some, maximum + tl.log2(total), float("-inf")), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _merge(parts, sums, mixed, M, C, SPLITS: tl.constexpr, BC: tl.constexpr, BSPLITS: tl.constexpr):
     """The stretches of row m put together, BC of the columns of mixed [M, C]."""
     m = tl.program_id(0).to(tl.int64)
@@ -88,7 +88,7 @@ def _merge(parts, sums, mixed, M, C, SPLITS: tl.constexpr, BC: tl.constexpr, BSP
     tl.store(mixed + m * C + c, tl.sum(weight[:, None] * part, 0) / tl.sum(weight), c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rebuild(
     latents, length, weights, y, T, S, latents_stride, head_stride, c_stride, n_stride, C, N,
     BS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
@@ -111,7 +111,7 @@ def _rebuild(
     tl.store(y + (h * S + s[:, None]) * N + n[None, :], sum_, (s < last)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "first_head"])
 def _materialized(
     q, rotation, latents, length, keys, values, out,
     T, H, S, first_head, q_stride, latents_stride, scale, C,

@@ -109,7 +109,7 @@ _STREAM_CONFIGS = [
 
 
 @tuned(_STREAM_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT", "SPLIT"])
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def stream(
     x, y, words, scales, up_words, up_scales, table, tokens, slots,
     n, x_stride, word_stride, scale_stride, rows, cols, blocks,
@@ -201,7 +201,7 @@ _TILE_CONFIGS = [
 
 
 @tuned(_TILE_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT", "SPLIT"])
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def tile(
     x, y, words, scales, up_words, up_scales, table, sources, targets, pieces,
     n, x_stride, word_stride, scale_stride, rows, cols, blocks,
