@@ -116,14 +116,13 @@ SMALL, MANY_HEADS = (16, 8, 8, 40, 24), (128, 8, 4, 16, 8)  # H, N, P, C, V
 
 
 @pytest.mark.parametrize("absorb", [True, False])
-@pytest.mark.parametrize(("tokens", "cached"), [(1, 70), (3, 150), (5, 0)])
+@pytest.mark.parametrize(("tokens", "cached"), [(1, 70), (3, 100), (5, 0)])
 def test_attention(tokens, cached, absorb):
     check.attention(DEVICE, FP32, (Format.INT8, Format.NF4), SMALL, tokens, cached, absorb)
 
 
-@pytest.mark.parametrize("formats", [(Format.INT8, Format.INT8), (Format.BF16, Format.BF16)])
-def test_attention_of_128_heads(formats):
-    check.attention(DEVICE, FP32, formats, MANY_HEADS, 1, 40, absorb=True)
+def test_attention_of_128_heads():
+    check.attention(DEVICE, FP32, (Format.INT8, Format.BF16), MANY_HEADS, 1, 40, absorb=True)
 
 
 @pytest.mark.parametrize("absorb", [True, False])
