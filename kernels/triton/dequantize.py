@@ -120,30 +120,55 @@ def _byte(words, INDEX: tl.constexpr):
 @triton.jit
 def unpack(words, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
     """Words to the numbers of their columns, before scaling: a tuple of 8 (nf4) or 4 (int8) fp32 tensors."""
-    if not NF4:
-        return _byte(words, 0), _byte(words, 1), _byte(words, 2), _byte(words, 3)
-    if LOOKUP == SHUFFLE_:
-        return _shuffled_levels(words, table)
-    return (
-        _level(words, 0, table, LOOKUP),
-        _level(words, 8, table, LOOKUP),
-        _level(words, 16, table, LOOKUP),
-        _level(words, 24, table, LOOKUP),
-        _level(words, 4, table, LOOKUP),
-        _level(words, 12, table, LOOKUP),
-        _level(words, 20, table, LOOKUP),
-        _level(words, 28, table, LOOKUP),
-    )
+    if NF4 and LOOKUP == SHUFFLE_:
+        values = _shuffled_levels(words, table)
+    elif not NF4:
+        values = (_byte(words, 0), _byte(words, 1), _byte(words, 2), _byte(words, 3))
+    else:
+        values = (
+            _level(words, 0, table, LOOKUP),
+            _level(words, 8, table, LOOKUP),
+            _level(words, 16, table, LOOKUP),
+            _level(words, 24, table, LOOKUP),
+            _level(words, 4, table, LOOKUP),
+            _level(words, 12, table, LOOKUP),
+            _level(words, 20, table, LOOKUP),
+            _level(words, 28, table, LOOKUP),
+        )
+    return values
 
 
 @triton.jit
-def joined(v, NF4: tl.constexpr):
-    """The tuple of `unpack`, each [..., W], as one tensor [..., W, PER]: columns in their order."""
+def joined(v, PER: tl.constexpr):
+    """A tuple of 4 or 8 tensors [...] as one tensor [..., PER]: the inverse of `parted`."""
     even, odd = tl.join(v[0], v[2]), tl.join(v[1], v[3])
-    if NF4:
+    if PER == 8:
         even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
         odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
     columns = tl.join(even, odd)
-    PER: tl.constexpr = 8 if NF4 else 4
     shape: tl.constexpr = v[0].shape
     return columns.reshape(shape + (PER,))  # noqa: RUF005 - Triton cannot unpack
+
+
+@triton.jit
+def _quarters(x):
+    """x [..., 2, 2] as a tuple of 4 tensors [...]."""
+    even, odd = tl.split(x)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def parted(x, PER: tl.constexpr):
+    """x [A, B, PER] as a tuple of its 4 or 8 columns [A, B], which costs nothing where a thread holds a row."""
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    if PER == 4:
+        columns = _quarters(x.reshape(A, B, 2, 2))
+    else:
+        even, odd = tl.split(x.reshape(A, B, 2, 2, 2))
+        a, b, c, d = _quarters(even)
+        e, f, g, h = _quarters(odd)
+        columns = (a, e, b, f, c, g, d, h)
+    return columns

@@ -25,6 +25,7 @@ from dsv2_local.kernels.triton.dequantize import (
     SHUFFLE,
     joined,
     level_table,
+    parted,
     tuned,
     unpack,
 )
@@ -99,11 +100,47 @@ def _span(blocks, SPLIT: tl.constexpr, KB: tl.constexpr):
     return first, tl.minimum(first + share, blocks)
 
 
+@triton.jit
+def _add_word(sum_, words, scale, numbers, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
+    """sum_ [BT, BG, U] + words [BG, U] times the numbers of their columns (a tuple of [BT, U]), scaled."""
+    values = unpack(words, table, NF4, LOOKUP)
+    product = numbers[0].to(tl.float32)[:, None, :] * values[0][None]
+    for i in tl.static_range(1, 8 if NF4 else 4):
+        product = tl.fma(numbers[i].to(tl.float32)[:, None, :], values[i][None], product)
+    return tl.fma(product, scale.to(tl.float32)[None], sum_)
+
+
+@triton.jit
+def _add_units(sums, units, scales, numbers, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
+    """The sums of four rows (a tuple of [BT, BG, U]) + units [BG, U, 4] times the numbers of their columns.
+
+    Rows are tensors of their own so that the threads keep what they have read: with the row as a dimension the
+    compiler spreads it over threads, which then read each number of x several times or trade sums in shared memory.
+    """
+    words, scale = parted(units, 4), parted(scales, 4)
+    return (
+        _add_word(sums[0], words[0], scale[0], numbers, table, NF4, LOOKUP),
+        _add_word(sums[1], words[1], scale[1], numbers, table, NF4, LOOKUP),
+        _add_word(sums[2], words[2], scale[2], numbers, table, NF4, LOOKUP),
+        _add_word(sums[3], words[3], scale[3], numbers, table, NF4, LOOKUP),
+    )
+
+
+@triton.jit
+def _row_sums(sums):
+    """The sums of four rows, each [BT, BG, U], added up along the columns: [BT, BG, 8]."""
+    units = joined(sums, 4)
+    BT: tl.constexpr = units.shape[0]
+    BG: tl.constexpr = units.shape[1]
+    HALF: tl.constexpr = units.shape[2] // 2
+    return tl.sum(units.reshape(BT, BG, HALF, ROWS_), 2)
+
+
 _STREAM_CONFIGS = [
     triton.Config({"LOOKUP": lookup, "BG": groups, "KB": blocks, "STAGES": stages}, num_warps=warps)
     for lookup, groups, blocks, stages, warps in (
-        (SHUFFLE, 1, 8, 3, 4), (SHUFFLE, 2, 8, 3, 4), (SHUFFLE, 4, 4, 2, 4), (SHUFFLE, 1, 16, 2, 8),
-        (SELECT, 1, 8, 3, 4), (SELECT, 1, 16, 2, 8), (GATHER, 1, 16, 1, 8), (GATHER, 4, 2, 1, 4),
+        (SHUFFLE, 1, 8, 3, 4), (SHUFFLE, 2, 8, 3, 4), (SHUFFLE, 4, 4, 3, 4),
+        (SHUFFLE, 1, 16, 2, 8), (SHUFFLE, 2, 16, 2, 8), (GATHER, 1, 16, 1, 8), (GATHER, 4, 2, 1, 4),
     )
 ]  # fmt: skip
 
@@ -117,6 +154,8 @@ def stream(
     BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of few rows of x, at the speed of memory: a program has BG groups of rows of one matrix.
+
+    It reads units of 16 bytes: the same columns of the lower or the upper four rows of a group.
 
     Grid: items, groups / BG, SPLIT. Without `slots` an item is BT rows of x, from i·BT·COUNT on in steps of COUNT, all
     with matrix i % COUNT. With them it is row tokens[i] (or i) with matrix slots[i], and BT is 1.
@@ -135,36 +174,34 @@ def stream(
         target = place.to(tl.int64)
         source = target if tokens is None else tl.load(tokens + place)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
-    x += (source * x_stride)[:, None]
-    sum_ = tl.zeros([BT, BG, KB * WORDS, ROWS_], tl.float32)
-    up_sum = sum_
+    x += source * x_stride
+    words += slot * word_stride
+    scales += slot * scale_stride
+    if up_words is not None:
+        up_words += slot * word_stride
+        up_scales += slot * scale_stride
+    UNITS: tl.constexpr = KB * WORDS * 2
+    zero = tl.zeros([BT, BG, UNITS], tl.float32)
+    sums, up_sums = (zero, zero, zero, zero), (zero, zero, zero, zero)
     first, last = _span(blocks, SPLIT, KB)
     for block in tl.range(first, last, KB, num_stages=STAGES):
-        word = block * WORDS + tl.arange(0, KB * WORDS)
-        word_place, scale_place = _places(group, word, blocks, WORDS)
-        stored = (group * ROWS_ < rows)[:, None, None] & (word < last * WORDS)[None, :, None]
-        word_place += slot * word_stride
-        scale_place += slot * scale_stride
-        values = unpack(tl.load(words + word_place, stored, 0), table, NF4, LOOKUP)
-        scale = tl.load(scales + scale_place, stored, 0.0).to(tl.float32)
+        unit = block * WORDS * 2 + tl.arange(0, UNITS)
+        four = tl.arange(0, 4)[None, None, :]
+        stored = (group * ROWS_ < rows)[:, None, None] & (unit < last * WORDS * 2)[None, :, None]
+        word_place = ((group * blocks * WORDS * 2)[:, None] + unit[None, :])[:, :, None] * 4 + four
+        tile_ = (group * blocks)[:, None] + (unit // (2 * WORDS))[None, :]
+        scale_place = (tile_ * ROWS_ + (unit % 2 * 4)[None, :])[:, :, None] + four
+        column = (unit // 2 * PER)[:, None] + tl.arange(0, PER)[None, :]
+        there = (place < n)[:, None, None] & (column < cols)[None, :, :]
+        numbers = parted(tl.load(x[:, None, None] + column[None, :, :], there, 0.0), PER)
+        units, scale = tl.load(words + word_place, stored, 0), tl.load(scales + scale_place, stored, 0.0)
+        sums = _add_units(sums, units, scale, numbers, table, NF4, LOOKUP)
         if up_words is not None:
-            up_values = unpack(tl.load(up_words + word_place, stored, 0), table, NF4, LOOKUP)
-            up_scale = tl.load(up_scales + scale_place, stored, 0.0).to(tl.float32)
-        part = tl.zeros([BT, BG, KB * WORDS, ROWS_], tl.float32)
-        up_part = part
-        for i in tl.static_range(PER):
-            column = word * PER + i
-            there = (place < n)[:, None] & (column < cols)[None, :]
-            number = tl.load(x + column[None, :], there, 0.0).to(tl.float32)[:, None, :, None]
-            part = tl.fma(number, values[i][None], part)
-            if up_words is not None:
-                up_part = tl.fma(number, up_values[i][None], up_part)
-        sum_ = tl.fma(part, scale[None], sum_)
-        if up_words is not None:
-            up_sum = tl.fma(up_part, up_scale[None], up_sum)
-    result = tl.sum(sum_, 2)  # [BT, BG, 8]
+            units, scale = tl.load(up_words + word_place, stored, 0), tl.load(up_scales + scale_place, stored, 0.0)
+            up_sums = _add_units(up_sums, units, scale, numbers, table, NF4, LOOKUP)
+    result = _row_sums(sums)
     if up_words is not None:
-        result = _silu_product(result, tl.sum(up_sum, 2))
+        result = _silu_product(result, _row_sums(up_sums))
     row = (group * ROWS_)[None, :, None] + tl.arange(0, ROWS_)[None, None, :]
     y += tl.program_id(2).to(tl.int64) * n * COUNT * rows
     tl.store(y + target[:, None, None] * rows + row, result, (place < n)[:, None, None] & (row < rows))
@@ -176,7 +213,8 @@ def weight_tile(
 ):
     """Words `word` [KW] of groups `group` [BG] as weights [8·BG, KW·PER] in DTYPE."""
     word_place, scale_place = _places(group, word, blocks, 8 if NF4 else 16)
-    values = joined(unpack(tl.load(words + word_place, stored, 0), table, NF4, LOOKUP), NF4)  # [BG, KW, 8, PER]
+    PER: tl.constexpr = 8 if NF4 else 4
+    values = joined(unpack(tl.load(words + word_place, stored, 0), table, NF4, LOOKUP), PER)  # [BG, KW, 8, PER]
     values *= tl.load(scales + scale_place, stored, 0.0).to(tl.float32)[:, :, :, None]
     BG: tl.constexpr = values.shape[0]
     COLS: tl.constexpr = values.shape[1] * values.shape[3]

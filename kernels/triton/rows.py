@@ -136,9 +136,8 @@ def _embedding(ids, y, words, scales, table, cols, blocks, NF4: tl.constexpr, LO
     word = tl.program_id(1) * KB * WORDS + tl.arange(0, KB * WORDS)
     tile = row // ROWS_ * blocks + word // WORDS
     there = word < blocks * WORDS
-    values = joined(
-        unpack(tl.load(words + (tile * WORDS + word % WORDS) * ROWS_ + row % ROWS_, there, 0), table, NF4, LOOKUP), NF4
-    )
+    place = (tile * WORDS + word % WORDS) * ROWS_ + row % ROWS_
+    values = joined(unpack(tl.load(words + place, there, 0), table, NF4, LOOKUP), 8 if NF4 else 4)
     values *= tl.load(scales + tile * ROWS_ + row % ROWS_, there, 0.0).to(tl.float32)[:, None]
     column = tl.program_id(1) * KB * BLOCK_ + tl.arange(0, KB * BLOCK_)
     tl.store(y + t * cols + column, values.reshape(KB * BLOCK_), column < cols)
