@@ -1,10 +1,15 @@
 """The one place that chooses an implementation of each kernel; the model calls these and nothing below.
 
-On the CPU that is the native library where it was compiled and knows the format, else the torch reference. Triton
-kernels join here, with the same signatures.
+On a GPU that is Triton, on the CPU the native library where it was compiled and knows the format, else the torch
+reference.
 """
 
 import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,11 +28,12 @@ __all__ = [
 ]  # fmt: skip
 
 RAM = torch.device("cpu")
+_REFERENCE = cast(cpu.Kernels, reference)
 
 
 def variant() -> str:
     """The name of the kernels in use."""
-    return native.variant if (native := cpu.kernels()) else cpu.REFERENCE
+    return native.variant if (native := cpu.kernels()) else cpu.asked() or cpu.REFERENCE
 
 
 def slow_notice() -> str | None:
@@ -71,82 +77,77 @@ def recording() -> Recording | None:
     return native.recording() if native else None
 
 
-def _native(weight: Matrix) -> cpu.Kernels | None:
-    """The native kernels, if this weight is theirs: in RAM, in a format that has scales."""
-    return cpu.kernels() if weight.scales is not None and weight.codes.is_cpu else None
+def _kernels(x: Tensor, format: Format | None = None) -> cpu.Kernels:
+    """Who computes on x with weights of this format (None: with none), or a module that has the same functions.
+
+    `kernels.triton` on a GPU; in RAM `kernels.cpu`, where it was compiled and knows the format; else `reference`.
+    """
+    native = cpu.kernels() if x.is_cpu else None
+    if native and (format is None or format in cpu.FORMATS):
+        return native
+    gpu = None if x.is_cpu and (native or cpu.asked() != cpu.TRITON) else _triton()
+    return cast(cpu.Kernels, gpu) if gpu else _REFERENCE
 
 
-def _native_for(x: Tensor) -> cpu.Kernels | None:
-    """The native kernels, if activations are in RAM."""
-    return cpu.kernels() if x.is_cpu else None
+@cache
+def _triton() -> ModuleType | None:
+    """The GPU's kernels, imported when there is need of them; None where Triton is not installed."""
+    return import_module("dsv2_local.kernels.triton") if find_spec("triton") else None
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [T, C] · weightᵀ -> [T, R]."""
-    native = _native(weight)
-    return native.linear(x, weight) if native else reference.linear(x, weight)
+    return _kernels(x, weight.format).linear(x, weight)
 
 
 def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (int64 [T]) of the embedding -> [T, D]."""
-    native = _native(weight)
-    return native.embedding(ids, weight, dtype) if native else reference.embedding(ids, weight, dtype)
+    return _kernels(ids, weight.format).embedding(ids, weight, dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, D] / sqrt(mean(x²) + eps) · weight (fp32 [D]), in fp32."""
-    native = _native_for(x)
-    return native.rms_norm(x, weight, eps) if native else reference.rms_norm(x, weight, eps)
+    return _kernels(x).rms_norm(x, weight, eps)
 
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
     """down(silu(gate(x)) · up(x)) for x [T, D] -> [T, D]."""
-    native = _native(down)
-    return native.swiglu(x, gate, up, down) if native else reference.swiglu(x, gate, up, down)
+    return _kernels(x, down.format).swiglu(x, gate, up, down)
 
 
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Choose the experts; see `reference.route`."""
-    native = _native_for(x)
-    return native.route(x, gate, config) if native else reference.route(x, gate, config)
+    return _kernels(x).route(x, gate, config)
 
 
 def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
     """The routed half of a mixture; see `reference.experts`."""
-    native = _native_for(x)
-    if native and layout.format in cpu.FORMATS:
-        return native.experts(x, records, layout, ids, weights)
-    return reference.experts(x, records, layout, ids, weights)
+    return _kernels(x, layout.format).experts(x, records, layout, ids, weights)
 
 
 def expert_outputs(
     x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
 ) -> None:
     """What single experts make of single tokens; see `reference.expert_outputs`."""
-    native = _native_for(x)
-    if native and layout.format in cpu.FORMATS:
-        return native.expert_outputs(x, records, layout, tokens, slots, out)
-    return reference.expert_outputs(x, records, layout, tokens, slots, out)
+    _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out)
 
 
 def combine(outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
     """Add up experts' outputs; see `reference.combine`."""
-    native = _native_for(y)
-    return native.combine(outputs, rows, weights, y) if native else reference.combine(outputs, rows, weights, y)
+    _kernels(y).combine(outputs, rows, weights, y)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b, of one shape."""
-    native = _native_for(a)
-    return native.add(a, b) if native else reference.add(a, b)
+    return _kernels(a).add(a, b)
 
 
 def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
     """Fill the next rows of a layer's cache; see `reference.write_latents`."""
-    native = _native_for(latents)
-    if native and latents.dtype in cpu.CACHES:
-        return native.write_latents(latents, length, kv_a, weight, eps, rotation)
-    return reference.write_latents(latents, length, kv_a, weight, eps, rotation)
+    chosen = _kernels(kv_a)
+    if latents.dtype not in chosen.CACHES:
+        chosen = _REFERENCE
+    chosen.write_latents(latents, length, kv_a, weight, eps, rotation)
 
 
 def attention(
@@ -160,8 +161,8 @@ def attention(
     T, N, C, V = len(q), w_uk.cols, w_uv.cols, w_uv.rows // q.shape[1]
     P = q.shape[2] - N
     absorb = T * (2 * C + P) <= T * (N + P + V) + C * (N + V)
-    native = _native(w_uk)
-    # The native products of one head take whole groups of 8 rows.
-    if native and latents.dtype in cpu.CACHES and C % 8 == 0 and V % 8 == 0:
-        return native.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)
-    return reference.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)
+    chosen = _kernels(q, w_uk.format)
+    # The products of one head take whole groups of 8 rows.
+    if C % 8 or V % 8 or latents.dtype not in chosen.CACHES:
+        chosen = _REFERENCE
+    return chosen.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
     {"__init__", "config", "errors", "machine", "measured", "numa", "released", "sizes"},
     {"kernels.format", "kernels.layout", "kernels.latents", "cache", "rope", "kernels.reference"}
-    | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops"},
+    | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops"}
+    | {"kernels.triton.dequantize", "kernels.triton.linear", "kernels.triton.experts", "kernels.triton.rows"}
+    | {"kernels.triton.attention", "kernels.triton"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
@@ -43,6 +45,17 @@ ORDERED = [
         "kernels.ops",
     ],
     ["kernels.format", "kernels.latents", "cache"],
+    [
+        "kernels.format",
+        "kernels.layout",
+        "kernels.triton.dequantize",
+        "kernels.triton.linear",
+        "kernels.triton.experts",
+        "kernels.triton.rows",
+        "kernels.triton.attention",
+        "kernels.triton",
+        "kernels.ops",
+    ],
     ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
     ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
     ["quant.nf4", "quant.int8", "quant.quantize", "quant.convert"],

@@ -32,7 +32,7 @@ VARIANTS = {
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set(),
 }
-REFERENCE = "reference"
+REFERENCE, TRITON = "reference", "triton"
 VARIABLE = "DSV2_KERNELS"
 
 FORMATS = {Format.NF4: 0, Format.INT8: 1}
@@ -88,6 +88,8 @@ def _struct(matrix: Matrix) -> "ctypes._Pointer[_Matrix]":
 
 class Kernels:
     """One variant of the library, loaded, with its pool of threads."""
+
+    CACHES = tuple(CACHES)
 
     def __init__(self, variant: str, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -232,19 +234,24 @@ def usable() -> list[str]:
     return [variant for variant in libraries() if VARIANTS[variant] <= features]
 
 
+def asked() -> str | None:
+    """The kernels that $DSV2_KERNELS names; "triton": the GPU's, for tests that interpret them on the CPU."""
+    return os.environ.get(VARIABLE) or None
+
+
 @cache
 def kernels() -> Kernels | None:
-    """The variant to use: the one that $DSV2_KERNELS names, else the best; None for the torch reference.
+    """The variant to use: the one that $DSV2_KERNELS names, else the best; None for the torch reference and for Triton.
 
     Raises:
         InputError: the variable names a variant that is not compiled or that this CPU cannot run.
     """
-    asked, found = os.environ.get(VARIABLE) or None, usable()
-    if asked == REFERENCE or (asked is None and not found):
+    wanted, found = asked(), usable()
+    if wanted in (REFERENCE, TRITON) or (wanted is None and not found):
         return None
-    if asked is not None and asked not in found:
-        raise InputError(f"{VARIABLE}={asked} is not available here; use one of {', '.join([*found, REFERENCE])}")
-    variant = asked or found[0]
+    if wanted is not None and wanted not in found:
+        raise InputError(f"{VARIABLE}={wanted} is not available here; use one of {', '.join([*found, REFERENCE])}")
+    variant = wanted or found[0]
     loaded = Kernels(variant, libraries()[variant])
     loaded.set_threads(choose_threads(None))
     return loaded

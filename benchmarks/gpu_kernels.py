@@ -1,0 +1,271 @@
+"""The Triton kernels on a GPU: checked against the reference, then timed against a plain copy of memory.
+
+    python benchmarks/gpu_kernels.py [--json FILE]
+    python benchmarks/gpu_kernels.py --interpret --tiny    # the program itself, without a GPU; its times mean nothing
+
+Weights and caches of one shape are several, more than the L2 cache holds, used in turn. On a GPU all turns are one
+CUDA graph, so that launching from Python costs nothing; a figure is the median of its replays, divided by the turns.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2_local.kernels import reference
+from dsv2_local.kernels.format import ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
+
+SHAPES = {
+    "Lite expert": (1408, 2048),
+    "Lite o_proj": (2048, 2048),
+    "Lite q_proj": (3072, 2048),
+    "236B expert": (1536, 5120),
+    "236B q_b_proj": (24576, 1536),
+    "236B o_proj": (5120, 16384),
+}  # [R, C]; fmt: skip
+EXPERTS = {"Lite": (2048, 1408), "236B": (5120, 1536)}  # hidden, intermediate
+HEADS = {"Lite": 16, "236B": 128}
+WORKING_SET = 400 << 20  # bytes of what is used in turn
+MANY = 4096  # tokens of prefill
+TURNS = 64  # at most
+REPLAYS = 20
+
+Turn = Callable[[int], Any]
+
+
+def random_matrix(format: Format, rows: int, cols: int, device: str) -> Matrix:
+    """Random codes, and scales that keep products near 1."""
+    codes, scales = planes(format, rows, cols)
+    low, high = (0, 256) if format is Format.NF4 else (-127, 128)
+    size = 1.0 if format is Format.NF4 else 1 / 127
+    return Matrix(
+        format, rows, cols,
+        torch.randint(low, high, codes.shape, dtype=codes.dtype, device=device),
+        torch.rand(scales.shape, device=device).add(0.5).mul(2 * size / cols**0.5).to(scales.dtype),
+    )  # fmt: skip
+
+
+def random_records(layout: ExpertLayout, count: int, device: str) -> Tensor:
+    records = torch.randint(0, 256, (count, layout.nbytes), dtype=torch.uint8, device=device)
+    for record in records:
+        for matrix in expert_matrices(layout, record):
+            assert matrix.scales is not None
+            matrix.scales.copy_(torch.rand(matrix.scales.shape).add(0.5).mul(2 / matrix.cols**0.5))
+    return records
+
+
+def latent_weights(heads: int, tiny: bool, device: str) -> tuple[Matrix, Matrix, int, int]:
+    """w_uk, w_uv, N and P of a model's attention."""
+    N, P, C, V = (16, 8, 32, 16) if tiny else (128, 64, 512, 128)
+    uk, uv = (random_matrix(Format.INT8, heads * rows, cols, device) for rows, cols in ((C, N), (V, C)))
+    return uk, uv, N, P
+
+
+def seconds_of(turn: Turn, turns: int, device: str) -> float:
+    """Median seconds of one of `turns` different turns."""
+    turn(0)  # compiles and tunes
+    if device == "cpu":
+        start = time.perf_counter()
+        turn(turns - 1)
+        return time.perf_counter() - start
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for i in range(turns):
+            turn(i)
+    for _ in range(REPLAYS + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / turns)
+    return median(times[2:])
+
+
+def copy_rate(device: str, tiny: bool) -> float:
+    """Bytes per second read and written by a plain copy."""
+    source = torch.ones(1 << (20 if tiny else 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda i: target.copy_(source), 1, device)
+
+
+def off(ours: Tensor, exact: Tensor) -> float:
+    """The error in norm; infinite where anything is not a number."""
+    ours = ours.to(exact.device, torch.float32)
+    return float((ours - exact).norm() / exact.norm()) if ours.isfinite().all() else float("inf")
+
+
+def check_all(device: str, tiny: bool) -> dict[str, float]:
+    """The error of each kernel in bf16 on inputs never seen before."""
+    from dsv2_local.kernels import triton as kernels
+
+    errors = {}
+    for format in (Format.NF4, Format.INT8):
+        weight = random_matrix(format, *((40, 200) if tiny else (1408, 2048)), "cpu")
+        moved = Matrix(format, weight.rows, weight.cols, *(part.to(device) for part in weight.parts))
+        for tokens in (1, 3, 40):
+            x = torch.randn(tokens, weight.cols).bfloat16()
+            ours = kernels.linear(x.to(device), moved)
+            errors[f"linear {format}, {tokens} tokens"] = off(ours, reference.linear(x.float(), weight))
+    layout = ExpertLayout(Format.NF4, *((64, 40) if tiny else EXPERTS["Lite"]))
+    records = random_records(layout, 8, "cpu")
+    for tokens in (1, 20):
+        x, weights = torch.randn(tokens, layout.hidden_size).bfloat16(), torch.rand(tokens, 3)
+        ids = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)])
+        ours = kernels.experts(x.to(device), records.to(device), layout, ids.to(device), weights.to(device))
+        exact = reference.experts(x.float(), records, layout, ids, weights)
+        errors[f"experts nf4, {tokens} tokens"] = off(ours, exact)
+    uk, uv, N, P = latent_weights(4 if tiny else 16, tiny, "cpu")
+    heads = 4 if tiny else 16
+    moved_weights = (Matrix(m.format, m.rows, m.cols, *(part.to(device) for part in m.parts)) for m in (uk, uv))
+    w_uk, w_uv = moved_weights
+    q, latents = torch.randn(2, heads, N + P).bfloat16(), torch.randn(99, uv.cols + P).bfloat16()
+    rotation, length = torch.polar(torch.ones(2, P // 2), torch.randn(2, P // 2)), torch.tensor([97])
+    exact = reference.attention(q.float(), rotation, latents.float(), length, uk, uv, 0.1, absorb=True)
+    inputs = [part.to(device) for part in (q, rotation, latents, length)]
+    for absorb, name in ((True, "absorbed"), (False, "materialised")):
+        errors[f"attention, {name}"] = off(kernels.attention(*inputs, w_uk, w_uv, 0.1, absorb), exact)
+    return errors
+
+
+def linears(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, float, float]]:
+    """Name, tokens, turn, turns, bytes and operations of each product; those of bitsandbytes too, where it runs."""
+    from dsv2_local.kernels import triton as kernels
+
+    shapes = {"tiny": (40, 128)} if tiny else SHAPES
+    for name, (rows, cols) in shapes.items():
+        for tokens in (1, 20 if tiny else MANY):
+            x = torch.randn(tokens, cols, device=device).bfloat16()
+            for format in (Format.NF4, Format.INT8):
+                size = matrix_nbytes(format, rows, cols)
+                count = 2 if tiny else turns_of(size, tokens)
+                weights = [random_matrix(format, rows, cols, device) for _ in range(count)]
+                turn = partial(lambda i, x, weights: kernels.linear(x, weights[i]), x=x, weights=weights)
+                yield f"{format} {name}", tokens, turn, count, size, 2 * tokens * rows * cols
+            if device != "cpu" and (rival := bitsandbytes_turn(rows, cols, x)):
+                size = rows * cols // 2 + rows * cols // 64 * 4
+                yield f"bitsandbytes {name}", tokens, *rival, size, 2 * tokens * rows * cols
+
+
+def bitsandbytes_turn(rows: int, cols: int, x: Tensor) -> tuple[Turn, int] | None:
+    """bitsandbytes' NF4 product; None where it is not installed."""
+    try:
+        import bitsandbytes
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError:
+        return None
+    packed, state = quantize_4bit(torch.randn(rows, cols, device=x.device).bfloat16(), blocksize=64, quant_type="nf4")
+    weights = [packed.clone() for _ in range(turns_of(packed.nbytes, len(x)))]
+    return lambda i: bitsandbytes.matmul_4bit(x, weights[i].t(), quant_state=state), len(weights)
+
+
+def turns_of(size: int, tokens: int) -> int:
+    """How many things of `size` bytes to use in turn: many tokens spend their time elsewhere."""
+    return 4 if tokens > 1 else max(2, min(TURNS, WORKING_SET // size))
+
+
+def mixtures(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, float, float]]:
+    """One token's six routed experts, out of more than the L2 cache holds."""
+    from dsv2_local.kernels import triton as kernels
+
+    for name, shape in ({"tiny": (64, 40)} if tiny else EXPERTS).items():
+        layout = ExpertLayout(Format.NF4, *shape)
+        count = 12 if tiny else WORKING_SET // layout.nbytes // 6 * 6
+        records = random_records(layout, count, device)
+        x, tokens = torch.randn(1, layout.hidden_size, device=device).bfloat16(), torch.zeros(6, dtype=torch.int64)
+        slots = torch.arange(count, device=device).view(-1, 6)
+        turn = partial(
+            lambda i, x, records, layout, tokens, slots, out: kernels.expert_outputs(
+                x, records, layout, tokens, slots[i], out
+            ),
+            x=x, records=records, layout=layout, tokens=tokens.to(device), slots=slots,
+            out=torch.empty(6, layout.hidden_size, device=device),
+        )  # fmt: skip
+        yield f"6 experts {name}", 1, turn, len(slots), 6 * layout.nbytes, 36 * shape[0] * shape[1]
+
+
+def attentions(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, float, float]]:
+    """The last token of a context, absorbed; a graph's cache is as long as it may become, here the context itself."""
+    from dsv2_local.kernels import triton as kernels
+
+    for name, heads in ({"tiny": 4} if tiny else HEADS).items():
+        uk, uv, N, P = latent_weights(heads, tiny, device)
+        for context in (100,) if tiny else (4096, 32768):
+            C = uv.cols
+            size = context * (C + P) * 2
+            caches = torch.randn(2 if tiny else turns_of(size, 1), context, C + P, device=device).bfloat16()
+            q = torch.randn(1, heads, N + P, device=device).bfloat16()
+            rotation = torch.ones(1, P // 2, dtype=torch.complex64, device=device)
+            length = torch.tensor([context - 1], device=device)
+            turn = partial(
+                lambda i, q, rotation, caches, length, uk, uv: kernels.attention(
+                    q, rotation, caches[i], length, uk, uv, 0.1, True
+                ),
+                q=q, rotation=rotation, caches=caches, length=length, uk=uk, uv=uv,
+            )  # fmt: skip
+            weights = sum(part.nbytes for matrix in (uk, uv) for part in matrix.parts)
+            operations = 2 * heads * (context * (2 * C + P) + C * (N + uv.rows // heads))
+            yield f"attention {name}, {context}", 1, turn, len(caches), size + weights, operations
+
+
+def measure(device: str, tiny: bool) -> dict[str, Any]:
+    """Check and time every kernel.
+
+    Returns:
+        device: its name; copy: GB/s; errors: by kernel; figures: a list of name, tokens, microseconds, gb_s,
+        fraction (of the copy's rate) and tflop_s.
+    """
+    copy = copy_rate(device, tiny)
+    errors = check_all(device, tiny)
+    figures = []
+    for cases in (linears, mixtures, attentions):
+        for name, tokens, turn, turns, size, operations in cases(device, tiny):
+            seconds = seconds_of(turn, turns, device)
+            figures.append({
+                "name": name, "tokens": tokens, "microseconds": seconds * 1e6, "gb_s": size / seconds / 1e9,
+                "fraction": size / seconds / copy, "tflop_s": operations / seconds / 1e12,
+            })  # fmt: skip
+    name = "interpreted" if device == "cpu" else torch.cuda.get_device_name()
+    return {"device": name, "copy": copy / 1e9, "errors": errors, "figures": figures}
+
+
+def show(measured: dict[str, Any]) -> None:
+    print(f"{measured['device']}, plain copy {measured['copy']:.0f} GB/s")
+    for name, error in measured["errors"].items():
+        print(f"  {name:30} error {error:.4f}")
+    print(f"{'':30}{'tokens':>7}{'µs':>12}{'GB/s':>9}{'of copy':>9}{'TFLOP/s':>9}")
+    for row in measured["figures"]:
+        print(
+            f"{row['name']:30}{row['tokens']:>7}{row['microseconds']:>12.1f}{row['gb_s']:>9.1f}"
+            f"{row['fraction']:>8.0%} {row['tflop_s']:>8.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interpret", action="store_true", help="run on the CPU, in Triton's interpreter")
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given = parser.parse_args()
+    if given.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    measured = measure("cpu" if given.interpret else "cuda", given.tiny)
+    show(measured)
+    if given.json:
+        given.json.write_text(json.dumps(measured, indent=1))
+    worst = max(measured["errors"].values())
+    if worst > 0.02:
+        raise SystemExit(f"a kernel is wrong: error {worst:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""NF4 and int8 weights in Triton: from stored words to numbers.
+
+`kernels.layout` lays 8 rows × 64 columns in a tile. A tile is read as int32 words, one row's columns each: nf4 has 8
+words a row and block with 8 columns a word, int8 16 with 4. Below, a "word" number counts along a row from its start,
+so that word w covers columns w·PER to w·PER + PER - 1, and neighbouring rows of a group are neighbours in memory.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv2_local.kernels.format import BLOCK, ROWS
+from dsv2_local.kernels.layout import NF4_LEVELS
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LEVELS = tl.constexpr(NF4_LEVELS)
+BLOCK_ = tl.constexpr(BLOCK)
+ROWS_ = tl.constexpr(ROWS)
+
+# How a code becomes a level: a read of 16 numbers in memory, a tree of selects, a shuffle among the lanes of a warp.
+# All are exact; which is fastest depends on the GPU, so that autotuning chooses. GATHER goes with one stage, since a
+# pipeline would stage the levels that it reads through shared memory.
+GATHER, SELECT, SHUFFLE = 0, 1, 2
+SELECT_, SHUFFLE_ = tl.constexpr(SELECT), tl.constexpr(SHUFFLE)
+
+
+@cache
+def level_table(device: torch.device) -> Tensor:
+    """NF4's levels on `device`, float32 [16]."""
+    return torch.tensor(NF4_LEVELS, device=device)
+
+
+def tuned(configs: list[triton.Config], key: list[str]) -> Any:
+    """`triton.autotune`, remembered on disk; where kernels are interpreted, the last configuration."""
+    return triton.autotune(configs[-1:] if INTERPRETED else configs, key, cache_results=True)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, which is all that the kernels ask of it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def _level_of_2(code, FIRST: tl.constexpr):
+    return tl.where((code & 1) != 0, LEVELS[FIRST + 1], LEVELS[FIRST])
+
+
+@triton.jit
+def _level_of_4(code, FIRST: tl.constexpr):
+    return tl.where((code & 2) != 0, _level_of_2(code, FIRST + 2), _level_of_2(code, FIRST))
+
+
+@triton.jit
+def _level_of_8(code, FIRST: tl.constexpr):
+    return tl.where((code & 4) != 0, _level_of_4(code, FIRST + 4), _level_of_4(code, FIRST))
+
+
+@triton.jit
+def _selected_level(code):
+    return tl.where((code & 8) != 0, _level_of_8(code, 8), _level_of_8(code, 0))
+
+
+@triton.jit
+def _level(words, SHIFT: tl.constexpr, table, LOOKUP: tl.constexpr):
+    """The level of the code at bit SHIFT."""
+    code = (words >> SHIFT) & 15
+    return _selected_level(code) if LOOKUP == SELECT_ else tl.load(table + code)
+
+
+@triton.jit
+def _shuffled_levels(words, table):
+    """The levels of a word's codes by columns; lane i of each half warp holds level i, whatever thread has which word.
+
+    shfl.idx within segments of 16 lanes (mask 0x10) takes the low four bits of its index alone.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 lane, level, code;
+        .reg .b64 place;
+        mov.u32 lane, %laneid;
+        and.b32 lane, lane, 15;
+        mad.wide.u32 place, lane, 4, $9;
+        ld.global.nc.b32 level, [place];
+        shfl.sync.idx.b32 $0, level, $8, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 8;
+        shfl.sync.idx.b32 $1, level, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 16;
+        shfl.sync.idx.b32 $2, level, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 24;
+        shfl.sync.idx.b32 $3, level, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 4;
+        shfl.sync.idx.b32 $4, level, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 12;
+        shfl.sync.idx.b32 $5, level, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 20;
+        shfl.sync.idx.b32 $6, level, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 28;
+        shfl.sync.idx.b32 $7, level, code, 0x101f, 0xffffffff;
+        }
+        """,
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,l",
+        [words, table],
+        dtype=(tl.float32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _byte(words, INDEX: tl.constexpr):
+    """The signed byte INDEX of int32 words, as fp32."""
+    return ((words << (24 - 8 * INDEX)) >> 24).to(tl.float32)
+
+
+@triton.jit
+def unpack(words, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
+    """Words to the numbers of their columns, before scaling: a tuple of 8 (nf4) or 4 (int8) fp32 tensors."""
+    if NF4 and LOOKUP == SHUFFLE_:
+        values = _shuffled_levels(words, table)
+    elif not NF4:
+        values = (_byte(words, 0), _byte(words, 1), _byte(words, 2), _byte(words, 3))
+    else:
+        values = (
+            _level(words, 0, table, LOOKUP),
+            _level(words, 8, table, LOOKUP),
+            _level(words, 16, table, LOOKUP),
+            _level(words, 24, table, LOOKUP),
+            _level(words, 4, table, LOOKUP),
+            _level(words, 12, table, LOOKUP),
+            _level(words, 20, table, LOOKUP),
+            _level(words, 28, table, LOOKUP),
+        )
+    return values
+
+
+@triton.jit
+def joined(v, PER: tl.constexpr):
+    """A tuple of 4 or 8 tensors [...] as one tensor [..., PER]: the inverse of `parted`."""
+    even, odd = tl.join(v[0], v[2]), tl.join(v[1], v[3])
+    if PER == 8:
+        even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
+        odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
+    columns = tl.join(even, odd)
+    shape: tl.constexpr = v[0].shape
+    return columns.reshape(shape + (PER,))  # noqa: RUF005 - Triton cannot unpack
+
+
+@triton.jit
+def _quarters(x):
+    """x [..., 2, 2] as a tuple of 4 tensors [...]."""
+    even, odd = tl.split(x)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def parted(x, PER: tl.constexpr):
+    """x [A, B, PER] as a tuple of its 4 or 8 columns [A, B], which costs nothing where a thread holds a row."""
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    if PER == 4:
+        columns = _quarters(x.reshape(A, B, 2, 2))
+    else:
+        even, odd = tl.split(x.reshape(A, B, 2, 2, 2))
+        a, b, c, d = _quarters(even)
+        e, f, g, h = _quarters(odd)
+        columns = (a, e, b, f, c, g, d, h)
+    return columns

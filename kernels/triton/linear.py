@@ -1,0 +1,388 @@
+"""Products with quantised matrices: one kernel at the speed of memory for few tokens, one on tensor cores for many.
+
+Both multiply rows of x by the matrices of a `Bank`: one matrix (`linear`), the heads of one (`by_heads`), or experts in
+their records (`kernels.triton.experts`). GATED kernels do two products at once and write silu(gate) · up.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's own name for it
+
+from dsv2_local.kernels.format import BLOCK, ROWS, ExpertLayout, Format
+from dsv2_local.kernels.layout import Matrix, expert_matrices
+from dsv2_local.kernels.triton.dequantize import (
+    BLOCK_,
+    GATHER,
+    INTERPRETED,
+    ROWS_,
+    SELECT,
+    SHUFFLE,
+    joined,
+    level_table,
+    parted,
+    tuned,
+    unpack,
+)
+
+STREAMED_TOKENS = 4  # up to here a token's share of the arithmetic hides behind the reading of weights
+PROGRAMS_PER_PROCESSOR = 2  # a launch with fewer has its columns split
+
+
+@dataclass(frozen=True)
+class Bank:
+    """`count` quantised matrices [rows, cols] at equal distances: `strides` in int32 words and in fp16 scales."""
+
+    format: Format
+    rows: int
+    cols: int
+    words: Tensor
+    scales: Tensor
+    strides: tuple[int, int] = (0, 0)
+    count: int = 1
+
+    @classmethod
+    def of(cls, matrix: Matrix, count: int = 1) -> "Bank":
+        """`count` slices of a matrix's rows; a slice is whole groups of 8 rows."""
+        assert matrix.scales is not None
+        rows = matrix.rows // count
+        assert count == 1 or (rows * count == matrix.rows and rows % ROWS == 0)
+        words = matrix.codes.view(torch.int32)
+        strides = words.numel() // count, matrix.scales.numel() // count
+        return cls(matrix.format, rows, matrix.cols, words, matrix.scales, strides, count)
+
+    @classmethod
+    def of_records(cls, layout: ExpertLayout, records: Tensor) -> tuple["Bank", "Bank", "Bank"]:
+        """gate, up and down of the experts in records uint8 [S, layout.nbytes], without a copy."""
+        strides = layout.nbytes // 4, layout.nbytes // 2
+        gate, up, down = (
+            replace(cls.of(matrix), strides=strides, count=len(records))
+            for matrix in expert_matrices(layout, records[0])
+        )
+        return gate, up, down
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What kernels are told of the shape."""
+        nf4 = self.format is Format.NF4
+        blocks = -(-self.cols // BLOCK)
+        word_stride, scale_stride = self.strides
+        return {
+            "table": level_table(self.words.device), "word_stride": word_stride, "scale_stride": scale_stride,
+            "rows": self.rows, "cols": self.cols, "blocks": blocks, "NF4": nf4,
+        }  # fmt: skip
+
+
+@triton.jit
+def _places(group, word, blocks, WORDS: tl.constexpr):
+    """Where words [BG, KW, 8] lie, and their scales: groups [BG] of 8 rows, words [KW] along them."""
+    tile = group[:, None, None] * blocks + (word // WORDS)[None, :, None]
+    row = tl.arange(0, ROWS_)[None, None, :]
+    return (tile * WORDS + (word % WORDS)[None, :, None]) * ROWS_ + row, tile * ROWS_ + row
+
+
+@triton.jit
+def _silu_product(gate, up):
+    """silu(gate) · up."""
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _span(blocks, SPLIT: tl.constexpr, KB: tl.constexpr):
+    """The blocks of columns that this program adds up: its share, in steps of KB."""
+    share = tl.cdiv(tl.cdiv(blocks, SPLIT), KB) * KB
+    first = tl.program_id(2) * share
+    return first, tl.minimum(first + share, blocks)
+
+
+@triton.jit
+def _add_word(sum_, words, scale, numbers, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
+    """sum_ [BT, BG, U] + words [BG, U] times the numbers of their columns (a tuple of [BT, U]), scaled."""
+    values = unpack(words, table, NF4, LOOKUP)
+    product = numbers[0].to(tl.float32)[:, None, :] * values[0][None]
+    for i in tl.static_range(1, 8 if NF4 else 4):
+        product = tl.fma(numbers[i].to(tl.float32)[:, None, :], values[i][None], product)
+    return tl.fma(product, scale.to(tl.float32)[None], sum_)
+
+
+@triton.jit
+def _add_units(sums, units, scales, numbers, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
+    """The sums of four rows (a tuple of [BT, BG, U]) + units [BG, U, 4] times the numbers of their columns.
+
+    Rows are tensors of their own so that the threads keep what they have read: with the row as a dimension the
+    compiler spreads it over threads, which then read each number of x several times or trade sums in shared memory.
+    """
+    words, scale = parted(units, 4), parted(scales, 4)
+    return (
+        _add_word(sums[0], words[0], scale[0], numbers, table, NF4, LOOKUP),
+        _add_word(sums[1], words[1], scale[1], numbers, table, NF4, LOOKUP),
+        _add_word(sums[2], words[2], scale[2], numbers, table, NF4, LOOKUP),
+        _add_word(sums[3], words[3], scale[3], numbers, table, NF4, LOOKUP),
+    )
+
+
+@triton.jit
+def _row_sums(sums):
+    """The sums of four rows, each [BT, BG, U], added up along the columns: [BT, BG, 8]."""
+    units = joined(sums, 4)
+    BT: tl.constexpr = units.shape[0]
+    BG: tl.constexpr = units.shape[1]
+    HALF: tl.constexpr = units.shape[2] // 2
+    return tl.sum(units.reshape(BT, BG, HALF, ROWS_), 2)
+
+
+_STREAM_CONFIGS = [
+    triton.Config({"LOOKUP": lookup, "BG": groups, "KB": blocks, "STAGES": stages}, num_warps=warps)
+    for lookup, groups, blocks, stages, warps in (
+        (SHUFFLE, 1, 8, 3, 4), (SHUFFLE, 2, 8, 3, 4), (SHUFFLE, 4, 4, 3, 4),
+        (SHUFFLE, 1, 16, 2, 8), (SHUFFLE, 2, 16, 2, 8), (GATHER, 1, 16, 1, 8), (GATHER, 4, 2, 1, 4),
+    )
+]  # fmt: skip
+
+
+@tuned(_STREAM_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT", "SPLIT"])
+@triton.jit(do_not_specialize=["n"])
+def stream(
+    x, y, words, scales, up_words, up_scales, table, tokens, slots,
+    n, x_stride, word_stride, scale_stride, rows, cols, blocks,
+    NF4: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr,
+    BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Products of few rows of x, at the speed of memory: a program has BG groups of rows of one matrix.
+
+    It reads units of 16 bytes: the same columns of the lower or the upper four rows of a group.
+
+    Grid: items, groups / BG, SPLIT. Without `slots` an item is BT rows of x, from i·BT·COUNT on in steps of COUNT, all
+    with matrix i % COUNT. With them it is row tokens[i] (or i) with matrix slots[i], and BT is 1.
+    """
+    WORDS: tl.constexpr = 8 if NF4 else 16
+    PER: tl.constexpr = 8 if NF4 else 4
+    item = tl.program_id(0)
+    if slots is None:
+        slot = (item % COUNT).to(tl.int64)
+        place = item // COUNT * BT + tl.arange(0, BT)
+        target = place * COUNT + slot
+        source = target
+    else:
+        slot = tl.load(slots + item)
+        place = item + tl.arange(0, BT)
+        target = place.to(tl.int64)
+        source = target if tokens is None else tl.load(tokens + place)
+    group = tl.program_id(1) * BG + tl.arange(0, BG)
+    x += source * x_stride
+    words += slot * word_stride
+    scales += slot * scale_stride
+    if up_words is not None:
+        up_words += slot * word_stride
+        up_scales += slot * scale_stride
+    UNITS: tl.constexpr = KB * WORDS * 2
+    zero = tl.zeros([BT, BG, UNITS], tl.float32)
+    sums, up_sums = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    first, last = _span(blocks, SPLIT, KB)
+    for block in tl.range(first, last, KB, num_stages=STAGES):
+        unit = block * WORDS * 2 + tl.arange(0, UNITS)
+        four = tl.arange(0, 4)[None, None, :]
+        stored = (group * ROWS_ < rows)[:, None, None] & (unit < last * WORDS * 2)[None, :, None]
+        word_place = ((group * blocks * WORDS * 2)[:, None] + unit[None, :])[:, :, None] * 4 + four
+        tile_ = (group * blocks)[:, None] + (unit // (2 * WORDS))[None, :]
+        scale_place = (tile_ * ROWS_ + (unit % 2 * 4)[None, :])[:, :, None] + four
+        column = (unit // 2 * PER)[:, None] + tl.arange(0, PER)[None, :]
+        there = (place < n)[:, None, None] & (column < cols)[None, :, :]
+        numbers = parted(tl.load(x[:, None, None] + column[None, :, :], there, 0.0), PER)
+        units, scale = tl.load(words + word_place, stored, 0), tl.load(scales + scale_place, stored, 0.0)
+        sums = _add_units(sums, units, scale, numbers, table, NF4, LOOKUP)
+        if up_words is not None:
+            units, scale = tl.load(up_words + word_place, stored, 0), tl.load(up_scales + scale_place, stored, 0.0)
+            up_sums = _add_units(up_sums, units, scale, numbers, table, NF4, LOOKUP)
+    result = _row_sums(sums)
+    if up_words is not None:
+        result = _silu_product(result, _row_sums(up_sums))
+    row = (group * ROWS_)[None, :, None] + tl.arange(0, ROWS_)[None, None, :]
+    y += tl.program_id(2).to(tl.int64) * n * COUNT * rows
+    tl.store(y + target[:, None, None] * rows + row, result, (place < n)[:, None, None] & (row < rows))
+
+
+@triton.jit
+def weight_tile(
+    words, scales, table, group, word, stored, blocks, DTYPE: tl.constexpr, NF4: tl.constexpr, LOOKUP: tl.constexpr
+):
+    """Words `word` [KW] of groups `group` [BG] as weights [8·BG, KW·PER] in DTYPE."""
+    word_place, scale_place = _places(group, word, blocks, 8 if NF4 else 16)
+    PER: tl.constexpr = 8 if NF4 else 4
+    values = joined(unpack(tl.load(words + word_place, stored, 0), table, NF4, LOOKUP), PER)  # [BG, KW, 8, PER]
+    values *= tl.load(scales + scale_place, stored, 0.0).to(tl.float32)[:, :, :, None]
+    BG: tl.constexpr = values.shape[0]
+    COLS: tl.constexpr = values.shape[1] * values.shape[3]
+    return values.to(DTYPE).permute(0, 2, 1, 3).reshape(BG * ROWS_, COLS)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a · b in fp32. The interpreter multiplies bf16 as the integers that hold it, so there it is widened."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+_TILE_CONFIGS = [
+    triton.Config({"LOOKUP": lookup, "BG": groups, "KB": blocks}, num_stages=stages, num_warps=warps)
+    for lookup, groups, blocks, stages, warps in (
+        (SHUFFLE, 8, 1, 3, 4), (SHUFFLE, 16, 1, 3, 8), (SHUFFLE, 8, 2, 2, 4),
+        (SELECT, 8, 1, 3, 4), (SELECT, 16, 1, 3, 8), (GATHER, 8, 1, 1, 4),
+    )
+]  # fmt: skip
+
+
+@tuned(_TILE_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT", "SPLIT"])
+@triton.jit(do_not_specialize=["n"])
+def tile(
+    x, y, words, scales, up_words, up_scales, table, sources, targets, pieces,
+    n, x_stride, word_stride, scale_stride, rows, cols, blocks,
+    NF4: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr,
+    BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr,
+):  # fmt: skip
+    """Products of many rows of x on tensor cores: a program has BT rows of x and 8·BG rows of one matrix.
+
+    Grid: items, groups / BG, SPLIT. Without `pieces` items are as in `stream`. With them (int64 [items, 3]: slot,
+    first, last) an item is places first to last (BT at most; none if first = last) with matrix `slot`, where place p
+    reads row sources[p] (or p) of x and writes row targets[p] (or p) of y.
+    """
+    WORDS: tl.constexpr = 8 if NF4 else 16
+    item = tl.program_id(0)
+    if pieces is None:
+        slot = (item % COUNT).to(tl.int64)
+        place = item // COUNT * BT + tl.arange(0, BT)
+        there = place < n
+        target = place * COUNT + slot
+        source = target
+    else:
+        slot = tl.load(pieces + item * 3)
+        first_place, last_place = tl.load(pieces + item * 3 + 1), tl.load(pieces + item * 3 + 2)
+        if first_place >= last_place:
+            return
+        place = first_place + tl.arange(0, BT)
+        there = place < last_place
+        source = place if sources is None else tl.load(sources + place, there, 0)
+        target = place if targets is None else tl.load(targets + place, there, 0)
+    group = tl.program_id(1) * BG + tl.arange(0, BG)
+    words += slot * word_stride
+    scales += slot * scale_stride
+    if up_words is not None:
+        up_words += slot * word_stride
+        up_scales += slot * scale_stride
+    x += (source * x_stride)[None, :]
+    sum_ = tl.zeros([BG * ROWS_, BT], tl.float32)
+    up_sum = sum_
+    first, last = _span(blocks, SPLIT, KB)
+    for block in range(first, last, KB):
+        word = block * WORDS + tl.arange(0, KB * WORDS)
+        stored = (group * ROWS_ < rows)[:, None, None] & (word < last * WORDS)[None, :, None]
+        column = block * BLOCK_ + tl.arange(0, KB * BLOCK_)
+        numbers = tl.load(x + column[:, None], (column < cols)[:, None] & there[None, :], 0.0)  # [BK, BT]
+        weights = weight_tile(words, scales, table, group, word, stored, blocks, numbers.dtype, NF4, LOOKUP)
+        sum_ = dot(weights, numbers, sum_)
+        if up_words is not None:
+            weights = weight_tile(up_words, up_scales, table, group, word, stored, blocks, numbers.dtype, NF4, LOOKUP)
+            up_sum = dot(weights, numbers, up_sum)
+    if up_words is not None:
+        sum_ = _silu_product(sum_, up_sum)
+    row = tl.program_id(1) * BG * ROWS_ + tl.arange(0, BG * ROWS_)
+    y += tl.program_id(2).to(tl.int64) * n * COUNT * rows
+    tl.store(y + target[None, :] * rows + row[:, None], sum_, there[None, :] & (row < rows)[:, None])
+
+
+@cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where kernels are interpreted, so that work is split there too."""
+    return 8 if device.type == "cpu" else int(_properties(device).multi_processor_count)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return 0 if device.type == "cpu" else int(_properties(device).shared_memory_per_block_optin)
+
+
+def _split(programs: int, cols: int, device: torch.device) -> int:
+    """Into how many parts to cut the columns so that the launch fills the GPU; no part is below 8 blocks."""
+    return max(1, min(PROGRAMS_PER_PROCESSOR * processors(device) // programs, cols // (8 * BLOCK)))
+
+
+def token_block(tokens: int) -> int:
+    """Rows of x of a program of `tile`."""
+    return int(min(128, max(16, triton.next_power_of_2(tokens))))
+
+
+def multiply(x: Tensor, bank: Bank, up: Bank | None = None) -> Tensor:
+    """Row i of x [n·count, ≥ cols] times matrix i % count -> [n·count, rows]; with `up`, silu(x · bank) · (x · up)."""
+    n = len(x) // bank.count
+    few = n <= STREAMED_TOKENS
+    BT = triton.next_power_of_2(n) if few else token_block(n)
+    items, groups = triton.cdiv(n, BT) * bank.count, triton.cdiv(bank.rows, ROWS)
+    split = 1 if up else _split(items * (groups if few else triton.cdiv(groups, 8)), bank.cols, x.device)
+    y = x.new_empty(split, len(x), bank.rows, dtype=x.dtype if split == 1 else torch.float32)
+    launch(stream if few else tile, x, y, bank, up, n, items, SPLIT=split, BT=BT, COUNT=bank.count)
+    return y[0] if split == 1 else y.sum(0).to(x.dtype)
+
+
+def launch(
+    kernel: Any, x: Tensor, y: Tensor, bank: Bank, up: Bank | None, n: int, items: int, **arguments: Any
+) -> None:
+    """Run `stream` or `tile` on `items` items; what only one of them takes, and constants, are in `arguments`."""
+    names = ("tokens", "slots") if kernel is stream else ("sources", "targets", "pieces")
+    arguments = dict.fromkeys(names) | arguments
+    groups = triton.cdiv(bank.rows, ROWS)
+    kernel[lambda meta: (items, triton.cdiv(groups, meta["BG"]), meta["SPLIT"])](
+        x=x, y=y, words=bank.words, scales=bank.scales, up_words=up and up.words, up_scales=up and up.scales,
+        n=n, x_stride=x.stride(0), **bank.arguments, **arguments,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dequantize(
+    words, scales, table, y, rows, cols, blocks,
+    NF4: tl.constexpr, BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr,
+):  # fmt: skip
+    WORDS: tl.constexpr = 8 if NF4 else 16
+    group = tl.program_id(0) * BG + tl.arange(0, BG)
+    word = tl.program_id(1) * KB * WORDS + tl.arange(0, KB * WORDS)
+    stored = (group * ROWS_ < rows)[:, None, None] & (word < blocks * WORDS)[None, :, None]
+    values = weight_tile(words, scales, table, group, word, stored, blocks, y.dtype.element_ty, NF4, LOOKUP)
+    row = tl.program_id(0).to(tl.int64) * BG * ROWS_ + tl.arange(0, BG * ROWS_)
+    column = tl.program_id(1) * KB * BLOCK_ + tl.arange(0, KB * BLOCK_)
+    there = (row < rows)[:, None] & (column < cols)[None, :]
+    tl.store(y + row[:, None] * cols + column[None, :], values, there)
+
+
+def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix [R, C] in plain numbers: level × scale in fp32, then rounded to `dtype`."""
+    if matrix.scales is None:
+        return matrix.codes.to(dtype)
+    bank = Bank.of(matrix)
+    y = torch.empty(matrix.rows, matrix.cols, dtype=dtype, device=bank.words.device)
+    shape = {name: bank.arguments[name] for name in ("table", "rows", "cols", "blocks", "NF4")}
+    grid = (triton.cdiv(matrix.rows, 8 * ROWS), triton.cdiv(matrix.cols, 2 * BLOCK))
+    _dequantize[grid](words=bank.words, scales=bank.scales, y=y, **shape, BG=8, KB=2, LOOKUP=GATHER)
+    return y
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [T, C] · weightᵀ -> [T, R]."""
+    if weight.scales is None:
+        return F.linear(x, weight.codes.to(x.dtype))
+    return multiply(x, Bank.of(weight))
+
+
+def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
+    """down(silu(gate(x)) · up(x)) for x [T, D] -> [T, D]."""
+    if gate.scales is None:
+        return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+    return linear(multiply(x, Bank.of(gate), Bank.of(up)), down)

@@ -1,0 +1,119 @@
+"""The Triton kernels on a GPU at the shapes of V2 and V2-Lite, and what only a GPU shows: shuffles, graphs."""
+
+import pytest
+import torch
+
+from dsv2_local.kernels.format import ExpertLayout, Format
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from dsv2_local.kernels import triton as kernels  # noqa: E402 - may be missing
+from dsv2_local.kernels.triton.dequantize import GATHER, SELECT, SHUFFLE, level_table  # noqa: E402
+from tests import triton_checks as check  # noqa: E402
+from tests.test_triton import _all_codes  # noqa: E402
+
+FP32, BF16 = torch.float32, torch.bfloat16
+FORMATS = [Format.NF4, Format.INT8]
+LITE, V2 = (16, 128, 64, 512, 128), (128, 128, 64, 512, 128)  # H, N, P, C, V
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("lookup", [GATHER, SELECT, SHUFFLE])
+def test_every_way_of_looking_up_a_level_is_exact(lookup):
+    codes = torch.arange(32) % 16
+    shifts = torch.tensor([0, 8, 16, 24, 4, 12, 20, 28])
+    words = (codes.view(4, 8) << shifts).sum(1).to(torch.int32).cuda()
+    table, out = level_table(words.device), torch.full((32,), float("nan"), device="cuda")
+    _all_codes[(1,)](words, table, out, lookup)
+    assert torch.equal(out, table[codes.cuda()])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "cols"), [(576, 2048), (2048, 1408), (1536, 5120), (5120, 16384), (10944, 2048)])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16, 300])
+def test_linear(format, rows, cols, tokens):
+    check.linear("cuda", BF16, format, rows, cols, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_linear_in_fp32(tokens):
+    check.linear("cuda", FP32, Format.NF4, 576, 2048, tokens)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_are_read_back_to_the_last_bit(format):
+    check.dequantized_and_embedded("cuda", format, 1408, 2048)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("hidden", "inner"), [(2048, 2816), (5120, 3072)])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_swiglu(format, hidden, inner, tokens):
+    check.swiglu("cuda", BF16, format, hidden, inner, tokens)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, Format.BF16])
+@pytest.mark.parametrize(("hidden", "inner"), [(2048, 1408), (5120, 1536)])
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+def test_experts(format, hidden, inner, tokens):
+    check.experts("cuda", BF16, format, hidden, inner, tokens, slots=10, chosen=6)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_combine(dtype):
+    check.combined("cuda", dtype, 300, 5120)
+
+
+@pytest.mark.parametrize("shape", [LITE, V2])
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize(("tokens", "cached"), [(1, 0), (1, 4000), (4, 800), (130, 500)])
+def test_attention(shape, absorb, tokens, cached):
+    check.attention("cuda", BF16, (Format.INT8, Format.INT8), shape, tokens, cached, absorb)
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+def test_attention_in_fp32(absorb):
+    check.attention("cuda", FP32, (Format.INT8, Format.INT8), LITE, 3, 100, absorb)
+
+
+def test_rows():
+    check.rows("cuda", 40, 5120, 512, 64)
+
+
+def test_route():
+    check.route("cuda", 300, 160, 6, topk_method="group_limited_greedy", n_group=8, topk_group=3)
+    check.route("cuda", 300, 64, 6)
+
+
+def test_a_captured_step_is_replayed_at_the_next_position():
+    """Slots, tokens and `length` are read on the device: what a graph was captured with may change before a replay."""
+    H, N, P, C, V = LITE
+    layout = ExpertLayout(Format.NF4, 512, 256)
+    records = torch.stack([check.record(layout) for _ in range(6)]).cuda()
+    w_uk, w_uv = (check.on("cuda", check.matrix(Format.INT8, *shape)) for shape in ((H * C, N), (H * V, C)))
+    x, q = torch.randn(1, 512).cuda().bfloat16(), torch.randn(1, H, N + P).cuda().bfloat16()
+    latents, kv_a = torch.randn(2, 100, C + P).cuda().bfloat16().unbind(0)
+    norm, rotation = torch.ones(C).cuda(), torch.ones(1, P // 2, dtype=torch.complex64).cuda()
+    ids, weights, length = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([10]).cuda()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        kernels.write_latents(latents, length, kv_a[:1], norm, 1e-6, rotation)
+        attended = kernels.attention(q, rotation, latents, length, w_uk, w_uv, 0.1, True)
+        return attended, kernels.experts(x, records, layout, ids, weights)
+
+    step()  # tunes and compiles, which a capture may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    length += 1
+    ids += 3
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, exact in zip(captured, step(), strict=True):
+        assert torch.equal(ours, exact)

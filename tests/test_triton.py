@@ -1,0 +1,155 @@
+"""The Triton kernels, interpreted on the CPU, against the torch reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_local.kernels.format import Format
+
+tl = pytest.importorskip("triton.language")
+
+from dsv2_local.kernels.triton.dequantize import GATHER, SELECT, level_table, unpack  # noqa: E402 - may be missing
+from dsv2_local.kernels.triton.experts import group_pairs  # noqa: E402
+from tests import triton_checks as check  # noqa: E402
+
+import triton  # noqa: E402 isort: skip
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP32, BF16 = torch.float32, torch.bfloat16
+FORMATS = [Format.NF4, Format.INT8]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch):
+    """What a kernel should have written and did not is no number."""
+    torch.manual_seed(0)
+
+    def poisoned(make):
+        def made(*args, **kwargs) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    level_table.cache_clear()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "cols"), [(40, 100), (8, 2048), (13, 70)])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_linear(format, rows, cols, tokens):
+    check.linear(DEVICE, FP32, format, rows, cols, tokens)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, Format.BF16])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_linear_in_bf16(format, tokens):
+    check.linear(DEVICE, BF16, format, 40, 200, tokens)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "cols"), [(64, 128), (13, 300)])
+def test_weights_are_read_back_to_the_last_bit(format, rows, cols):
+    check.dequantized_and_embedded(DEVICE, format, rows, cols)
+
+
+@triton.jit
+def _all_codes(words, table, out, LOOKUP: tl.constexpr):
+    i = tl.arange(0, 4)
+    values = unpack(tl.load(words + i), table, True, LOOKUP)
+    for column in tl.static_range(8):
+        tl.store(out + i * 8 + column, values[column])
+
+
+@pytest.mark.parametrize("lookup", [GATHER, SELECT])
+def test_every_way_of_looking_up_a_level_is_exact(lookup):
+    """SHUFFLE is not interpreted; tests/gpu has it."""
+    codes = torch.arange(32) % 16
+    shifts = torch.tensor([0, 8, 16, 24, 4, 12, 20, 28])  # of columns 0 to 7, kernels/layout.py
+    words = (codes.view(4, 8) << shifts).sum(1).to(torch.int32).to(DEVICE)
+    table = level_table(words.device)
+    out = torch.empty(32, device=DEVICE)
+    _all_codes[(1,)](words, table, out, lookup)
+    assert torch.equal(out, table[codes])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_swiglu(format, tokens):
+    check.swiglu(DEVICE, FP32, format, 100, 44, tokens)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, Format.BF16])
+@pytest.mark.parametrize("tokens", [1, 25])
+def test_experts(format, tokens):
+    check.experts(DEVICE, FP32, format, 100, 44, tokens, 5)
+
+
+@pytest.mark.parametrize("tokens", [1, 25])
+def test_experts_in_bf16(tokens):
+    check.experts(DEVICE, BF16, Format.NF4, 100, 44, tokens, 5)
+
+
+@pytest.mark.parametrize(("pairs", "count", "block"), [(1, 1, 16), (200, 7, 16), (33, 90, 16), (64, 2, 64)])
+def test_grouped_pairs(pairs, count, block):
+    """Every pair is in one piece, with its own slot; no piece is larger than a block."""
+    slots = torch.randint(0, count, (pairs,)) // 2
+    order, pieces = group_pairs(slots, count, block)
+    found = [(slot, int(order[place])) for slot, first, last in pieces.tolist() for place in range(first, last)]
+    assert sorted(found) == sorted((slot, pair) for pair, slot in enumerate(slots.tolist()))
+    assert (pieces[:, 2] - pieces[:, 1]).max() <= block
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_combine(dtype):
+    check.combined(DEVICE, dtype, 5, 100)
+
+
+SMALL, MANY_HEADS = (16, 8, 8, 40, 24), (128, 8, 4, 16, 8)  # H, N, P, C, V
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize(("tokens", "cached"), [(1, 70), (3, 100), (5, 0)])
+def test_attention(tokens, cached, absorb):
+    check.attention(DEVICE, FP32, (Format.INT8, Format.NF4), SMALL, tokens, cached, absorb)
+
+
+def test_attention_of_128_heads():
+    check.attention(DEVICE, FP32, (Format.INT8, Format.BF16), MANY_HEADS, 1, 40, absorb=True)
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+def test_attention_in_bf16(absorb):
+    check.attention(DEVICE, BF16, (Format.INT8, Format.INT8), SMALL, 2, 40, absorb)
+
+
+def test_attention_by_groups_of_heads(monkeypatch):
+    monkeypatch.setattr(sys.modules["dsv2_local.kernels.triton.attention"], "WORKSPACE", 20_000)
+    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 2, 20, absorb=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_rows(tokens):
+    check.rows(DEVICE, tokens, 100, 72, 16)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": True}])
+@pytest.mark.parametrize("grouped", [{}, {"topk_method": "group_limited_greedy", "n_group": 6, "topk_group": 2}])
+def test_route(changes, grouped):
+    check.route(DEVICE, 7, 30, 5, **changes, **grouped)
+
+
+def test_all_kernels_compile_for_a_gpu():
+    """The interpreter takes much that the compiler refuses; compiling needs no GPU."""
+    tool = Path(__file__).parent.parent / "tools/compile_triton.py"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, tool, "--quick"], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stream" in done.stdout

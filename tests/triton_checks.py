@@ -1,0 +1,144 @@
+"""What the Triton kernels must do, at any shape and on any device: interpreted small, and on a GPU as in models."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2_local.config import ModelConfig
+from dsv2_local.kernels import reference, triton
+from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.layout import Matrix
+from dsv2_local.quant import int8, nf4
+from tests.models import TINY
+
+# Of one product. The interpreter rounds bf16 towards zero, so that errors of several in a row add up.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def off(ours: Tensor, exact: Tensor) -> float:
+    """The error in norm; infinite where anything is not a number."""
+    ours = ours.to(exact.device, torch.float32)
+    return float((ours - exact).norm() / exact.norm()) if ours.isfinite().all() else float("inf")
+
+
+def matrix(format: Format, rows: int, cols: int) -> Matrix:
+    values = torch.randn(rows, cols) / cols**0.5
+    if format is Format.BF16:
+        return Matrix(format, rows, cols, values.bfloat16())
+    return (nf4 if format is Format.NF4 else int8).quantize(values)
+
+
+def on(device: str, matrix: Matrix) -> Matrix:
+    return Matrix(matrix.format, matrix.rows, matrix.cols, *(part.to(device) for part in matrix.parts))
+
+
+def record(layout: ExpertLayout) -> Tensor:
+    parts = [part for shape in layout.shapes.values() for part in matrix(layout.format, *shape).parts]
+    return torch.cat([part.view(-1).view(torch.uint8) for part in parts])
+
+
+def linear(device: str, dtype: torch.dtype, format: Format, rows: int, cols: int, tokens: int) -> None:
+    weight, x = matrix(format, rows, cols), torch.randn(tokens, cols).to(dtype)
+    ours = triton.linear(x.to(device), on(device, weight))
+    assert ours.dtype == dtype
+    assert off(ours, reference.linear(x.float(), weight)) < TOLERANCE[dtype]
+
+
+def dequantized_and_embedded(device: str, format: Format, rows: int, cols: int) -> None:
+    """To the last bit, in every row and column."""
+    weight, ids = matrix(format, rows, cols), torch.randint(0, rows, (5,))
+    ours, exact = triton.dequantize(on(device, weight)).cpu(), reference.dequantize(weight)
+    assert torch.equal(ours, exact)
+    taken = triton.embedding(ids.to(device), on(device, weight), torch.float32).cpu()
+    assert torch.equal(taken, exact[ids])
+
+
+def swiglu(device: str, dtype: torch.dtype, format: Format, hidden: int, inner: int, tokens: int) -> None:
+    gate, up, down = (matrix(format, *shape) for shape in ExpertLayout(format, hidden, inner).shapes.values())
+    x = torch.randn(tokens, hidden).to(dtype)
+    ours = triton.swiglu(x.to(device), *(on(device, m) for m in (gate, up, down)))
+    assert off(ours, reference.swiglu(x.float(), gate, up, down)) < 2 * TOLERANCE[dtype]
+
+
+def experts(
+    device: str, dtype: torch.dtype, format: Format, hidden: int, inner: int, tokens: int, slots: int, chosen: int = 3
+) -> None:
+    """Some slots are crowded and the first is empty, so that groups of pairs of all sizes come about."""
+    layout = ExpertLayout(format, hidden, inner)
+    records, x = torch.stack([record(layout) for _ in range(slots)]), torch.randn(tokens, hidden).to(dtype)
+    ids = torch.stack([1 + (torch.rand(slots - 1) ** 4).argsort()[:chosen] for _ in range(tokens)])
+    ids[: tokens // 2, 0] = slots - 1
+    weights = torch.rand(tokens, chosen)
+    exact = reference.experts(x.float(), records, layout, ids, weights)
+    ours = triton.experts(x.to(device), records.to(device), layout, ids.to(device), weights.to(device))
+    assert off(ours, exact) < 2 * TOLERANCE[dtype]
+    order, pairs = ids.argsort(1, stable=True), torch.arange(tokens * chosen)
+    out, y = torch.full((tokens * chosen, hidden), torch.nan, device=device), torch.zeros(x.shape, device=device)
+    moved = [part.to(device) for part in (pairs // chosen, ids.flatten())]
+    triton.expert_outputs(x.to(device), records.to(device), layout, *moved, out)
+    rows = pairs.view(tokens, chosen).gather(1, order)
+    triton.combine(out, rows.to(device), weights.gather(1, order).to(device), y)
+    assert torch.equal(ours, y.to(dtype))  # placement changes nothing
+
+
+def combined(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
+    """Also in turns, which must give the same bits; absent rows add nothing."""
+    outputs, weights = torch.randn(9, hidden).to(dtype), torch.randn(tokens, 4)
+    rows, y = torch.randint(-1, 9, (tokens, 4)), torch.randn(tokens, hidden)
+    exact = y + ((rows >= 0) * weights).unsqueeze(2).mul(outputs.float()[rows]).sum(1)
+    moved = [part.to(device) for part in (outputs, rows, weights)]
+    whole, turns = y.to(device, copy=True), y.to(device, copy=True)
+    triton.combine(*moved, whole)
+    for k in range(4):
+        alone = torch.full_like(rows, -1)
+        alone[:, k] = rows[:, k]
+        triton.combine(moved[0], alone.to(device), moved[2], turns)
+    assert off(whole, exact) < 1e-6
+    assert torch.equal(whole, turns)
+
+
+def attention(
+    device: str,
+    dtype: torch.dtype,
+    formats: tuple[Format, Format],
+    shape: tuple[int, int, int, int, int],
+    tokens: int,
+    cached: int,
+    absorb: bool,
+) -> None:
+    """The cache holds no numbers after the last position."""
+    H, N, P, C, V = shape
+    w_uk, w_uv = matrix(formats[0], H * C, N), matrix(formats[1], H * V, C)
+    q = (torch.randn(tokens, H, N + P) * 3).to(dtype)
+    latents = torch.full((cached + tokens + 70, C + P), float("nan"), dtype=dtype)
+    latents[: cached + tokens] = torch.randn(cached + tokens, C + P)
+    rotation, length = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2)), torch.tensor([cached])
+    exact = reference.attention(q.float(), rotation, latents.float(), length, w_uk, w_uv, 0.1, absorb=False)
+    moved = [part.to(device) for part in (q, rotation, latents, length)]
+    ours = triton.attention(*moved, on(device, w_uk), on(device, w_uv), 0.1, absorb)
+    assert ours.dtype == dtype
+    assert off(ours, exact) < 2 * TOLERANCE[dtype]
+
+
+def rows(device: str, tokens: int, hidden: int, C: int, P: int) -> None:
+    x, weight = torch.randn(tokens, hidden) * 3, torch.rand(hidden) + 0.5
+    assert off(triton.rms_norm(x.to(device), weight.to(device), 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
+    kv_a, rotation = torch.randn(tokens, C + P), torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
+    arguments: tuple[Any, ...] = (torch.tensor([5]), kv_a, torch.rand(C), 1e-6, rotation)
+    ours, exact = torch.zeros(9 + tokens, C + P, device=device), torch.zeros(9 + tokens, C + P)
+    triton.write_latents(ours, *(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
+    reference.write_latents(exact, *arguments)
+    assert off(ours, exact) < 1e-6
+    assert torch.equal(ours[:5].cpu(), exact[:5])
+    assert torch.equal(ours[5 + tokens :].cpu(), exact[5 + tokens :])
+
+
+def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -> None:
+    raw = {**TINY, "model_type": "deepseek_v2", "routed_scaling_factor": 16.0, "n_routed_experts": experts}
+    config = ModelConfig.from_dict({**raw, "num_experts_per_tok": chosen, **changes})
+    x, gate = torch.randn(tokens, 100), torch.randn(experts, 100) / 5
+    ids, weights = triton.route(x.to(device), gate.to(device), config)
+    exact_ids, exact_weights = reference.route(x, gate, config)
+    assert torch.equal(ids.cpu(), exact_ids)
+    assert off(weights, exact_weights) < 1e-5
