@@ -24,12 +24,13 @@ from torch import Tensor
 
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.offload import schedule
 from dsv2_local.offload.device import Event
 from dsv2_local.offload.lru import Policy
 from dsv2_local.offload.plan import Mode
 from dsv2_local.offload.schedule import Lane, OffloadedExperts
 from dsv2_local.offload.slots import Slots
-from dsv2_local.offload.split import Costs
+from dsv2_local.offload.split import Costs, divide
 from dsv2_local.offload.stand_in import StandIn
 
 LAYOUT = ExpertLayout(Format.NF4, 2048, 1408)
@@ -85,11 +86,21 @@ def choices() -> list[list[Tensor]]:
 
 
 def decode(records: dict[int, Tensor], link: float, cpu: float, slots: int) -> dict[str, Any]:
-    """Milliseconds of a layer in each mode, and what link and CPU together would need for the same misses."""
+    """Milliseconds of a layer in each mode, and what link and CPU together would need for the misses of the last one.
+
+    `bound_ms` is of their bytes, `whole_ms` of the best division of whole experts.
+    """
+    fetch, read, whole = LAYOUT.nbytes / (link * GB), LAYOUT.nbytes / (cpu * GB), list[float]()
+
+    def noted(counts: Sequence[int], costs: Costs) -> int:
+        n = len(counts)
+        whole.append(min(max(j * fetch, (n - j) * read) for j in range(n + 1)))
+        return divide(counts, costs)
+
     result: dict[str, Any] = {"link_gb_s": link, "cpu_gb_s": cpu, "slots": slots}
     x, weights = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN)
     for mode in (Mode.CPU, Mode.STREAM, Mode.HYBRID):
-        with speeds(records, cpu):
+        with speeds(records, cpu), patch.object(schedule, "divide", noted):
             experts = made(records, mode, link, cpu, slots)
             start = time.perf_counter()
             for token in choices():
@@ -100,6 +111,7 @@ def decode(records: dict[int, Tensor], link: float, cpu: float, slots: int) -> d
             experts.close()
     missed = figures.misses * LAYOUT.nbytes / TOKENS / LAYERS
     result["bound_ms"] = missed / ((link + cpu) * GB) * 1e3
+    result["whole_ms"] = sum(whole) / TOKENS / LAYERS * 1e3
     result["hit_rate"] = figures.hit_rate
     return result
 
@@ -156,14 +168,17 @@ def overhead(records: dict[int, Tensor], slots: int) -> dict[str, float]:
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    table = Table("link", "CPU", "slots", "hits", "CPU only", "stream", "hybrid", "of the better", "bound", "of bound")
+    console = Console(highlight=False, width=140)
+    table = Table(
+        "link", "CPU", "slots", "hits", "CPU only", "stream", "hybrid", "x better", "bytes", "of it", "whole", "of it"
+    )
     for run in result["decode"]:
         cpu, stream, hybrid, bound = (run[name] for name in ("cpu_ms", "stream_ms", "hybrid_ms", "bound_ms"))
         table.add_row(
             f"{run['link_gb_s']:g} GB/s", f"{run['cpu_gb_s']:g} GB/s", f"{run['slots']}", f"{run['hit_rate']:.0%}",
             f"{cpu:.2f} ms", f"{stream:.2f} ms", f"{hybrid:.2f} ms", f"{min(cpu, stream) / hybrid:.2f} x",
             f"{bound:.2f} ms", f"{bound / hybrid:.0%}",
+            f"{run['whole_ms']:.2f} ms", f"{run['whole_ms'] / hybrid:.0%}",
         )  # fmt: skip
     console.print(table)
     for run in result["prefill"]:

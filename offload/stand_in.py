@@ -29,11 +29,12 @@ class Done:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.given, self.ended = time.perf_counter(), 0.0
         self.error: BaseException | None = None
         self._done = threading.Event()
 
     def finish(self, error: BaseException | None = None) -> None:
-        self.error = error
+        self.error, self.ended = error, time.perf_counter()
         self._done.set()
 
     @property
@@ -93,20 +94,28 @@ class StandIn:
         _libc().munlock(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes))
 
     def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
-        def transfer() -> None:
+        def transfer(ready: float) -> float:
+            start = time.perf_counter()
             if self.link is None:
                 target.fill_(RUBBISH)
                 target.copy_(source)
-                return
-            start = time.perf_counter()
-            self._link_free = max(self._link_free, start) + source.nbytes / (self.link * GB)
+                return time.perf_counter() - start
+            seconds = source.nbytes / (self.link * GB)
+            # From when it could have begun, so that a thread which wakes up late does not slow the link.
+            self._link_free = max(self._link_free, ready) + seconds
             target.copy_(source)
             time.sleep(max(0.0, self._link_free - time.perf_counter()))
+            return seconds
 
         return self._give("copy", transfer, after)
 
     def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
-        return self._give("compute", work, after)
+        def run(ready: float) -> float:
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+
+        return self._give("compute", run, after)
 
     def join(self, event: Event) -> None:
         event.wait()
@@ -118,22 +127,21 @@ class StandIn:
             thread.join()
         self.allocated = 0
 
-    def _give(self, queue: str, work: Callable[[], None], after: Sequence[Event]) -> Event:
+    def _give(self, queue: str, task: Callable[[float], float], after: Sequence[Event]) -> Event:
+        """Queue a task, which is told when all that it waited for was done, and tells how long it took."""
         done = Done()
-        self._queues[queue].put((done, work, tuple(after)))
+        self._queues[queue].put((done, task, tuple(after)))
         return done
 
     def _serve(self, step: str) -> None:
-        while task := self._queues[step].get():
-            done, work, after = task
+        while item := self._queues[step].get():
+            done, task, after = item
             try:
                 for event in after:
                     event.wait()
-                start = time.perf_counter()
                 self.hook(step)
                 with torch.inference_mode():
-                    work()
-                done.seconds = time.perf_counter() - start
+                    done.seconds = task(max(done.given, *(event.ended for event in after), 0.0))
                 done.finish()
             except Exception as error:  # whoever waits for the event is told
                 done.finish(error)
