@@ -36,7 +36,7 @@ Model = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")]
 Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
-CacheKind = Annotated[str, typer.Option("--cache", help="How latents are kept: bf16, or int8 in 57 % of its memory.")]
+CacheKind = Annotated[str, typer.Option("--cache", help="How latents are kept: bf16, or int8 in 57 % of its bytes.")]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels. Default: one a physical core.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
