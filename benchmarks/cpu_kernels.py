@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import cpu, ops
-from dsv2_local.kernels.format import ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.format import Cache, ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.latents import row_shape, write_rows
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
 from dsv2_local.quant import int8
 
@@ -76,11 +77,14 @@ def choice(tokens: int, experts: int, i: int) -> tuple[Tensor, Tensor]:
     return ids, torch.full((tokens, 6), 1 / 6)
 
 
-def attention(tokens: int, context: int) -> tuple[Callable[[Tensor, int], Tensor], int, float]:
+def attention(tokens: int, context: int, cache: Cache) -> tuple[Callable[[Tensor, int], Tensor], int, float]:
     """V2-Lite's attention of the last `tokens` of `context`, over several caches; with its operations."""
     H, N, P, C, V = 16, 128, 64, 512, 128
-    count = max(2, WORKING_SET // (context * (C + P) * 2))
-    caches = torch.randn(count, context, C + P).bfloat16()
+    width, dtype = row_shape(cache, C, P)
+    count = max(2, WORKING_SET // (context * width * dtype.itemsize))
+    caches = torch.empty(count, context, width, dtype=dtype)
+    for rows in caches:
+        write_rows(rows, torch.randn(context, C + P), C)
     w_uk, w_uv = (int8.quantize(torch.randn(H * rows, cols) / cols**0.5) for rows, cols in ((C, N), (V, C)))
     rotation, length = torch.ones(tokens, P // 2, dtype=torch.complex64), torch.tensor([context - tokens])
 
@@ -133,7 +137,8 @@ def main() -> None:
     for format in (Format.NF4, Format.INT8):
         show_mixture(format, given.seconds)
     for tokens, context in ((1, 1024), (1, 4096), (1, 32768), (512, 512), (512, 4096)):
-        show_attention(tokens, context, given.seconds)
+        for cache in (Cache.BF16, Cache.INT8):
+            show_attention(tokens, context, cache, given.seconds)
 
 
 def show_mixture(format: Format, budget: float) -> None:
@@ -145,11 +150,13 @@ def show_mixture(format: Format, budget: float) -> None:
     print(f"{'Lite mixture':16}{f'dsv2 {format}':18}1 token {rate:>5.1f} GB/s; {TOKENS[1:]} tokens {many} GFLOP/s")
 
 
-def show_attention(tokens: int, context: int, budget: float) -> None:
-    product, count, operations = attention(tokens, context)
+def show_attention(tokens: int, context: int, cache: Cache, budget: float) -> None:
+    product, count, operations = attention(tokens, context, cache)
     seconds = seconds_of(product, count, torch.randn(tokens, 16 * 192), budget)
-    rate = f", {context * 1152 / seconds / 1e9:.1f} GB/s of cache" if tokens == 1 else ""
-    print(f"Lite attention, the last {tokens} of {context} tokens: {operations / seconds / 1e9:.0f} GFLOP/s{rate}")
+    width, dtype = row_shape(cache, 512, 64)
+    rate = f", {context * width * dtype.itemsize / seconds / 1e9:.1f} GB/s of cache" if tokens == 1 else ""
+    gflops = operations / seconds / 1e9
+    print(f"Lite attention, {cache}, the last {tokens} of {context} tokens: {gflops:.0f} GFLOP/s{rate}")
 
 
 if __name__ == "__main__":

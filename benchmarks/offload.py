@@ -38,7 +38,7 @@ EXPERTS, PER_TOKEN, LAYERS = 64, 6, 4
 TOKENS, PROMPT = 12, 512
 REPEATS = 20  # of the overhead's measurement, of which the best counts
 GB = 10**9
-SPEEDS = [(2.0, 2.0), (2.0, 4.0), (4.0, 2.0), (1.0, 4.0)]  # GB/s of link and CPU
+SPEEDS = [(0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (0.25, 1.0), (2.0, 2.0)]  # GB/s of link and CPU
 
 
 def main() -> None:

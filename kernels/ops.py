@@ -132,9 +132,9 @@ def expert_outputs(
     _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out)
 
 
-def combine(outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
+def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
     """Add up experts' outputs; see `reference.combine`."""
-    _kernels(y).combine(outputs, rows, weights, y)
+    _kernels(y).combine(outputs, rows, ids, weights, y)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

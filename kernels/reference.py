@@ -95,18 +95,19 @@ def expert_outputs(
         out[pairs] = swiglu(x[tokens[pairs]], *expert_matrices(layout, records[slot])).float()
 
 
-def combine(outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
-    """Add up experts' outputs: y[t] += weights[t, k] · outputs[rows[t, k]] for k = 0, 1, …; a row below 0 is left out.
+def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
+    """Add up experts' outputs: y[t] += weights[t, k] · outputs[rows[t, k]] for every k, by ascending ids[t, k].
 
-    The order of additions is that of k alone, however outputs were shared among devices and calls, so the sum of
-    several calls is that of one to the last bit.
+    The order of additions is that of the experts' numbers, however outputs were shared among devices and calls, so that
+    several calls, each for experts after those of the one before, give what one gives, to the last bit.
 
     Args:
         outputs: fp32 [n, D].
-        rows: int64 [T, K]; weights: float32 [T, K].
+        rows: int64 [T, K]; one below 0 is left out. ids: int64 [T, K]; weights: float32 [T, K].
         y: fp32 [T, D].
     """
-    for row, weight in zip(rows.T, weights.T, strict=True):
+    order = ids.argsort(dim=1, stable=True)
+    for row, weight in zip(rows.gather(1, order).T, weights.gather(1, order).T, strict=True):
         (tokens,) = (row >= 0).nonzero(as_tuple=True)
         y[tokens] += outputs[row[tokens]] * weight[tokens, None]
 

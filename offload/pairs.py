@@ -1,6 +1,7 @@
 """Which expert works for which token in a step, arranged so that experts at one place lie together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,24 +14,22 @@ class Pairs:
 
     Attributes:
         tokens, experts: int64 [T · K].
-        order: int64 [T, K], a token's choices by ascending number of their experts.
-        rows: int64 [T, K], where those pairs stand.
+        rows: int64 [T, K], where the pair of a token and its k-th expert stands.
         parts: where the pairs of each group stand.
     """
 
-    def __init__(self, ids: Ints, groups: Sequence[Iterable[int]], experts: int) -> None:
-        """`ids` [T, K] are the experts of each token, of `experts` in all; each of them is in one of the groups."""
-        T, K = ids.shape
-        number = np.zeros(experts, dtype=np.int64)
-        for group, members in enumerate(groups):
-            number[list(members)] = group
+    def __init__(self, ids: Ints, counts: Ints, groups: Sequence[Sequence[int]]) -> None:
+        """`ids` [T, K] are the experts of each token, `counts` [E] the pairs of each, `groups` divide those in use."""
+        members = [*chain.from_iterable(groups)]
+        rank = np.empty(len(counts), dtype=np.int64)
+        rank[members] = np.arange(len(members))
         flat = ids.ravel()
-        group_of = number[flat]
-        sorting = (group_of * experts + flat).argsort(kind="stable")
-        place = np.empty(T * K, dtype=np.int64)
-        place[sorting] = np.arange(T * K)
-        self.tokens, self.experts = sorting // K, flat[sorting]
-        self.order = ids.argsort(axis=1)
-        self.rows = place[self.order + np.arange(0, T * K, K)[:, None]]
-        ends = np.bincount(group_of, minlength=len(groups)).cumsum().tolist()
-        self.parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        sorting = rank[flat].argsort(kind="stable")
+        rows = np.empty_like(sorting)
+        rows[sorting] = np.arange(len(flat))
+        self.tokens, self.experts = sorting // ids.shape[1], flat[sorting]
+        self.rows = rows.reshape(ids.shape)
+        of_member = counts[members].tolist()
+        ends = [0, *accumulate(of_member)]
+        starts = [0, *accumulate(map(len, groups))]
+        self.parts = [slice(ends[a], ends[b]) for a, b in pairwise(starts)]

@@ -147,7 +147,7 @@ class Lane:
         hits, misses = self.slots.cache.use(layer, np.flatnonzero(counts).tolist())
         fetched, on_host = self._divide(layer, misses, counts)
         batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), self.slots.buffer)]
-        pairs = Pairs(chosen, [hits, *batches, on_host], len(counts))
+        pairs = Pairs(chosen, counts, [sorted(hits), *batches, on_host])
         out = torch.empty(chosen.size, x.shape[1], device=x.device)
         indices = [self._fetch(layer, batch) for batch in batches[:BUFFERS]]
         given = [self._outputs(x, pairs, pairs.parts[0], hits, out)] if hits else []
@@ -160,12 +160,12 @@ class Lane:
                     indices.append(self._fetch(layer, batches[number + BUFFERS]))
             part = pairs.parts[-1]
             here = self._host_outputs(layer, x_host, pairs, part, counts[on_host])
-            y = torch.zeros(x.shape, device=x.device)
-            rows, sorted_weights = _to(x, pairs.rows), weights.gather(1, _to(x, pairs.order))
+            y, rows = torch.zeros(x.shape, device=x.device), _to(x, pairs.rows)
 
             def add_up() -> None:
-                out[part].copy_(here)
-                ops.combine(out, rows, sorted_weights, y)
+                if on_host:
+                    out[part].copy_(here)
+                ops.combine(out, rows, ids, weights, y)
 
             self._device.join(self.slots.compute(add_up, after=given))
             return y
@@ -178,15 +178,16 @@ class Lane:
         groups = self._stream.enter(layer)
 
         def finish() -> Tensor:
-            pairs = Pairs(ids.cpu().numpy(), groups, len(self.records[layer]))
-            rows, sorted_weights = _to(x, pairs.rows), weights.gather(1, _to(x, pairs.order))
+            chosen = ids.cpu().numpy()
+            pairs = Pairs(chosen, np.bincount(chosen.ravel(), minlength=len(self.records[layer])), groups)
+            rows = _to(x, pairs.rows)
             y = torch.zeros(x.shape, device=x.device)
             given: list[Event] = []
             for number in range(len(groups)):
                 indices, whole = self._stream.take(), pairs.parts[number]
                 for start in range(whole.start, whole.stop, PIECE):
                     part = slice(start, min(start + PIECE, whole.stop))
-                    given = [self._added(x, pairs, part, indices, rows, sorted_weights, y, given)]
+                    given = [self._added(x, pairs, part, indices, rows, ids, weights, y, given)]
                 self._stream.advance()
             self._device.join(given[0])
             self._figures.streamed_layers += 1
@@ -221,6 +222,7 @@ class Lane:
         part: slice,
         indices: dict[int, int],
         rows: Tensor,
+        ids: Tensor,
         weights: Tensor,
         y: Tensor,
         after: Sequence[Event],
@@ -233,7 +235,7 @@ class Lane:
             out = torch.empty(len(tokens), x.shape[1], device=x.device)
             ops.expert_outputs(x, records, layout, tokens, slots, out)
             here = torch.where((rows >= part.start) & (rows < part.stop), rows - part.start, -1)
-            ops.combine(out, here, weights, y)
+            ops.combine(out, here, ids, weights, y)
 
         return self.slots.compute(work, reads=indices.values(), after=after)
 
@@ -306,4 +308,5 @@ def _slots(pairs: Pairs, part: slice, indices: dict[int, int]) -> Ints:
 
 
 def _to(like: Tensor, array: Ints) -> Tensor:
-    return torch.from_numpy(array).to(like.device)
+    tensor = torch.from_numpy(array)
+    return tensor if like.is_cpu else tensor.to(like.device)

@@ -51,7 +51,7 @@ _SIGNATURES = {
     "swiglu": (_P, _I, _M, _M, _M, _P),
     "experts": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
     "expert_outputs": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
-    "combine": (_P, _I, _I, _I, _P, _P, _P),
+    "combine": (_P, _I, _I, _I, _P, _P, _P, _P),
     "attention": (_P, _P, _P, c_int32, _P, _M, _M, _F, _I, _I, _I, c_int32, _P),
     "rms_norm": (_P, _I, _I, _P, _F, _P),
     "add": (_P, _P, _I, _P),
@@ -145,9 +145,9 @@ class Kernels:
             slots.data_ptr(), len(tokens), out.data_ptr(),
         )  # fmt: skip
 
-    def combine(self, outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
+    def combine(self, outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
         self._call(
-            "combine", outputs.data_ptr(), rows.shape[0], rows.shape[1], y.shape[1], rows.data_ptr(),
+            "combine", outputs.data_ptr(), rows.shape[0], rows.shape[1], y.shape[1], rows.data_ptr(), ids.data_ptr(),
             weights.data_ptr(), y.data_ptr(),
         )  # fmt: skip
 

@@ -27,9 +27,10 @@ API void dsv2_experts(const float* x, int64_t tokens, const uint8_t* records, in
 API void dsv2_expert_outputs(const float* x, int64_t x_rows, const uint8_t* records, int64_t stride, int64_t slots,
                              int32_t format, int64_t hidden, int64_t intermediate, const int64_t* tokens,
                              const int64_t* slot, int64_t pairs, float* y);
-// y [tokens, size] += weights[t, i] · outputs[rows[t, i]] for i = 0 to k - 1, in this order; rows below 0 are left out.
+// y [tokens, size] += weights[t, i] · outputs[rows[t, i]] for every i < k, by ascending ids[t, i]; rows below 0 are left
+// out.
 API void dsv2_combine(const float* outputs, int64_t tokens, int64_t k, int64_t size, const int64_t* rows,
-                      const float* weights, float* y);
+                      const int64_t* ids, const float* weights, float* y);
 // q [T, H, N + P], not yet rotated; rotation [T, P / 2] of (cos, sin); cache: length + T rows at least of the kind `kept`
 // (latents.hpp), of which `length` points to the number of those before this step; w_uk [H·C, N]; w_uv [H·V, C];
 // out [T, H·V].

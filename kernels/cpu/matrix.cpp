@@ -1,6 +1,7 @@
 // Matrix products: one matrix, and whole mixtures of experts.
 #include "matrix.hpp"
 
+#include <algorithm>
 #include <vector>
 
 #include "api.hpp"
@@ -228,11 +229,15 @@ API void dsv2_expert_outputs(const float* x, int64_t x_rows, const uint8_t* reco
 }
 
 API void dsv2_combine(const float* outputs, int64_t tokens, int64_t k, int64_t size, const int64_t* rows,
-                      const float* weights, float* y) {
+                      const int64_t* ids, const float* weights, float* y) {
     each_row(tokens, [&](int64_t t) {
         float* to = y + t * size;
-        for (int64_t i = t * k; i < (t + 1) * k; i++) {
-            if (rows[i] < 0) continue;
+        thread_local std::vector<int64_t> order;
+        order.clear();
+        for (int64_t i = t * k; i < (t + 1) * k; i++)
+            if (rows[i] >= 0) order.push_back(i);
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+        for (const int64_t i : order) {
             const float* from = outputs + rows[i] * size;
             const Vec weight = splat(weights[i]);
             for (int64_t at = 0; at < size; at += LANES) {

@@ -77,52 +77,38 @@ def _plain_outputs(x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Ten
 
 
 @triton.jit
-def _combine(outputs, rows, weights, y, D, K, BD: tl.constexpr):
+def _combine(outputs, rows, ids, weights, y, D, K, BD: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.load(y + t * D + d, d < D, 0.0)
-    for k in range(K):
-        row = tl.load(rows + t * K + k)
-        weight = tl.load(weights + t * K + k)
-        output = tl.load(outputs + row * D + d, d < tl.where(row >= 0, D, 0), 0.0).to(tl.float32)
-        total = tl.where(row >= 0, tl.fma(weight, output, total), total)
-    tl.store(y + t * D + d, total, d < D)
-
-
-def combine(outputs: Tensor, rows: Tensor, weights: Tensor, y: Tensor) -> None:
-    """Add up experts' outputs; see `reference.combine`. Each is one fused multiply-add in fp32."""
-    T, K = rows.shape
-    D = y.shape[1]
-    BD = min(1024, triton.next_power_of_2(D))
-    _combine[(T, triton.cdiv(D, BD))](outputs, rows, weights, y, D, K, BD=BD)
-
-
-@triton.jit
-def _mix(outputs, ids, weights, y, D, K, BD: tl.constexpr):
-    """y[t] = Σ weights[t, k] · outputs[t, k], added by ascending ids[t, k]: outputs [T, K, D]."""
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    total = tl.zeros([BD], tl.float32)
     last = tl.full([], -1, tl.int64)
-    for _ in range(K):
+    for _ in range(K):  # the next by number, as few as they are
         next_key, at = tl.full([], 1 << 60, tl.int64), tl.full([], 0, tl.int64)
         for k in range(K):
             key = tl.load(ids + t * K + k) * K + k
             nearer = (key > last) & (key < next_key)
             at = tl.where(nearer, t * K + k, at)
             next_key = tl.where(nearer, key, next_key)
-        output = tl.load(outputs + at * D + d, d < D, 0.0).to(tl.float32)
-        total = tl.fma(tl.load(weights + at), output, total)
+        row = tl.load(rows + at)
+        output = tl.load(outputs + row * D + d, d < tl.where(row >= 0, D, 0), 0.0).to(tl.float32)
+        total = tl.where(row >= 0, tl.fma(tl.load(weights + at), output, total), total)
         last = next_key
     tl.store(y + t * D + d, total, d < D)
+
+
+def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
+    """Add up experts' outputs; see `reference.combine`. Each is one fused multiply-add in fp32."""
+    T, K = rows.shape
+    D = y.shape[1]
+    BD = min(1024, triton.next_power_of_2(D))
+    _combine[(T, triton.cdiv(D, BD))](outputs, rows, ids.contiguous(), weights.contiguous(), y, D, K, BD=BD)
 
 
 def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
     """The routed half of a mixture, added in the order of the experts' numbers; see `reference.experts`."""
     T, K = ids.shape
-    D = x.shape[1]
-    outputs, y = torch.empty(T * K, D, device=x.device), torch.empty_like(x)
-    expert_outputs(x, records, layout, torch.arange(T * K, device=x.device) // K, ids.flatten(), outputs)
-    BD = min(1024, triton.next_power_of_2(D))
-    _mix[(T, triton.cdiv(D, BD))](outputs, ids.contiguous(), weights.contiguous(), y, D, K, BD=BD)
-    return y
+    pairs = torch.arange(T * K, device=x.device)
+    outputs, y = torch.empty(T * K, x.shape[1], device=x.device), torch.zeros(x.shape, device=x.device)
+    expert_outputs(x, records, layout, pairs // K, ids.flatten(), outputs)
+    combine(outputs, pairs.view(T, K), ids, weights, y)
+    return y.to(x.dtype)

@@ -97,7 +97,7 @@ void mixtures(int32_t format) {
                 std::vector<float> outputs(tokens * K * hidden);
                 dsv2_expert_outputs(x.data(), tokens, records.get(), record, E, format, hidden, intermediate, owner.data(),
                                     ids.data(), tokens * K, outputs.data());
-                dsv2_combine(outputs.data(), tokens, K, hidden, rows.data(), weights.data(), y.data());
+                dsv2_combine(outputs.data(), tokens, K, hidden, rows.data(), ids.data(), weights.data(), y.data());
                 finite("expert outputs", y);
             }
 }
