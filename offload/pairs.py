@@ -19,17 +19,22 @@ class Pairs:
     """
 
     def __init__(self, ids: Ints, counts: Ints, groups: Sequence[Sequence[int]]) -> None:
-        """`ids` [T, K] are the experts of each token, `counts` [E] the pairs of each, `groups` divide those in use."""
+        """`ids` [T, K] are the experts of each token, `counts` [E] the pairs of each; `groups` divide those in use, and
+        others, too, where there are several tokens."""
         members = [*chain.from_iterable(groups)]
-        rank = np.empty(len(counts), dtype=np.int64)
-        rank[members] = np.arange(len(members))
-        flat = ids.ravel()
-        sorting = rank[flat].argsort(kind="stable")
-        rows = np.empty_like(sorting)
-        rows[sorting] = np.arange(len(flat))
-        self.tokens, self.experts = sorting // ids.shape[1], flat[sorting]
-        self.rows = rows.reshape(ids.shape)
-        of_member = counts[members].tolist()
-        ends = [0, *accumulate(of_member)]
+        if len(ids) == 1:  # decoding, hundreds of times a second: every expert in use has its one pair
+            place = dict(zip(members, range(len(members)), strict=True))
+            self.tokens, self.experts = np.zeros(len(members), dtype=np.int64), np.array(members, dtype=np.int64)
+            self.rows = np.array([[place[expert] for expert in ids[0].tolist()]])
+            ends: Sequence[int] = range(len(members) + 1)
+        else:
+            rank = np.empty(len(counts), dtype=np.int64)
+            rank[members] = np.arange(len(members))
+            flat = ids.ravel()
+            sorting = rank[flat].argsort(kind="stable")
+            rows = np.empty_like(sorting)
+            rows[sorting] = np.arange(len(flat))
+            self.tokens, self.experts, self.rows = sorting // ids.shape[1], flat[sorting], rows.reshape(ids.shape)
+            ends = [0, *accumulate(counts[members].tolist())]
         starts = [0, *accumulate(map(len, groups))]
         self.parts = [slice(ends[a], ends[b]) for a, b in pairwise(starts)]

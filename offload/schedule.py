@@ -159,7 +159,7 @@ class Lane:
                 if number + BUFFERS < len(batches):
                     indices.append(self._fetch(layer, batches[number + BUFFERS]))
             part = pairs.parts[-1]
-            here = self._host_outputs(layer, x_host, pairs, part, counts[on_host])
+            here = self._host_outputs(layer, x_host, pairs, part, counts[on_host]) if on_host else out
             y, rows = torch.zeros(x.shape, device=x.device), _to(x, pairs.rows)
 
             def add_up() -> None:
@@ -242,13 +242,12 @@ class Lane:
     def _host_outputs(self, layer: int, x: Tensor, pairs: Pairs, part: slice, counts: Ints) -> Tensor:
         """Compute some pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]; `counts` are the tokens of each expert."""
         out = torch.empty(part.stop - part.start, x.shape[1])
-        if len(counts):
-            tokens, experts = torch.from_numpy(pairs.tokens[part]), torch.from_numpy(pairs.experts[part])
-            start = perf_counter()
-            ops.expert_outputs(x, self.records[layer], self.layout, tokens, experts, out)
-            seconds = perf_counter() - start
-            self._count(len(counts), seconds)
-            self._host_watch.observe(sum(self.costs.host(count) for count in counts.tolist()), seconds)
+        tokens, experts = torch.from_numpy(pairs.tokens[part]), torch.from_numpy(pairs.experts[part])
+        start = perf_counter()
+        ops.expert_outputs(x, self.records[layer], self.layout, tokens, experts, out)
+        seconds = perf_counter() - start
+        self._count(len(counts), seconds)
+        self._host_watch.observe(sum(map(self.costs.host, counts.tolist())), seconds)
         return out
 
     def _count(self, experts: int, seconds: float) -> None:

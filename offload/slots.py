@@ -36,6 +36,7 @@ class Slots:
         self._record = list(self.records)  # a view of each, since a decoded token takes hundreds
         self.fetched, self.fetch_seconds = 0, 0.0
         self._turn = 0
+        self._last: Event | None = None  # of the work that was given
         self._arrivals: dict[int, Event] = {}  # by index, until they are known to have come
         self._copies: dict[Event, int] = {}  # not yet known to be done, and their bytes
         self._readers: dict[int, Event] = {}  # by index: the last work that reads it
@@ -82,21 +83,24 @@ class Slots:
 
     def compute(self, work: Callable[[], None], reads: Collection[int] = (), after: Sequence[Event] = ()) -> Event:
         """Give the device work that reads the records at these indices, for when the events are done, too."""
-        event = self.device.compute(work, [*_of(reads, self._arrivals), *after])
+        event = self._last = self.device.compute(work, [*_of(reads, self._arrivals), *after])
         for index in reads:
             self._readers[index] = event
         return event
 
     def settle(self) -> tuple[int, float]:
         """Forget the copies and the work that are done; the bytes of those copies, and the seconds that they took."""
+        if self._last and self._last.done:  # and so is all work before it
+            self._readers.clear()
+        if not self._copies:
+            return 0, 0.0
         nbytes, seconds = 0, 0.0
         for event in [event for event in self._copies if event.done]:
             nbytes += self._copies.pop(event)
             seconds += event.seconds
         self.fetch_seconds += seconds
-        for waited in (self._arrivals, self._readers):
-            for index in [index for index, event in waited.items() if event.done]:
-                del waited[index]
+        for index in [index for index, event in self._arrivals.items() if event.done]:
+            del self._arrivals[index]
         return nbytes, seconds
 
     def drop_failed(self) -> None:
