@@ -51,6 +51,10 @@ class LatentCache:
         made = (make(nbytes) for make in allocate or [in_ram] * config.num_hidden_layers)
         self.layers = [memory.view(dtype).view(context, width) for memory in made]
         """Each layer's rows [context, …], of which the first `length` are written."""
+        places = {layer.device: self.filled.to(layer.device) for layer in self.layers}
+        self.lengths = [places[layer.device] for layer in self.layers]
+        """`filled` where each layer is."""
+        self._everywhere = list({id(tensor): tensor for tensor in (self.filled, *self.lengths)}.values())
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +72,12 @@ class LatentCache:
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that every layer has written."""
-        self.filled += tokens
+        self._set(self.length + tokens)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self.filled.clamp_(max=length)
+        self._set(min(self.length, length))
+
+    def _set(self, length: int) -> None:
+        for filled in self._everywhere:
+            filled.fill_(length)

@@ -87,9 +87,9 @@ class Attention:
         c, T = self.config, x.shape[0]
         q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
         kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
-        latents = cache.layers[self.layer]  # [context, …]
-        ops.write_latents(latents, cache.filled, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
-        out = ops.attention(q, rotation, latents, cache.filled, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
+        latents, length = cache.layers[self.layer], cache.lengths[self.layer]  # [context, …], [1]
+        ops.write_latents(latents, length, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+        out = ops.attention(q, rotation, latents, length, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
         return ops.linear(out, self.o_proj)
 
     def query(self, x: Tensor) -> Tensor:
@@ -209,6 +209,7 @@ class Transformer:
         x = ops.embedding(ids, self.embed_tokens, self.dtype)
         for layer in self.layers:
             if x.device != layer.where:
+                ops.use(layer.where)
                 x, rotation = x.to(layer.where), rotation.to(layer.where)
             x = layer.forward(x, rotation, cache)
         return x

@@ -24,7 +24,7 @@ from dsv2_local.numa import spread_memory
 
 __all__ = [
     "add", "attention", "cache_kind", "combine", "embedding", "expert_outputs", "experts", "linear", "recording",
-    "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "variant", "write_latents",
+    "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "use", "variant", "write_latents",
 ]  # fmt: skip
 
 RAM = torch.device("cpu")
@@ -60,6 +60,12 @@ def set_threads(requested: int | None, format: Format) -> Threads:
         native.set_threads(threads)
     torch.set_num_threads(1 if native and format in cpu.FORMATS else threads.count)
     return threads
+
+
+def use(where: torch.device) -> None:
+    """Launch what follows on this device."""
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
 
 
 def cache_kind(kv_b: Format, dtype: torch.dtype, asked: Cache, where: torch.device = RAM) -> Cache:

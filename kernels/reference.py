@@ -15,6 +15,7 @@ from dsv2_local.kernels.latents import read_rows, write_rows
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, unpack_int8, unpack_nf4
 from dsv2_local.rope import rotate
 
+CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of a cache's rows that `attention` reads
 # Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
 ATTENTION_WORKSPACE = 1 << 25
 

@@ -1,0 +1,173 @@
+"""A GPU: its kernels, V2-Lite's shape resident, and both models' shapes with experts in RAM.
+
+    python benchmarks/gpu.py [--json FILE]
+    python benchmarks/gpu.py --interpret --tiny    # the program itself, without a GPU; its times mean nothing
+
+Weights are random. Each case of experts in RAM runs in every mode and tells what the plan predicted. Without a GPU,
+devices are made of RAM (`offload/stand_in.py`) and Triton's interpreter runs the kernels.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv2_local.config import ModelConfig
+    from dsv2_local.offload.device import Device
+    from dsv2_local.offload.plan import Mode, Plan
+    from dsv2_local.placement import Source
+
+GIB = 1 << 30
+TINY = {
+    "model_type": "deepseek_v2", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
+    "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 32,
+    "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy",
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128, "rope_theta": 10000, "eos_token_id": 1,
+}  # fmt: skip
+LARGE_LAYERS = 9  # of the 236B model: 17 GB, soon made
+LARGE_SLOTS = 0.1  # of its experts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--interpret", action="store_true", help="without a GPU, in Triton's interpreter")
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given = parser.parse_args()
+    if given.interpret:
+        os.environ |= {"TRITON_INTERPRET": "1", "DSV2_KERNELS": "triton"}  # before the kernels are imported
+    start = time.perf_counter()
+    result = measure(given.interpret, given.tiny)
+    result["seconds"] = time.perf_counter() - start
+    show(result)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(interpret: bool, tiny: bool) -> dict[str, Any]:
+    """Everything that the command tells, as plain values."""
+    import gpu_kernels
+
+    from dsv2_local import released
+    from dsv2_local.config import ModelConfig
+    from dsv2_local.random_weights import first_layers
+
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kernels": gpu_kernels.measure("cpu" if interpret else "cuda", tiny),
+    }
+    lite = ModelConfig.from_dict(TINY) if tiny else released.read_config("deepseek-v2-lite")
+    result["lite"] = list(cases("V2-Lite", lite, [None, 8 * GIB, 4 * GIB, 2 * GIB], interpret, tiny))
+    if not tiny:
+        large = first_layers(released.read_config("deepseek-v2"), LARGE_LAYERS)
+        result["large"] = list(cases(f"236B, {LARGE_LAYERS} layers", large, [LARGE_SLOTS], interpret, tiny))
+    return result
+
+
+def cases(
+    name: str, config: "ModelConfig", limits: list[int | float | None], interpret: bool, tiny: bool
+) -> Iterator[dict[str, Any]]:
+    """The shape within each limit of GPU memory: bytes, a share of the experts in slots, or none; in each mode."""
+    from dsv2_local.offload.plan import Mode
+    from dsv2_local.placement import Source
+    from dsv2_local.quant.schema import Recipe
+    from dsv2_local.random_weights import build
+
+    made = build(config, Recipe.NF4, threads=os.cpu_count() or 1)
+    source = Source(config, made.weights, made.layout, made.records)
+    for limit in limits:
+        for mode in (Mode.GPU,) if limit is None else (Mode.HYBRID, Mode.STREAM, Mode.CPU):
+            yield {"model": name, "mode": str(mode), **case(source, mode, limit, interpret, tiny)}
+
+
+def case(source: "Source", mode: "Mode", limit: int | float | None, interpret: bool, tiny: bool) -> dict[str, Any]:
+    """Load, prefill, decode and give everything back."""
+    import torch
+
+    from dsv2_local import placement
+    from dsv2_local.engine import Engine, Stats
+    from dsv2_local.offload.schedule import OffloadedExperts
+    from dsv2_local.sampling import SamplingParams
+
+    device, plan = planned(source, mode, limit, interpret, tiny)
+    placed = placement.on_devices(source, plan, [device], torch.float32 if interpret else torch.bfloat16)
+    engine, vocab = Engine(placed.model, plan.wish.context, plan.chunk), source.config.vocab_size
+    prompts, answer = ((4,), 2) if tiny else ((16, 4096), 64)
+    greedy, runs = SamplingParams(temperature=0), []
+    for prompt in prompts:  # the first compiles, tunes and fills slots
+        stats = Stats()
+        engine.cache.truncate(0)
+        for _ in engine.generate(torch.randint(vocab, (prompt,)).tolist(), greedy, stats, max_tokens=answer):
+            pass
+        runs.append(stats)
+    figures: dict[str, Any] = {
+        "slots": plan.slots, "experts": plan.experts, "prompt": prompts[-1], "prefill_tok_s": runs[-1].prefill_tok_s,
+        "decode_tok_s": runs[-1].decode_tok_s, "predicted_tok_s": plan.forecast.decode_tok_s,
+        "planned_bytes": plan.gpus[0].used,
+    }  # fmt: skip
+    if not interpret:
+        figures["peak_bytes"] = torch.cuda.max_memory_reserved()
+    if isinstance(placed.experts, OffloadedExperts):
+        experts = placed.experts.figures
+        figures |= {"hit_rate": experts.hit_rate, "fetched_bytes": experts.fetched_bytes, "retries": experts.retries}
+        figures["link_gb_s"] = experts.fetched_bytes / experts.fetch_seconds / 1e9 if experts.fetch_seconds else 0.0
+    placed.close()
+    del placed, engine
+    if not interpret:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return figures
+
+
+def planned(
+    source: "Source", mode: "Mode", limit: int | float | None, interpret: bool, tiny: bool
+) -> tuple["Device", "Plan"]:
+    """A device, and the plan of the model on as much of it as the limit says."""
+    from dsv2_local.kernels.format import Cache
+    from dsv2_local.machine import memory_available
+    from dsv2_local.offload.cuda import CudaDevice
+    from dsv2_local.offload.plan import CONTEXT_BYTES, Machine, Mode, Wish, plan
+    from dsv2_local.offload.stand_in import StandIn
+    from dsv2_local.quant.schema import Recipe
+
+    context = 16 if tiny else 4096 + 128
+    wish = Wish(source.config, Recipe.NF4, context, Cache.FP32 if interpret else Cache.BF16, mode)
+    device: Device = StandIn(capacity=GIB) if interpret else CudaDevice(0)
+    room = device.free + CONTEXT_BYTES
+    if isinstance(limit, float) or (tiny and limit):
+        whole = plan(replace(wish, experts=Mode.STREAM), Machine((1 << 50,), 1 << 50))
+        share = limit if isinstance(limit, float) else 0.5
+        slots = int(whole.experts * share) * whole.expert_bytes
+        room = min(room, whole.gpus[0].used - whole.gpus[0].parts["expert slots"] + slots)
+    elif limit:
+        room = min(room, int(limit))
+    return device, plan(wish, Machine((room,), memory_available(), available=True))
+
+
+def show(result: dict[str, Any]) -> None:
+    import gpu_kernels
+    from rich.console import Console
+    from rich.table import Table
+
+    gpu_kernels.show(result["kernels"])
+    table = Table("model", "mode", "slots", "hits", "prefill tok/s", "decode tok/s", "predicted", "link GB/s")
+    for run in [*result["lite"], *result.get("large", [])]:
+        hits, link = (f"{run['hit_rate']:.0%}", f"{run['link_gb_s']:.1f}") if "hit_rate" in run else ("", "")
+        table.add_row(
+            run["model"], run["mode"], f"{run['slots']:,}/{run['experts']:,}", hits, f"{run['prefill_tok_s']:,.1f}",
+            f"{run['decode_tok_s']:,.1f}", f"{run['predicted_tok_s']:,.1f}", link,
+        )  # fmt: skip
+    Console(highlight=False, width=120).print(table)
+    print(f"{result['kernels']['device']}, {result['date']}, {result['seconds']:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
