@@ -55,7 +55,7 @@ def run(request: Request, as_json: bool) -> None:
     for note in made.notes:
         notice(note)
     if made.gpus:
-        notice("this version computes on the CPU alone; a plan with GPUs is what is to come")
+        notice("the GPU's part is reckoned from the rates above: no GPU has run this version yet")
 
 
 def _wish(request: Request) -> Wish:
