@@ -57,6 +57,26 @@ class Figures:
         return Figures(**{name: value - getattr(other, name) for name, value in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What a layer is to compute: x [T, D], ids and weights [T, K] on the device, and their pairs, rows there, too."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    pairs: Pairs
+    rows: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, ids: Tensor, weights: Tensor, pairs: Pairs) -> "_Step":
+        return cls(x, ids, weights, pairs, _to(x, pairs.rows))
+
+    def places(self, part: slice, indices: dict[int, int]) -> tuple[Tensor, Tensor]:
+        """Of some pairs the token, and the index of the expert's record; int64 [n], on the device."""
+        of_experts = [indices[expert] for expert in self.pairs.experts[part].tolist()]
+        return _to(self.x, self.pairs.tokens[part]), _to(self.x, np.array(of_experts, dtype=np.int64))
+
+
 class Lane:
     """One device, with the layers whose experts it computes.
 
@@ -148,24 +168,24 @@ class Lane:
         fetched, on_host = self._divide(layer, misses, counts)
         batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), self.slots.buffer)]
         pairs = Pairs(chosen, counts, [sorted(hits), *batches, on_host])
-        out = torch.empty(chosen.size, x.shape[1], device=x.device)
+        step, out = _Step.of(x, ids, weights, pairs), torch.empty(chosen.size, x.shape[1], device=x.device)
         indices = [self._fetch(layer, batch) for batch in batches[:BUFFERS]]
-        given = [self._outputs(x, pairs, pairs.parts[0], hits, out)] if hits else []
+        given = [self._outputs(step, pairs.parts[0], hits, out)] if hits else []
         x_host = x.cpu() if on_host else x
 
         def finish() -> Tensor:
             for number in range(len(batches)):
-                given.append(self._outputs(x, pairs, pairs.parts[1 + number], indices[number], out))
+                given.append(self._outputs(step, pairs.parts[1 + number], indices[number], out))
                 if number + BUFFERS < len(batches):
                     indices.append(self._fetch(layer, batches[number + BUFFERS]))
             part = pairs.parts[-1]
             here = self._host_outputs(layer, x_host, pairs, part, counts[on_host]) if on_host else out
-            y, rows = torch.zeros(x.shape, device=x.device), _to(x, pairs.rows)
+            y = torch.zeros(x.shape, device=x.device)
 
             def add_up() -> None:
                 if on_host:
                     out[part].copy_(here)
-                ops.combine(out, rows, ids, weights, y)
+                ops.combine(out, step.rows, ids, weights, y)
 
             self._device.join(self.slots.compute(add_up, after=given))
             return y
@@ -180,14 +200,14 @@ class Lane:
         def finish() -> Tensor:
             chosen = ids.cpu().numpy()
             pairs = Pairs(chosen, np.bincount(chosen.ravel(), minlength=len(self.records[layer])), groups)
-            rows = _to(x, pairs.rows)
+            step = _Step.of(x, ids, weights, pairs)
             y = torch.zeros(x.shape, device=x.device)
             given: list[Event] = []
             for number in range(len(groups)):
                 indices, whole = self._stream.take(), pairs.parts[number]
                 for start in range(whole.start, whole.stop, PIECE):
                     part = slice(start, min(start + PIECE, whole.stop))
-                    given = [self._added(x, pairs, part, indices, rows, ids, weights, y, given)]
+                    given = [self._added(step, part, indices, y, given)]
                 self._stream.advance()
             self._device.join(given[0])
             self._figures.streamed_layers += 1
@@ -207,35 +227,24 @@ class Lane:
     def _fetch(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
         return self.slots.fetch(layer, self.records[layer], experts, free_only=False)
 
-    def _outputs(self, x: Tensor, pairs: Pairs, part: slice, indices: dict[int, int], out: Tensor) -> Event:
+    def _outputs(self, step: _Step, part: slice, indices: dict[int, int], out: Tensor) -> Event:
         """Have the device compute some pairs into their rows of `out`."""
-        tokens, slots, target = _to(x, pairs.tokens[part]), _to(x, _slots(pairs, part, indices)), out[part]
-        records, layout = self.slots.records, self.layout
+        tokens, slots = step.places(part, indices)
+        x, records, layout, target = step.x, self.slots.records, self.layout, out[part]
         return self.slots.compute(
             lambda: ops.expert_outputs(x, records, layout, tokens, slots, target), reads=indices.values()
         )
 
-    def _added(
-        self,
-        x: Tensor,
-        pairs: Pairs,
-        part: slice,
-        indices: dict[int, int],
-        rows: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        y: Tensor,
-        after: Sequence[Event],
-    ) -> Event:
-        """Have the device compute some pairs and add them to `y`."""
-        tokens, slots = _to(x, pairs.tokens[part]), _to(x, _slots(pairs, part, indices))
-        records, layout = self.slots.records, self.layout
+    def _added(self, step: _Step, part: slice, indices: dict[int, int], y: Tensor, after: Sequence[Event]) -> Event:
+        """Have the device compute some pairs and add them to `y`, once the events are done."""
+        tokens, slots = step.places(part, indices)
+        x, rows, records, layout = step.x, step.rows, self.slots.records, self.layout
 
         def work() -> None:
             out = torch.empty(len(tokens), x.shape[1], device=x.device)
             ops.expert_outputs(x, records, layout, tokens, slots, out)
             here = torch.where((rows >= part.start) & (rows < part.stop), rows - part.start, -1)
-            ops.combine(out, here, ids, weights, y)
+            ops.combine(out, here, step.ids, step.weights, y)
 
         return self.slots.compute(work, reads=indices.values(), after=after)
 
@@ -299,11 +308,6 @@ class OffloadedExperts:
         """Give back the devices."""
         for lane in self.lanes:
             lane.slots.device.close()
-
-
-def _slots(pairs: Pairs, part: slice, indices: dict[int, int]) -> Ints:
-    """Where the record of each pair's expert is."""
-    return np.array([indices[expert] for expert in pairs.experts[part].tolist()], dtype=np.int64)
 
 
 def _to(like: Tensor, array: Ints) -> Tensor:
