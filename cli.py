@@ -39,7 +39,9 @@ Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda (all GPUs), or some of them: cuda:0,cuda:1.")]
 Experts = Annotated[str, typer.Option(help="Who computes routed experts: gpu, cpu, stream, hybrid or auto.")]
 Vram = Annotated[str | None, typer.Option(help="Of each GPU at most this much: 8GiB, or 8GiB,24GiB.")]
-CacheKind = Annotated[str, typer.Option("--cache", help="How latents are kept: bf16, or int8 in 57 % of its bytes.")]
+CacheType = Annotated[
+    str, typer.Option("--cache-type", help="How latents are kept: bf16, or int8 in 57 % of its bytes.")
+]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels. Default: one a physical core.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
@@ -89,7 +91,7 @@ def chat(
     device: Device = "auto",
     experts: Experts = "auto",
     vram: Vram = None,
-    cache: CacheKind = "bf16",
+    cache_type: CacheType = "bf16",
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -130,13 +132,16 @@ def run(
     stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
     stats: Annotated[bool, typer.Option("--stats", help="Print the figures to stderr.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="With --json: this many likeliest tokens a step.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep what was read in this file; a prompt that begins like it goes on from it.")
+    ] = None,
     max_tokens: MaxTokens = None,
     context: Context = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     experts: Experts = "auto",
     vram: Vram = None,
-    cache: CacheKind = "bf16",
+    cache_type: CacheType = "bf16",
     threads: Threads = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -155,7 +160,7 @@ def run(
 
     text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
     with _load(**placement) as llm:
-        _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats)
+        _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats, cache=cache)
 
 
 @app.command()
@@ -186,7 +191,9 @@ def plan(
     vram: Annotated[str | None, typer.Option(help="Of each GPU: 24GiB, or 24GiB,24GiB; 0 for none.")] = None,
     ram: Annotated[str | None, typer.Option(help="RAM that may be used, such as 192GiB.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that must fit: 8192, or 128K.")] = None,
-    cache: Annotated[str, typer.Option(help="How latents are kept: bf16, int8 or fp32.")] = "bf16",
+    cache_type: Annotated[
+        str, typer.Option("--cache-type", "--cache", help="How latents are kept: bf16, int8 or fp32.")
+    ] = "bf16",
     experts: Experts = "auto",
     rates: Annotated[str, typer.Option(help="GB/s and GFLOP/s to reckon with: ram=80,link=25,vram=900.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -195,7 +202,7 @@ def plan(
     from dsv2_local import planning
 
     with _closed_pipe_is_no_error():
-        planning.run(planning.Request(model, recipe, vram, ram, context, cache, rates, experts), as_json)
+        planning.run(planning.Request(model, recipe, vram, ram, context, cache_type, rates, experts), as_json)
 
 
 @app.command()
@@ -224,7 +231,7 @@ def bench(
     context: Annotated[
         str | None, typer.Option(help="Tokens in the cache before decoding. Default: 0,4096,32768.")
     ] = None,
-    cache: CacheKind = "bf16",
+    cache_type: CacheType = "bf16",
     threads: Threads = None,
     recipe: Annotated[
         str | None, typer.Option(help="Of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
@@ -245,10 +252,10 @@ def bench(
     source = invocation.get_parameter_source("model")
     if random_weights is not None and source is not None and source.name == "ENVIRONMENT":
         model = None  # $DSV2_MODEL is only a default
-    if cache not in llm.CACHES:
-        raise InputError(f"--cache {cache} is not one of {', '.join(llm.CACHES)}")
+    if cache_type not in llm.CACHES:
+        raise InputError(f"--cache-type {cache_type} is not one of {', '.join(llm.CACHES)}")
     chosen = None if recipe is None else Recipe(recipe)
-    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen, Cache(cache))
+    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen, Cache(cache_type))
     if trace is not None:
         bench.trace(request, trace, text)
         return
@@ -262,7 +269,7 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-_PLACEMENT = ("model", "context", "dtype", "cache", "device", "experts", "vram", "threads")
+_PLACEMENT = ("model", "context", "dtype", "cache_type", "device", "experts", "vram", "threads")
 
 
 def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -270,7 +277,7 @@ def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if values[name] is not None}
 
 
-def _load(model: str | None, vram: str | None, **options: Any) -> "LLM":
+def _load(model: str | None, vram: str | None, cache_type: str, **options: Any) -> "LLM":
     from dsv2_local import llm
     from dsv2_local.console import Waiting, notice
     from dsv2_local.kernels import ops
@@ -280,7 +287,7 @@ def _load(model: str | None, vram: str | None, **options: Any) -> "LLM":
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
     limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
     with Waiting("bringing experts to page-locked RAM") as progress:
-        loaded = llm.load(model, vram=limits, progress=progress, **options)
+        loaded = llm.load(model, vram=limits, cache=cache_type, progress=progress, **options)
     for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
         if warning:
             notice(warning)

@@ -71,6 +71,16 @@ class Engine:
     def context(self) -> int:
         return self.cache.context
 
+    @property
+    def tokens(self) -> list[int]:
+        """Those in the cache."""
+        return self._tokens[: self.cache.length]
+
+    def resume(self, tokens: list[int]) -> None:
+        """Take the cache for one that holds these tokens; a prompt that begins like them computes only what differs."""
+        self._generation += 1
+        self._tokens = tokens
+
     def logits(self, ids: list[int]) -> Tensor:
         """fp32 logits [T, vocab_size] after every token, by the same chunked prefill, from an empty cache."""
         self._check(ids)
@@ -126,8 +136,8 @@ class Engine:
     def _start(self, prompt: list[int], stats: Stats, progress: Progress | None) -> Tensor:
         """Prefill what the cache lacks of the prompt; the logits after its last token, [vocab]."""
         start = time.perf_counter()
-        cached = self._tokens[: self.cache.length]
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt, strict=False)))
+        pairs = zip(self.tokens, prompt, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.cache.truncate(min(common, len(prompt) - 1))  # one token at least must run, to have logits
         stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
         for hidden in self._prefill(prompt, progress):

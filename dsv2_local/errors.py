@@ -6,6 +6,7 @@ Dsv2Error                    exit code 1
 ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
 ├── ConversionError          `dsv2 quantize` cannot start or go on
 ├── PlanError                the model does not fit in this machine's memory; carries shortfall and remedies
+├── SavedCacheError          a saved cache cannot be written or read, or belongs to another model
 ├── DeviceError              a GPU failed at a copy or at computing
 │   └── DeviceMemoryError        it has less memory than the plan counted on
 ├── HubError                 a repository cannot be reached or read
@@ -54,6 +55,10 @@ class PlanError(Dsv2Error):
             else "; no single change helps (`dsv2 plan` shows what takes it)"
         )
         super().__init__(f"it does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
+
+
+class SavedCacheError(Dsv2Error):
+    """A saved cache cannot be written or read, is damaged, or belongs to another model."""
 
 
 class DeviceError(Dsv2Error):

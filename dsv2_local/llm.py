@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_local import measured, placement
+from dsv2_local import measured, placement, saved
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Stats, Step
 from dsv2_local.errors import CheckpointError, InputError, PlanError
@@ -119,6 +119,7 @@ class LLM:
             else placement.in_ram(source, dtype)
         )
         self.experts = self._placed.experts
+        self._fingerprint = source.fingerprint or ""
         self.engine = Engine(self._placed.model, wish.context, self.plan.chunk, cache=cache)
 
     def __enter__(self) -> "LLM":
@@ -133,6 +134,19 @@ class LLM:
         The model is of no use after it. Without GPUs there is nothing to do.
         """
         self._placed.close()
+
+    def save_cache(self, path: Path) -> None:
+        """Write the cache to a file, so that what was read need not be read again; SavedCacheError if it cannot be."""
+        saved.save(path, self.engine.tokens, self.engine.cache, self._fingerprint)
+
+    def load_cache(self, path: Path) -> int:
+        """Take the cache from a file; the number of tokens in it. A prompt that begins like them computes what differs.
+
+        Raises:
+            SavedCacheError: the file cannot be read, is damaged, or is another model's.
+        """
+        self.engine.resume(saved.load(path, self.engine.cache, self._fingerprint))
+        return self.engine.cache.length
 
     @property
     def notes(self) -> list[str]:
@@ -286,7 +300,7 @@ def load(
     if experts not in list(Mode):
         raise InputError(f"experts {experts!r} is not one of {', '.join(Mode)}")
     if cache not in CACHES:
-        raise InputError(f"cache {cache!r} is not one of {', '.join(CACHES)}")
+        raise InputError(f"cache type {cache!r} is not one of {', '.join(CACHES)}")
     devices = _devices(device)
     chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
@@ -339,7 +353,7 @@ def _plan(wish: Wish, devices: Sequence[Device], vram: Sequence[int] | None) -> 
     try:
         return plan(wish, machine)
     except PlanError as error:
-        options = ("--cache", "--context", "--experts")
+        options = ("--cache-type", "--context", "--experts")
         remedies = tuple(remedy for remedy in error.remedies if remedy.startswith(options))
         raise PlanError(error.where, error.shortfall, remedies) from None
 

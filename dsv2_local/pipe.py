@@ -23,6 +23,7 @@ class Request:
     json: bool = False
     stream: bool = True
     stats: bool = False
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError for options that would do nothing together."""
@@ -72,10 +73,14 @@ def _text(data: bytes, where: str) -> str:
 def run(llm: LLM, request: Request, out: TextIO) -> None:
     """Answer `request` on `out`.
 
+    With a file for the cache, it is read if it is there. It is written if it was not, or if most of the prompt was new
+    to it and there is more of it: a short question by mistake does not cost a book.
+
     Ctrl-C ends the answer; what came is printed and KeyboardInterrupt goes on to the caller.
     """
     chunks: list[Chunk] = []
     interrupted = False
+    known = llm.load_cache(request.cache) if request.cache and request.cache.exists() else None
     with Waiting(READING) as progress:
         generation = _start(llm, request, progress)
         try:
@@ -86,6 +91,9 @@ def run(llm: LLM, request: Request, out: TextIO) -> None:
         except KeyboardInterrupt:
             interrupted = True
     _finish(llm, request, generation, chunks, interrupted, out)
+    read, reused = generation.stats.prompt_tokens, generation.stats.reused_tokens
+    if request.cache and (known is None or (2 * reused < read and read > known)):
+        llm.save_cache(request.cache)
     if interrupted:
         raise KeyboardInterrupt
 

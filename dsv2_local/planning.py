@@ -61,7 +61,11 @@ def run(request: Request, as_json: bool) -> None:
 def _wish(request: Request) -> Wish:
     config = read_config(request.model)
     recipe = request.recipe or stored_recipe(request.model) or Recipe.NF4
-    choices = (("--recipe", recipe, Recipe), ("--cache", request.cache, Cache), ("--experts", request.experts, Mode))
+    choices = (
+        ("--recipe", recipe, Recipe),
+        ("--cache-type", request.cache, Cache),
+        ("--experts", request.experts, Mode),
+    )
     for option, value, known in choices:
         if value not in list(known):
             raise InputError(f"{option} {value} is not one of {', '.join(known)}")

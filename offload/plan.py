@@ -403,7 +403,7 @@ def _fitting(share: Share) -> Share:
 def _remedies(wish: Wish, machine: Machine, where: str) -> Iterator[str]:
     """Changes of which each alone makes it fit, the least painful first; the last is more of what is short."""
     if wish.cache is Cache.BF16 and _fits(replace(wish, cache=Cache.INT8), machine):
-        yield "--cache int8"
+        yield "--cache-type int8"
     steps = range(wish.context // CONTEXT_STEP)
     shorter = bisect_left(steps, True, key=lambda n: not _fits(replace(wish, context=(n + 1) * CONTEXT_STEP), machine))
     if shorter:

@@ -230,7 +230,7 @@ def test_the_bundled_model_leaves_out_what_does_not_fit():
         (["--random-weights", "CONFIG", "--decode", "8193"], "--decode 8,193 is more"),
         (["--random-weights", "CONFIG", "--threads", "0"], "--threads must be at least 1"),
         (["--random-weights", "CONFIG", "--recipe", "q4"], "q4 is not one of"),
-        (["--random-weights", "CONFIG", "--cache", "fp32"], "--cache fp32 is not one of bf16, int8"),
+        (["--random-weights", "CONFIG", "--cache-type", "fp32"], "--cache-type fp32 is not one of bf16, int8"),
         (["--random-weights", "no-such-model"], "neither deepseek-v2 nor deepseek-v2-lite nor a config.json"),
         (["--recipe", "nf4"], "--recipe belongs to --random-weights"),
         (["--context", "4096"], "--context must lie between 0 and 2,016"),

@@ -87,7 +87,7 @@ def test_seeds_and_stop_strings(answer):
         (["run", "hi", "--temperature", "-1"], b"", 2, "temperature must be at least 0"),
         (["run", "hi", "--context", "100000"], b"", 2, "between 2 and the model's 2,048"),
         (["run", "hi", "--dtype", "float16"], b"", 2, "float16 overflows"),
-        (["run", "hi", "--cache", "fp8"], b"", 2, "cache 'fp8' is not one of bf16, int8"),
+        (["run", "hi", "--cache-type", "fp8"], b"", 2, "cache type 'fp8' is not one of bf16, int8"),
         (["run", "hi", "-f", "no-such-file"], b"", 2, "no-such-file cannot be read"),
         (["run", "hi", "--raw", "--system", "x"], b"", 2, "drop one of them"),
         (["run", "hi", "-m", "no-such-model"], b"", 2, "neither a directory nor a hub repository"),

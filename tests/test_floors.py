@@ -21,7 +21,7 @@ FLOORS = [
     | {"offload.stand_in", "offload.cuda", "offload.slots", "offload.split", "offload.pairs", "offload.stream"}
     | {"offload.schedule", "offload.calibration", "offload.favourites"},
     {"model", "sampling", "tokenizer"},
-    {"engine", "placement"},
+    {"engine", "placement", "saved"},
     {"llm"},
     {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}
     | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report"}

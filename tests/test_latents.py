@@ -232,7 +232,7 @@ def test_nano_with_an_8_bit_cache(variant):
 
 
 def test_no_other_cache():
-    with pytest.raises(InputError, match="cache 'fp8' is not one of bf16, int8"):
+    with pytest.raises(InputError, match="cache type 'fp8' is not one of bf16, int8"):
         dsv2_local.load(cache="fp8")
     assert ops.cache_kind(Format.INT8, torch.float32, Cache.INT8) is Cache.INT8
     with kernels(cpu.REFERENCE):

@@ -73,7 +73,7 @@ def check(made: Plan) -> None:
 def changed(wish: Wish, machine: Machine, remedy: str) -> tuple[Wish, Machine]:
     """What the user would ask for after taking a remedy at its word."""
     option, value = remedy.split()[:2]
-    if option == "--cache":
+    if option == "--cache-type":
         return replace(wish, cache=Cache(value)), machine
     if option == "--context":
         return replace(wish, context=int(value)), machine
@@ -193,7 +193,7 @@ def test_the_command_prints_json_tables_and_errors(tmp_path):
     assert b"--ram 1" in refused.stderr
     for wrong in (
         ["--context", "1T"],
-        ["--cache", "fp8"],
+        ["--cache-type", "fp8"],
         ["--recipe", "q4"],
         ["--rates", "ram=fast"],
         ["--vram", "x"],
