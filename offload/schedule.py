@@ -8,7 +8,6 @@ the order of the experts' numbers, so that placement does not change the sum.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -129,8 +128,8 @@ class Lane:
             return False
         experts = len(self.records[layer])
         resident = sum(self.slots.cache.peek((layer, expert)) is not None for expert in range(experts)) / experts
-        costs = replace(self.costs, read=inf) if self.mode is Mode.STREAM else self.costs
-        return streaming_pays(tokens, experts, per_token, resident, costs)
+        shared = self.mode is not Mode.STREAM
+        return streaming_pays(tokens, experts, per_token, resident, self.costs, shared=shared)
 
     def _finish(self, finish: Result, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         try:

@@ -44,7 +44,9 @@ def divide(counts: Sequence[int], costs: Costs) -> int:
     return fetched
 
 
-def streaming_pays(tokens: int, experts: int, per_token: int, resident: float, costs: Costs) -> bool:
+def streaming_pays(
+    tokens: int, experts: int, per_token: int, resident: float, costs: Costs, *, shared: bool = True
+) -> bool:
     """Whether a layer is sooner through when all of its experts come over the link, without waiting to be chosen.
 
     Args:
@@ -52,11 +54,12 @@ def streaming_pays(tokens: int, experts: int, per_token: int, resident: float, c
         experts: of the layer; each token takes `per_token` of them.
         resident: the share of them that have slots.
         costs: of this machine.
+        shared: whether the CPU computes some of those that the step chose, or all are fetched.
     """
     chosen = experts * (1 - (1 - per_token / experts) ** tokens)
     missed = round(chosen * (1 - resident))
     count = max(1, round(tokens * per_token / chosen))
-    fetched = divide([count] * missed, costs)
+    fetched = divide([count] * missed, costs) if shared else missed
     split = max(fetched * costs.fetch, (missed - fetched) * costs.host(count))
     return experts * (1 - resident) * costs.fetch <= OVERLAP_GAIN * split
 

@@ -45,6 +45,12 @@ def test_a_fast_link_streams_and_a_slow_one_does_not():
     assert not streaming_pays(512, 64, 6, 0.0, Costs(1.0, 1e-4, 1e-6))
 
 
+def test_without_the_cpu_a_layer_streams_when_nearly_all_of_it_is_chosen():
+    assert not streaming_pays(2, 64, 6, 0.0, Costs(1, 1, 1), shared=False)
+    assert not streaming_pays(16, 64, 6, 0.5, Costs(1, 1, 1), shared=False)
+    assert streaming_pays(64, 64, 6, 0.5, Costs(1, 1, 1), shared=False)
+
+
 def test_costs_are_corrected_when_they_are_off_by_a_quarter_and_not_before():
     watch = Watch()
     for _ in range(10 * MEMORY):
