@@ -108,6 +108,8 @@ def describe(stats: "Stats", interrupted: bool = False) -> str:
         f"answer {stats.completion_tokens:,} tokens, {stats.decode_tok_s:,.1f} tok/s",
         f"context {stats.context_used:,}/{stats.context:,}",
     ]
+    if stats.guessed_tokens:
+        parts.append(f"{stats.right_guesses:,} of {stats.guessed_tokens:,} guessed tokens were right")
     if interrupted:
         parts.append("stopped by Ctrl-C")
     elif stats.finish_reason == "length":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv2_local.errors import ContextLengthError, InputError
 from dsv2_local.kernels.format import Cache
+from dsv2_local.lookup import Lookup
 from dsv2_local.model import DecodeStep, Transformer
 from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
@@ -31,6 +32,9 @@ class Stats:
     prefill_seconds: float = 0.0
     completion_tokens: int = 0
     decode_seconds: float = 0.0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
+    """Of tokens that `lookup.Lookup` guessed."""
     context_used: int = 0
     context: int = 0
     finish_reason: str | None = None
@@ -55,6 +59,16 @@ class Step:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass
+class _Guess:
+    """Tokens that may come, the logits before and after each [n + 1, vocab], and how many came so far."""
+
+    tokens: list[int]
+    logits: Tensor
+    seconds: float
+    right: int = 0
+
+
 class Engine:
     """A model with its cache. It runs one generation at a time; a new one ends the last."""
 
@@ -66,6 +80,7 @@ class Engine:
         self._step = DecodeStep(model, self.cache)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0
+        self._guess: _Guess | None = None
 
     @property
     def context(self) -> int:
@@ -111,8 +126,9 @@ class Engine:
         if len(prompt) >= self.context:
             raise ContextLengthError(len(prompt), self.context)
         self._generation += 1
+        self._guess = None
         generation = self._generation
-        sampler = Sampler(params, prompt)
+        sampler, lookup = Sampler(params, prompt), Lookup(prompt)
         stats.context = self.context
         logits = self._start(prompt, stats, progress)
         while True:
@@ -124,7 +140,8 @@ class Engine:
                 return
             if generation != self._generation:
                 raise InputError("a newer generation has taken this model's cache; finish one before the next")
-            logits = self._decode(token, stats)
+            lookup.push(token)
+            logits = self._decode(token, stats, lookup)
 
     def _check(self, ids: list[int]) -> None:
         if not ids:
@@ -156,13 +173,48 @@ class Engine:
         if progress:
             progress(len(ids), len(ids))
 
-    def _decode(self, token: int, stats: Stats) -> Tensor:
+    def _decode(self, token: int, stats: Stats, lookup: Lookup) -> Tensor:
         start = time.perf_counter()
+        logits = self._guessed(token, lookup)
+        if logits is None:
+            logits = self._compute(token, lookup)
+        stats.decode_seconds += time.perf_counter() - start
+        stats.context_used = self.cache.length
+        stats.guessed_tokens, stats.right_guesses = lookup.guessed, lookup.right
+        return logits
+
+    def _guessed(self, token: int, lookup: Lookup) -> Tensor | None:
+        """The logits after `token`, if it was guessed."""
+        guess = self._guess
+        if guess is None:
+            return None
+        right = guess.right
+        if right < len(guess.tokens) and guess.tokens[right] == token:
+            self._note([token])
+            self.cache.advance(1)  # its latents are there already
+            guess.right += 1
+            return guess.logits[guess.right]
+        lookup.took(guess.seconds, len(guess.tokens), right)
+        self._guess = None
+        return None
+
+    def _compute(self, token: int, lookup: Lookup) -> Tensor:
+        """The logits after `token`, and of those after it that can be guessed.
+
+        Only where a step is all native is one of several tokens the same as one after the other, to the last bit.
+        """
+        room = self.context - self.cache.length - 1
+        tokens = lookup.guess()[:room] if self._step.recording else []
+        start, length = time.perf_counter(), self.cache.length
+        if tokens:
+            logits = self.model.logits(self._run([token, *tokens]))
+            self.cache.truncate(length + 1)
+            self._guess = _Guess(tokens, logits, time.perf_counter() - start)
+            return logits[0]
         self._note([token])
         with typed_errors():
             logits = self._step.run(token)
-        stats.decode_seconds += time.perf_counter() - start
-        stats.context_used = self.cache.length
+        lookup.took(time.perf_counter() - start, 0, 0)
         return logits
 
     def _run(self, ids: list[int]) -> Tensor:

@@ -20,7 +20,7 @@ FLOORS = [
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
     | {"offload.stand_in", "offload.cuda", "offload.slots", "offload.split", "offload.pairs", "offload.stream"}
     | {"offload.schedule", "offload.calibration", "offload.favourites"},
-    {"model", "sampling", "tokenizer"},
+    {"model", "sampling", "tokenizer", "lookup"},
     {"engine", "placement", "saved"},
     {"llm"},
     {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}

@@ -1,0 +1,83 @@
+"""Guessed tokens: the same answers to the last bit, whatever is guessed; and guesses that are the text's own."""
+
+import random
+
+import pytest
+
+from dsv2_local import llm
+from dsv2_local.lookup import GUESSES, PATIENCE, Lookup
+
+TEXT = "The bow of a violin is made of wood and hair. " * 12
+
+
+def steps(model: llm.LLM, **options: object) -> tuple[list[tuple[object, ...]], object]:
+    model.engine.cache.truncate(0)  # another way through the prompt rounds in another way
+    never_end = dict.fromkeys(model._end_tokens, -100.0)
+    generation = model.generate(TEXT, max_tokens=60, logprobs=3, logit_bias=never_end, **options)
+    return [(chunk.token_id, chunk.logprob, chunk.top_logprobs) for chunk in generation], generation.stats
+
+
+@pytest.mark.parametrize("kept", ["bf16", "int8"])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.2}])
+def test_answers_are_the_same_to_the_last_bit(monkeypatch, options, kept):
+    model = llm.load(cache=kept)
+    options = {"seed": 5, **options}
+    with monkeypatch.context() as patched:
+        patched.setattr(Lookup, "guess", lambda self: [])
+        plain, stats = steps(model, **options)
+    assert stats.guessed_tokens == 0
+    answer, draw = [token for token, *_ in plain], random.Random(1)
+
+    def guess(lookup: Lookup) -> list[int]:
+        """Right for a while, then wrong."""
+        done = len(lookup._tokens) - prompt
+        right = answer[done : done + draw.randrange(6)]
+        return [*right, draw.randrange(1000)][: draw.randrange(7)]
+
+    prompt = len(model.tokenizer.encode(TEXT))
+    monkeypatch.setattr(Lookup, "guess", guess)
+    guessed, stats = steps(model, **options)
+    assert guessed == plain
+    assert 0 < stats.right_guesses < stats.guessed_tokens
+
+
+def test_a_full_context_and_an_answer_broken_off_leave_what_was_said(monkeypatch):
+    model = llm.load(context=200)
+    answer = [token for token, *_ in steps(model, temperature=0)[0]]
+    prompt = len(model.tokenizer.encode(TEXT))
+    monkeypatch.setattr(Lookup, "guess", lambda self: answer[len(self._tokens) - prompt :][:4] or [5, 5, 5])
+    never_end = dict.fromkeys(model._end_tokens, -100.0)
+    whole = model.generate(TEXT, temperature=0, logit_bias=never_end)
+    assert len([*whole]) == 200 - prompt + 1
+    assert whole.stats.finish_reason == "length"
+    broken = model.generate(TEXT, temperature=0, logit_bias=never_end)
+    for _ in range(8):
+        next(broken)
+    broken.close()
+    assert model.engine.tokens == [*model.tokenizer.encode(TEXT), *answer[:7]]
+    assert [token for token, *_ in steps(model, temperature=0)[0]] == answer
+
+
+def test_what_followed_last_time_is_guessed():
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 1, 2])
+    assert lookup.guess() == []
+    lookup.push(3)
+    assert lookup.guess() == [4, 5, 6, 7][:GUESSES]
+    lookup.push(4)
+    assert lookup.guess() == [5, 6, 7, 8][:GUESSES]
+    lookup.push(9)
+    assert lookup.guess() == []
+    assert Lookup([7, 7, 7, 7]).guess() == [7]
+
+
+def test_guessing_that_does_not_pay_is_left_off_and_tried_again():
+    lookup = Lookup([1, 2, 3, 4] * 3)
+    for _ in range(5):
+        lookup.took(1.0, 0, 0)
+        lookup.took(3.0, 4, 1)
+    made = sum(bool(lookup.guess()) for _ in range(3 * PATIENCE))
+    assert made == 3
+    for _ in range(40):
+        lookup.took(3.0, 4, 4)
+    assert lookup.guess()
+    assert (lookup.guessed, lookup.right) == (45 * 4, 5 + 160)
