@@ -26,11 +26,13 @@ class Request:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for options that would do nothing together."""
+        """Raises InputError for options that would do nothing together, or come to nothing in the end."""
         if self.raw and self.system is not None:
             raise InputError("--system belongs to the chat template, which --raw leaves out; drop one of them")
         if self.options.get("logprobs") is not None and not self.json:
             raise InputError("--logprobs needs --json to be seen")
+        if self.cache and (self.cache.is_dir() or not self.cache.absolute().parent.is_dir()):
+            raise InputError(f"--cache {self.cache} cannot be a file: its directory is not there, or it is one itself")
 
 
 def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO) -> str:

@@ -94,6 +94,9 @@ def test_a_script_reads_a_book_once(tmp_path):
     assert second["text"] == plain["text"]
     run("hello")  # without the book, by mistake
     assert path.read_bytes() == written
+    for nowhere in (tmp_path, tmp_path / "none" / "file"):
+        failed = dsv2("run", "--cache", nowhere, "hello")
+        assert (failed.returncode, failed.stdout) == (2, b"")
     path.write_text("not a cache")
     failed = dsv2("run", "--cache", path, "hello")
     assert (failed.returncode, failed.stdout) == (1, b"")
