@@ -6,7 +6,8 @@ the next layer's experts while this one computes. Either way the outputs of all 
 the order of the experts' numbers, so that placement does not change the sum.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -162,8 +163,8 @@ class Lane:
         self._stream.reset()
         chosen = ids.cpu().numpy()  # waits for the router, and so for all work before
         self._observe()
-        counts = np.bincount(chosen.ravel(), minlength=len(self.records[layer]))
-        hits, misses = self.slots.cache.use(layer, np.flatnonzero(counts).tolist())
+        counts = Counter(chosen.ravel().tolist())
+        hits, misses = self.slots.cache.use(layer, sorted(counts))
         fetched, on_host = self._divide(layer, misses, counts)
         batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), self.slots.buffer)]
         pairs = Pairs(chosen, counts, [sorted(hits), *batches, on_host])
@@ -178,7 +179,7 @@ class Lane:
                 if number + BUFFERS < len(batches):
                     indices.append(self._fetch(layer, batches[number + BUFFERS]))
             part = pairs.parts[-1]
-            here = self._host_outputs(layer, x_host, pairs, part, counts[on_host]) if on_host else out
+            here = self._host_outputs(layer, x_host, pairs, [counts[e] for e in on_host]) if on_host else out
             y = torch.zeros(x.shape, device=x.device)
 
             def add_up() -> None:
@@ -198,7 +199,8 @@ class Lane:
 
         def finish() -> Tensor:
             chosen = ids.cpu().numpy()
-            pairs = Pairs(chosen, np.bincount(chosen.ravel(), minlength=len(self.records[layer])), groups)
+            counts = dict(enumerate(np.bincount(chosen.ravel()).tolist()))
+            pairs = Pairs(chosen, counts, groups)
             step = _Step.of(x, ids, weights, pairs)
             y = torch.zeros(x.shape, device=x.device)
             given: list[Event] = []
@@ -214,13 +216,13 @@ class Lane:
 
         return finish
 
-    def _divide(self, layer: int, misses: list[int], counts: Ints) -> tuple[list[int], list[int]]:
+    def _divide(self, layer: int, misses: list[int], counts: Mapping[int, int]) -> tuple[list[int], list[int]]:
         """Which of the experts without slots to fetch, and which the CPU computes; both ascending."""
         if self.mode is Mode.STREAM:
             return misses, []
         worth = self.slots.cache.worth
         misses.sort(key=lambda expert: (counts[expert], worth((layer, expert))), reverse=True)
-        fetched = divide(counts[misses].tolist(), self.costs)
+        fetched = divide([counts[expert] for expert in misses], self.costs)
         return sorted(misses[:fetched]), sorted(misses[fetched:])
 
     def _fetch(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
@@ -247,15 +249,16 @@ class Lane:
 
         return self.slots.compute(work, reads=indices.values(), after=after)
 
-    def _host_outputs(self, layer: int, x: Tensor, pairs: Pairs, part: slice, counts: Ints) -> Tensor:
-        """Compute some pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]; `counts` are the tokens of each expert."""
+    def _host_outputs(self, layer: int, x: Tensor, pairs: Pairs, counts: list[int]) -> Tensor:
+        """Compute the last group of pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]; `counts` are of its experts."""
+        part = pairs.parts[-1]
         out = torch.empty(part.stop - part.start, x.shape[1])
         tokens, experts = torch.from_numpy(pairs.tokens[part]), torch.from_numpy(pairs.experts[part])
         start = perf_counter()
         ops.expert_outputs(x, self.records[layer], self.layout, tokens, experts, out)
         seconds = perf_counter() - start
         self._count(len(counts), seconds)
-        self._host_watch.observe(sum(map(self.costs.host, counts.tolist())), seconds)
+        self._host_watch.observe(sum(map(self.costs.host, counts)), seconds)
         return out
 
     def _count(self, experts: int, seconds: float) -> None:
