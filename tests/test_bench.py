@@ -20,7 +20,7 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.errors import ConfigError, InputError
 from dsv2_local.inspection import summarise
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.format import BLOCK, ROWS, Format
+from dsv2_local.kernels.format import BLOCK, ROWS, Cache, Format
 from dsv2_local.kernels.layout import Matrix, expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.model import Transformer
@@ -208,7 +208,8 @@ def test_the_bundled_model_leaves_out_what_does_not_fit():
     assert "measuring the bundled dsv2-nano" in notices
     assert "left out --context 4,096, 32,768: the model's context is 2,048 tokens" in notices
     text = done.stdout.decode()
-    for word in ("dsv2-nano, nf4: 6 layers, 17.2 million weights", "1 threads", "of read bandwidth", "peak memory"):
+    named = "dsv2-nano, nf4, bf16 cache: 6 layers, 17.2 million weights"
+    for word in (named, "1 threads", "of read bandwidth", "peak memory"):
         assert word in text
     assert "EXTRAPOLATED" not in text
 
@@ -272,7 +273,7 @@ def test_too_little_memory_is_refused_with_the_layers_that_fit(quick, monkeypatc
     assert "60 layers need 127." in str(error.value)
     assert "20.00 GB are available" in str(error.value)
     layers = int(str(error.value).rsplit("--layers ", 1)[1].split()[0])
-    config, room = released.read_config("deepseek-v2"), {"context": 513, "dtype": torch.bfloat16, "other": GB}
+    config, room = released.read_config("deepseek-v2"), {"context": 513, "cache": Cache.BF16, "other": GB}
     random_weights.require_memory(random_weights.first_layers(config, layers), Recipe.NF4, **room)
     with pytest.raises(InputError, match=f"--layers {layers} fits"):
         random_weights.require_memory(random_weights.first_layers(config, layers + 1), Recipe.NF4, **room)
