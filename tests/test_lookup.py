@@ -5,7 +5,10 @@ import random
 import pytest
 
 from dsv2_local import llm
+from dsv2_local.kernels import cpu
 from dsv2_local.lookup import GUESSES, PATIENCE, Lookup
+
+pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason="the reference rounds one token and many differently")
 
 TEXT = "The bow of a violin is made of wood and hair. " * 12
 
