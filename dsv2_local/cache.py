@@ -51,10 +51,11 @@ class LatentCache:
         made = (make(nbytes) for make in allocate or [in_ram] * config.num_hidden_layers)
         self.layers = [memory.view(dtype).view(context, width) for memory in made]
         """Each layer's rows [context, …], of which the first `length` are written."""
-        places = {layer.device: self.filled.to(layer.device) for layer in self.layers}
+        everywhere = (self.filled.device, *(rows.device for rows in self.layers))
+        places = {where: self.filled.to(where) for where in everywhere}
         self.lengths = [places[layer.device] for layer in self.layers]
         """`filled` where each layer is."""
-        self._everywhere = list({id(tensor): tensor for tensor in (self.filled, *self.lengths)}.values())
+        self._everywhere = list(places.values())
 
     @property
     def nbytes(self) -> int:

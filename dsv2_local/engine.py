@@ -73,7 +73,7 @@ class Engine:
     """A model with its cache. It runs one generation at a time; a new one ends the last."""
 
     def __init__(self, model: Transformer, context: int, chunk: int = CPU_CHUNK, cache: Cache = Cache.BF16) -> None:
-        """Allocate a cache of `context` tokens, as `Transformer.cache_kind` has it; prefill in steps of `chunk`."""
+        """Allocate a cache of `context` tokens, as `Transformer.new_cache` makes it; prefill in steps of `chunk`."""
         self.model = model
         self.chunk = chunk
         self.cache = model.new_cache(context, cache)

@@ -19,16 +19,21 @@ def file() -> Path:
 def save(rates: dict[str, float], root: Path = ROOT) -> None:
     """Keep figures of this machine beside those of others: rates (GB/s and GFLOP/s by the names of
     `offload.plan.Rates`) and costs (`offload.calibration`).
+    """
+    known = _read(file())
+    known[_machine(root)] = {**known.get(_machine(root), {}), **rates}
+    keep(file(), json.dumps(known, indent=2))
 
-    A home that cannot be written is no reason to fail: planning goes on with what it assumes.
+
+def keep(path: Path, text: str) -> None:
+    """Write a file of the cache's directory, whole or not at all.
+
+    A home that cannot be written is no reason to fail: the program goes on with what it assumes.
     """
     with suppress(OSError):
-        path = file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = _read(path)
-        known[_machine(root)] = {**known.get(_machine(root), {}), **rates}
         new = path.with_name(f"{path.name}.{os.getpid()}")
-        new.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        new.write_text(text + "\n", encoding="utf-8")
         new.replace(path)
 
 

@@ -1,9 +1,7 @@
 """Which experts a model used most, kept from run to run, so that the slots begin with them."""
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from dsv2_local import measured
@@ -16,15 +14,9 @@ def file(fingerprint: str) -> Path:
 
 
 def save(fingerprint: str | None, keys: Sequence[Key]) -> None:
-    """Keep experts, the worthiest first; a home that cannot be written is no reason to fail, nor a nameless model."""
-    if fingerprint is None:
-        return
-    with suppress(OSError):
-        path = file(fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        new.write_text(json.dumps(keys) + "\n", encoding="utf-8")
-        new.replace(path)
+    """Keep experts, the worthiest first; those of a model without a name are not kept."""
+    if fingerprint is not None:
+        measured.keep(file(fingerprint), json.dumps(keys))
 
 
 def load(fingerprint: str | None, layers: Sequence[int], experts: int) -> list[Key]:
