@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import ContextLengthError, InputError
+from dsv2_local.graph_step import decode_step
 from dsv2_local.kernels.format import Cache
 from dsv2_local.lookup import Lookup
-from dsv2_local.model import DecodeStep, Transformer
+from dsv2_local.model import Transformer
 from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.sampling import Sampler, SamplingParams
@@ -77,7 +78,7 @@ class Engine:
         self.model = model
         self.chunk = chunk
         self.cache = model.new_cache(context, cache)
-        self._step = DecodeStep(model, self.cache)
+        self._step = decode_step(model, self.cache)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0
         self._guess: _Guess | None = None

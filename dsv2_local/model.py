@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv2_local.cache import Allocate, LatentCache
 from dsv2_local.config import ModelConfig
-from dsv2_local.kernels import ops
+from dsv2_local.kernels import graphs, ops
 from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.format import Cache
 from dsv2_local.kernels.layout import Matrix
@@ -151,8 +151,9 @@ class Block:
 
     def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
         """x [T, D] -> [T, D]."""
-        x = ops.add(x, self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, cache))
-        return ops.add(x, self.mlp.forward(ops.rms_norm(x, self.post_attention_layernorm, self.eps)))
+        attended = self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, cache)
+        x, normed = ops.add_rms_norm(x, attended, self.post_attention_layernorm, self.eps)
+        return ops.add(x, self.mlp.forward(normed))
 
 
 class Transformer:
@@ -206,18 +207,29 @@ class Transformer:
 
     def layers_of(self, ids: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
         """The step of `forward` but for counting its tokens: ids [T], rotation [T, P/2] -> [T, D]."""
-        x = ops.embedding(ids, self.embed_tokens, self.dtype)
+        return self.through_layers(self.embed(ids), rotation, cache)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [T] -> [T, D], in RAM."""
+        return ops.embedding(ids, self.embed_tokens, self.dtype)
+
+    def through_layers(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
+        """x [T, D] through all layers -> [T, D], on the device of the last."""
         for layer in self.layers:
             if x.device != layer.where:
                 ops.use(layer.where)
-                x, rotation = x.to(layer.where), rotation.to(layer.where)
+                x, rotation = graphs.moved(x, layer.where), graphs.moved(rotation, layer.where)
             x = layer.forward(x, rotation, cache)
         return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> fp32 logits [T, vocab_size], in RAM."""
-        return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head).float().cpu()
+        return self.head(hidden).cpu()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [T, D] -> fp32 logits [T, vocab_size], where the last layer is."""
+        return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head).float()
 
 
 class DecodeStep:

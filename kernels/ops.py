@@ -23,8 +23,9 @@ from dsv2_local.machine import Threads, choose_threads
 from dsv2_local.numa import spread_memory
 
 __all__ = [
-    "add", "attention", "cache_kind", "combine", "embedding", "expert_outputs", "experts", "linear", "recording",
-    "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "use", "variant", "write_latents",
+    "add", "add_rms_norm", "attention", "cache_kind", "capturable", "combine", "embedding", "expert_outputs",
+    "experts", "linear", "recording", "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "use", "variant",
+    "write_latents",
 ]  # fmt: skip
 
 RAM = torch.device("cpu")
@@ -66,6 +67,11 @@ def use(where: torch.device) -> None:
     """Launch what follows on this device."""
     if where.type == "cuda":
         torch.cuda.set_device(where)
+
+
+def capturable(where: torch.device) -> bool:
+    """Whether steps on this device can be captured in graphs: the reference asks the device for numbers."""
+    return where.type == "cuda" and _triton() is not None
 
 
 def cache_kind(kv_b: Format, dtype: torch.dtype, asked: Cache, where: torch.device = RAM) -> Cache:
@@ -141,6 +147,11 @@ def expert_outputs(
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
     """Add up experts' outputs; see `reference.combine`."""
     _kernels(y).combine(outputs, rows, ids, weights, y)
+
+
+def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + other, and its norm; see `reference.add_rms_norm`."""
+    return _kernels(x).add_rms_norm(x, other, weight, eps)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

@@ -131,6 +131,12 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
     return ids, weights * config.routed_scaling_factor
 
 
+def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + other [T, D], and the norm of that by weight [D]."""
+    total = x + other
+    return total, rms_norm(total, weight, eps)
+
+
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b."""
     return a + b

@@ -18,6 +18,7 @@ from torch import Tensor
 from dsv2_local.errors import DeviceError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout
+from dsv2_local.kernels.graphs import capturing
 from dsv2_local.offload.device import Event
 from dsv2_local.offload.pairs import Ints, Pairs
 from dsv2_local.offload.plan import PIECE, Mode
@@ -304,7 +305,20 @@ class OffloadedExperts:
             A function to be called once, before the next `begin`: -> [T, D]. It raises DeviceError where a device
             keeps failing.
         """
-        return self._lane[layer].begin(layer, x, ids, weights)
+        lane, graphs = self._lane[layer], capturing()
+        if not graphs:
+            return lane.begin(layer, x, ids, weights)
+        y, begun = torch.empty_like(x), list[Result]()
+
+        def begin() -> None:
+            begun[:] = [lane.begin(layer, x, ids, weights)]
+
+        def finish() -> Tensor:
+            graphs.between(lambda: y.copy_(begun[0]()))
+            return y
+
+        graphs.between(begin)
+        return finish
 
     def close(self) -> None:
         """Give back the devices."""

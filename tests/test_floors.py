@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
     {"__init__", "config", "errors", "machine", "measured", "numa", "released", "sizes"},
     {"kernels.format", "kernels.layout", "kernels.latents", "cache", "rope", "kernels.reference"}
-    | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops"}
+    | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops", "kernels.graphs", "kernels.triton.tuning"}
     | {"kernels.triton.dequantize", "kernels.triton.linear", "kernels.triton.experts", "kernels.triton.rows"}
     | {"kernels.triton.attention", "kernels.triton"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
@@ -20,7 +20,7 @@ FLOORS = [
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
     | {"offload.stand_in", "offload.cuda", "offload.slots", "offload.split", "offload.pairs", "offload.stream"}
     | {"offload.schedule", "offload.calibration", "offload.favourites"},
-    {"model", "sampling", "tokenizer", "lookup"},
+    {"model", "graph_step", "sampling", "tokenizer", "lookup"},
     {"engine", "placement", "saved"},
     {"llm"},
     {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}
@@ -45,10 +45,12 @@ ORDERED = [
         "kernels.ops",
     ],
     ["kernels.format", "kernels.latents", "cache"],
+    ["model", "graph_step"],
     [
         "kernels.format",
         "kernels.layout",
         "kernels.triton.dequantize",
+        "kernels.triton.tuning",
         "kernels.triton.linear",
         "kernels.triton.experts",
         "kernels.triton.rows",

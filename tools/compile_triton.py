@@ -131,9 +131,11 @@ def main() -> None:
     given = parser.parse_args()
     triton.runtime.driver.set_active(NoGpu(given.capability))
     compile_instead_of_launching(given.quick)
-    for module in ("linear", "attention"):
+    launch = {"EARLY": True, "launch_pdl": True} if given.capability >= 90 else {"EARLY": False}
+    for module in ("linear", "experts", "rows", "attention"):
         part: Any = sys.modules[f"dsv2_local.kernels.triton.{module}"]
         part.processors, part.shared_memory = (lambda device, is_=is_: is_ for is_ in GPUS[given.capability])
+        part.early = lambda device: launch
     for call in (call_products, call_experts, call_attention):
         call(given.quick)
     call_rows()

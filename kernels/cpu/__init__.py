@@ -177,6 +177,10 @@ class Kernels:
         self._call("rms_norm", x_.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, y.data_ptr())
         return _output(y, x)
 
+    def add_rms_norm(self, x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = self.add(x, other)
+        return total, self.rms_norm(total, weight, eps)
+
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         a_, b_ = _input(a), _input(b)
         y = torch.empty_like(a_)

@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv2_local.kernels.layout import Matrix
-from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply, processors, shared_memory
+from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply
 from dsv2_local.kernels.triton.rows import rotated
+from dsv2_local.kernels.triton.tuning import early, processors, shared_memory, wait_for_earlier
 
 # Rebuilt keys and values of one group of heads, in numbers; heads are taken in groups below this.
 WORKSPACE = 1 << 27
-MOST_SPLITS = 128
+MOST_SPLITS = 256
 LOG2_E = 1.4426950408889634
 
 
@@ -39,25 +40,27 @@ def _absorbed(
     q_latent, q_rope, rotation, latents, length, parts, sums,
     M, T, H, q_stride, latents_stride, scale,
     C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention of BM of the M = T·H rows (queries' heads) over one of SPLITS stretches of the cache.
 
     parts [SPLITS, M, C] are means of latents under the stretch's softmax, sums [SPLITS, M] the logarithms (base 2) of
     what that was divided by, -inf for a stretch that a row does not see, whose part is left as it was.
     """
+    wait_for_earlier(EARLY)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     there = row < M
     c, p = tl.arange(0, BC), tl.arange(0, BP)
+    before = tl.load(length)
     at = row.to(tl.int64)[:, None]
     query = tl.load(q_latent + at * C + c[None, :], there[:, None] & (c < C)[None, :], 0.0)
     turns = rotation + (row // H)[:, None] * P
     rope = rotated(q_rope + at * q_stride, turns, p[None, :], there[:, None] & (p < P)[None, :]).to(query.dtype)
-    before = tl.load(length)
     seen = before + row // H + 1
     share = tl.cdiv(tl.cdiv(before + T, SPLITS), BS) * BS
     first = tl.program_id(1) * share
-    last = tl.minimum(first + share, tl.minimum(before + T, tl.max(seen)))
+    last_row = tl.minimum(tl.program_id(0) * BM + BM, M) - 1
+    last = tl.minimum(first + share, before + last_row // H + 1)
     sum_ = tl.zeros([BM, BC], tl.float32)
     maximum, total = _start(BM)
     for start in range(first, last, BS):
@@ -77,8 +80,11 @@ def _absorbed(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _merge(parts, sums, mixed, M, C, SPLITS: tl.constexpr, BC: tl.constexpr, BSPLITS: tl.constexpr):
+def _merge(
+    parts, sums, mixed, M, C, SPLITS: tl.constexpr, BC: tl.constexpr, BSPLITS: tl.constexpr, EARLY: tl.constexpr
+):
     """The stretches of row m put together, BC of the columns of mixed [M, C]."""
+    wait_for_earlier(EARLY)
     m = tl.program_id(0).to(tl.int64)
     c, split = tl.program_id(1) * BC + tl.arange(0, BC), tl.arange(0, BSPLITS)
     sum_ = tl.load(sums + split * M + m, split < SPLITS, float("-inf"))
@@ -174,17 +180,18 @@ def absorbed_attention(
     rows = q.view(M, -1)
     q_latent = by_heads(rows, w_uk, H)
     BM, BS = _absorbed_block(q)
-    splits = min(MOST_SPLITS, max(1, processors(q.device) // triton.cdiv(M, BM)), triton.cdiv(context, BS))
+    programs = processors(q.device) * (2 if BM == 16 else 1)
+    splits = min(MOST_SPLITS, max(1, programs // triton.cdiv(M, BM)), triton.cdiv(context, 64))
     parts = torch.empty(splits, M, C, device=q.device)
     sums, mixed = torch.empty(splits, M, device=q.device), torch.empty_like(q_latent)
     _absorbed[(triton.cdiv(M, BM), splits)](
         q_latent, rows[:, w_uk.cols :], rotation, latents, length, parts, sums,
         M, T, H, rows.stride(0), latents.stride(0), scale * LOG2_E,
         C=C, P=P, BC=power_of_2(C), BP=power_of_2(P), BM=BM, BS=BS, SPLITS=splits,
-        num_warps=4 if BM == 16 else 8, num_stages=2,
+        num_warps=4 if BM == 16 else 8, num_stages=2, **early(q.device),
     )  # fmt: skip
     _merge[(M, triton.cdiv(C, 64))](
-        parts, sums, mixed, M, C, SPLITS=splits, BC=64, BSPLITS=triton.next_power_of_2(splits)
+        parts, sums, mixed, M, C, SPLITS=splits, BC=64, BSPLITS=triton.next_power_of_2(splits), **early(q.device)
     )
     return by_heads(mixed, w_uv, H).view(T, -1)
 
@@ -230,12 +237,15 @@ def _absorbed_block(q: Tensor) -> tuple[int, int]:
     """Rows and positions of a program of `_absorbed`.
 
     A program holds BM rows of 4·C bytes in registers and of C numbers in shared memory, beside two steps of BS latents:
-    for C = 512 in bf16 55 KB with 16 rows, 74 with 32, 144 with 64, where consumer GPUs have 99; in fp32 90 with 16.
+    for C = 512 in bf16 55 KB with 16 rows, so that two share a multiprocessor, 74 with 32, 144 or (64 positions) 229
+    with 64, where consumer GPUs have 99; in fp32 90 with 16.
     """
-    rows = q.shape[0] * q.shape[1]
+    rows, shared = q.shape[0] * q.shape[1], shared_memory(q.device)
     if q.dtype == torch.float32 or rows <= 16:
         return 16, 64 // q.element_size()
-    return (64 if rows > 32 and shared_memory(q.device) > 200_000 else 32), 32
+    if rows <= 32 or shared < 150_000:
+        return 32, 32
+    return 64, 64 if shared > 230_000 else 32
 
 
 def power_of_2(size: int) -> int:

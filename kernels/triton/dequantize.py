@@ -6,7 +6,6 @@ so that word w covers columns w·PER to w·PER + PER - 1, and neighbouring rows 
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -16,7 +15,6 @@ from torch import Tensor
 from dsv2_local.kernels.format import BLOCK, ROWS
 from dsv2_local.kernels.layout import NF4_LEVELS
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LEVELS = tl.constexpr(NF4_LEVELS)
 BLOCK_ = tl.constexpr(BLOCK)
 ROWS_ = tl.constexpr(ROWS)
@@ -32,11 +30,6 @@ SELECT_, SHUFFLE_ = tl.constexpr(SELECT), tl.constexpr(SHUFFLE)
 def level_table(device: torch.device) -> Tensor:
     """NF4's levels on `device`, float32 [16]."""
     return torch.tensor(NF4_LEVELS, device=device)
-
-
-def tuned(configs: list[triton.Config], key: list[str]) -> Any:
-    """`triton.autotune`, remembered on disk; where kernels are interpreted, the last configuration."""
-    return triton.autotune(configs[-1:] if INTERPRETED else configs, key, cache_results=True)
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Routed experts from their records in GPU slots: two launches for any number of pairs of a token and an expert."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -8,9 +10,11 @@ from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.triton.dequantize import contiguous
-from dsv2_local.kernels.triton.linear import Bank, launch, stream, tile, token_block
+from dsv2_local.kernels.triton.linear import Bank, launch_stream, launch_tile, token_block
+from dsv2_local.kernels.triton.tuning import early, wait_for_earlier
 
 STREAMED_PAIRS = 32  # up to here pairs seldom share an expert, so that each reads its own
+FEW_TOKENS = 16  # up to here a token's sum is cut finely, so that there is work for all multiprocessors
 COPIED_EXPERTS = 8  # unquantised experts in memory beside their slots
 
 
@@ -27,15 +31,15 @@ def expert_outputs(
     gate, up, down = Bank.of_records(layout, records)
     hidden = x.new_empty(n, gate.rows)
     if n <= STREAMED_PAIRS:
-        shape = {"SPLIT": 1, "BT": 1, "COUNT": 1}
-        launch(stream, x, hidden, gate, up, n, n, tokens=tokens, slots=slots, **shape)
-        launch(stream, hidden, out, down, None, n, n, slots=slots, **shape)
+        shape = {"n": n, "slots": slots, "BT": 1, "COUNT": 1}
+        launch_stream(x, hidden, gate, up, n, tokens=tokens, **shape)
+        launch_stream(hidden, out, down, None, n, **shape)
         return
-    block = min(64, token_block(n // min(n, len(records))))
+    block = token_block(n // min(n, len(records)))
     order, pieces = group_pairs(slots, len(records), block)
-    shape = {"SPLIT": 1, "BT": block, "COUNT": 1}
-    launch(tile, x, hidden, gate, up, n, len(pieces), pieces=pieces, sources=tokens[order], **shape)
-    launch(tile, hidden, out, down, None, n, len(pieces), pieces=pieces, targets=order, **shape)
+    shape = {"n": n, "pieces": pieces, "SPLIT": 1, "BT": block, "COUNT": 1}
+    launch_tile(x, hidden, gate, up, len(pieces), sources=tokens[order], **shape)
+    launch_tile(hidden, out, down, None, len(pieces), targets=order, **shape)
 
 
 def group_pairs(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
@@ -77,38 +81,53 @@ def _plain_outputs(x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Ten
 
 
 @triton.jit
-def _combine(outputs, rows, ids, weights, y, D, K, BD: tl.constexpr):
+def _combine(
+    outputs, rows, ids, weights, start, y, D, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    """BD columns of y[t] = start[t] (or 0) + the outputs of token t, in the order of their experts' numbers."""
+    wait_for_earlier(EARLY)
     t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    total = tl.load(y + t * D + d, d < D, 0.0)
-    last = tl.full([], -1, tl.int64)
-    for _ in range(K):  # the next by number, as few as they are
-        next_key, at = tl.full([], 1 << 60, tl.int64), tl.full([], 0, tl.int64)
-        for k in range(K):
-            key = tl.load(ids + t * K + k) * K + k
-            nearer = (key > last) & (key < next_key)
-            at = tl.where(nearer, t * K + k, at)
-            next_key = tl.where(nearer, key, next_key)
-        row = tl.load(rows + at)
-        output = tl.load(outputs + row * D + d, d < tl.where(row >= 0, D, 0), 0.0).to(tl.float32)
-        total = tl.where(row >= 0, tl.fma(tl.load(weights + at), output, total), total)
-        last = next_key
+    d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BK)
+    key = tl.load(ids + t * K + k, k < K, 1 << 40) * K + k
+    rank = tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
+    row = t * K + k if rows is None else tl.load(rows + t * K + k, k < K, -1)
+    weight = tl.load(weights + t * K + k, (k < K) & (row >= 0), 0.0)
+    output = tl.load(outputs + row[:, None] * D + d[None, :], ((k < K) & (row >= 0))[:, None] & (d < D)[None, :], 0.0)
+    total = tl.zeros([BD], tl.float32) if start is None else tl.load(start + t * D + d, d < D, 0.0)
+    for i in tl.static_range(K):
+        here = rank == i
+        part = tl.sum(tl.where(here[:, None], output, 0.0), 0)
+        total = tl.fma(tl.zeros([BD], tl.float32) + tl.sum(tl.where(here, weight, 0.0)), part, total)
     tl.store(y + t * D + d, total, d < D)
 
 
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
     """Add up experts' outputs; see `reference.combine`. Each is one fused multiply-add in fp32."""
-    T, K = rows.shape
+    _launch_combine(outputs, rows, ids, weights, y, y)
+
+
+def _launch_combine(
+    outputs: Tensor, rows: Tensor | None, ids: Tensor, weights: Tensor, start: Tensor | None, y: Tensor
+) -> None:
+    T, K = ids.shape
     D = y.shape[1]
-    BD = min(1024, triton.next_power_of_2(D))
-    _combine[(T, triton.cdiv(D, BD))](outputs, rows, ids.contiguous(), weights.contiguous(), y, D, K, BD=BD)
+    BD = 256 if T <= FEW_TOKENS else 1024
+    _combine[(T, triton.cdiv(D, BD))](
+        outputs, rows, ids.contiguous(), weights.contiguous(), start, y, D,
+        K=K, BK=triton.next_power_of_2(K), BD=BD, **early(y.device),
+    )  # fmt: skip
+
+
+@lru_cache(4)
+def _tokens(T: int, K: int, device: torch.device) -> Tensor:
+    """The token of each pair: K times each of T."""
+    return torch.arange(T * K, device=device) // K
 
 
 def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
     """The routed half of a mixture, added in the order of the experts' numbers; see `reference.experts`."""
     T, K = ids.shape
-    pairs = torch.arange(T * K, device=x.device)
-    outputs, y = torch.empty(T * K, x.shape[1], device=x.device), torch.zeros(x.shape, device=x.device)
-    expert_outputs(x, records, layout, pairs // K, ids.flatten(), outputs)
-    combine(outputs, pairs.view(T, K), ids, weights, y)
-    return y.to(x.dtype)
+    outputs, y = torch.empty(T * K, x.shape[1], device=x.device), torch.empty_like(x)
+    expert_outputs(x, records, layout, _tokens(T, K, x.device), ids.flatten(), outputs)
+    _launch_combine(outputs, None, ids, weights, None, y)
+    return y

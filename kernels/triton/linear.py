@@ -5,7 +5,6 @@ their records (`kernels.triton.experts`). GATED kernels do two products at once 
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,18 +18,17 @@ from dsv2_local.kernels.layout import Matrix, expert_matrices
 from dsv2_local.kernels.triton.dequantize import (
     BLOCK_,
     GATHER,
-    INTERPRETED,
     ROWS_,
-    SELECT,
     SHUFFLE,
     joined,
     level_table,
     parted,
-    tuned,
     unpack,
 )
+from dsv2_local.kernels.triton.tuning import INTERPRETED, early, processors, tuned, wait_for_earlier
 
 STREAMED_TOKENS = 4  # up to here a token's share of the arithmetic hides behind the reading of weights
+LIBRARY_TOKENS = 256  # from here on a library's product of a dequantised copy is faster: 16 against 30 us on an H200
 PROGRAMS_PER_PROCESSOR = 2  # a launch with fewer has its columns split
 
 
@@ -136,33 +134,55 @@ def _row_sums(sums):
     return tl.sum(units.reshape(BT, BG, HALF, ROWS_), 2)
 
 
+LOOKUP = GATHER if INTERPRETED else SHUFFLE
+
+# Groups of rows, blocks of columns and warps of a program: for short rows, for few of them, for many.
+_SHORT, _FEW, _MANY = ((4, 2, 4), (8, 2, 4)), ((1, 32, 8), (1, 16, 4)), ((1, 8, 4), (1, 8, 2))
 _STREAM_CONFIGS = [
-    triton.Config({"LOOKUP": lookup, "BG": groups, "KB": blocks, "STAGES": stages}, num_warps=warps)
-    for lookup, groups, blocks, stages, warps in (
-        (SHUFFLE, 1, 8, 3, 4), (SHUFFLE, 2, 8, 3, 4), (SHUFFLE, 4, 4, 3, 4),
-        (SHUFFLE, 1, 16, 2, 8), (SHUFFLE, 2, 16, 2, 8), (GATHER, 1, 16, 1, 8), (GATHER, 4, 2, 1, 4),
-    )
-]  # fmt: skip
+    triton.Config({"BG": groups, "KB": blocks}, num_warps=warps) for groups, blocks, warps in (*_SHORT, *_FEW, *_MANY)
+]
 
 
-@tuned(_STREAM_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT", "SPLIT"])
+def _candidates(configs: list[triton.Config], given: dict[str, Any], **more: Any) -> list[triton.Config]:
+    """Those of `stream` that may be the fastest at a shape, as measured on an H200 (docs/log.md)."""
+    given = given | more
+    groups = triton.cdiv(given["rows"], ROWS) * given["COUNT"]
+    many = given["slots"] is not None or groups > 1024
+    kind = _SHORT if given["cols"] <= 4 * BLOCK else _MANY if many or given["cols"] <= 16 * BLOCK else _FEW
+    tried = kind if given["BT"] == 1 else kind[:1]  # a short prompt is not worth the waiting
+    return [config for config in configs if (config.kwargs["BG"], config.kwargs["KB"], config.num_warps) in tried]
+
+
+@triton.jit
+def _read_units(words, scales, place, scale_place, block, last, unit, there, NF4: tl.constexpr):
+    """Units [BG, U, 4] of the blocks from `block` on, and their scales; zeros from block `last` on."""
+    WORDS: tl.constexpr = 8 if NF4 else 16
+    stored = there & (block * WORDS * 2 + unit < last * WORDS * 2)[None, :, None]
+    units = tl.load(words + block * (WORDS * ROWS_) + place, stored, 0)
+    return units, tl.load(scales + block * ROWS_ + scale_place, stored, 0.0)
+
+
+@tuned(_STREAM_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT"], candidates=_candidates)
 @triton.jit(do_not_specialize=["n"])
 def stream(
     x, y, words, scales, up_words, up_scales, table, tokens, slots,
     n, x_stride, word_stride, scale_stride, rows, cols, blocks,
-    NF4: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr,
-    BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr, STAGES: tl.constexpr,
+    NF4: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr, EARLY: tl.constexpr,
+    BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """Products of few rows of x, at the speed of memory: a program has BG groups of rows of one matrix.
 
-    It reads units of 16 bytes: the same columns of the lower or the upper four rows of a group.
+    It reads units of 16 bytes: the same columns of the lower or the upper four rows of a group; those of the next step
+    before it computes with the last ones, so that memory never waits for arithmetic.
 
-    Grid: items, groups / BG, SPLIT. Without `slots` an item is BT rows of x, from i·BT·COUNT on in steps of COUNT, all
+    Grid: items, groups / BG. Without `slots` an item is BT rows of x, from i·BT·COUNT on in steps of COUNT, all
     with matrix i % COUNT. With them it is row tokens[i] (or i) with matrix slots[i], and BT is 1.
     """
     WORDS: tl.constexpr = 8 if NF4 else 16
     PER: tl.constexpr = 8 if NF4 else 4
     item = tl.program_id(0)
+    if slots is not None:
+        wait_for_earlier(EARLY)
     if slots is None:
         slot = (item % COUNT).to(tl.int64)
         place = item // COUNT * BT + tl.arange(0, BT)
@@ -174,36 +194,43 @@ def stream(
         target = place.to(tl.int64)
         source = target if tokens is None else tl.load(tokens + place)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
-    x += source * x_stride
     words += slot * word_stride
     scales += slot * scale_stride
     if up_words is not None:
         up_words += slot * word_stride
         up_scales += slot * scale_stride
     UNITS: tl.constexpr = KB * WORDS * 2
+    unit, four = tl.arange(0, UNITS), tl.arange(0, 4)[None, None, :]
+    unit_place = ((group * blocks * WORDS * 2)[:, None] + unit[None, :])[:, :, None] * 4 + four
+    tile_ = (group * blocks)[:, None] + (unit // (2 * WORDS))[None, :]
+    scale_place = (tile_ * ROWS_ + (unit % 2 * 4)[None, :])[:, :, None] + four
+    there = (group * ROWS_ < rows)[:, None, None]
     zero = tl.zeros([BT, BG, UNITS], tl.float32)
     sums, up_sums = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    first, last = _span(blocks, SPLIT, KB)
-    for block in tl.range(first, last, KB, num_stages=STAGES):
-        unit = block * WORDS * 2 + tl.arange(0, UNITS)
-        four = tl.arange(0, 4)[None, None, :]
-        stored = (group * ROWS_ < rows)[:, None, None] & (unit < last * WORDS * 2)[None, :, None]
-        word_place = ((group * blocks * WORDS * 2)[:, None] + unit[None, :])[:, :, None] * 4 + four
-        tile_ = (group * blocks)[:, None] + (unit // (2 * WORDS))[None, :]
-        scale_place = (tile_ * ROWS_ + (unit % 2 * 4)[None, :])[:, :, None] + four
-        column = (unit // 2 * PER)[:, None] + tl.arange(0, PER)[None, :]
-        there = (place < n)[:, None, None] & (column < cols)[None, :, :]
-        numbers = parted(tl.load(x[:, None, None] + column[None, :, :], there, 0.0), PER)
-        units, scale = tl.load(words + word_place, stored, 0), tl.load(scales + scale_place, stored, 0.0)
-        sums = _add_units(sums, units, scale, numbers, table, NF4, LOOKUP)
+    units, scale = _read_units(words, scales, unit_place, scale_place, 0, blocks, unit, there, NF4)
+    if up_words is not None:
+        up_units, up_scale = _read_units(up_words, up_scales, unit_place, scale_place, 0, blocks, unit, there, NF4)
+    if slots is None:
+        wait_for_earlier(EARLY)
+    x += source * x_stride
+    part = (unit // 2 * PER)[:, None] + tl.arange(0, PER)[None, :]
+    for block in range(0, blocks, KB):
+        column = block * BLOCK_ + part
+        read = (place < n)[:, None, None] & (column < cols)[None, :, :]
+        numbers = parted(tl.load(x[:, None, None] + column[None, :, :], read, 0.0), PER)
+        now, now_scale = units, scale
+        units, scale = _read_units(words, scales, unit_place, scale_place, block + KB, blocks, unit, there, NF4)
         if up_words is not None:
-            units, scale = tl.load(up_words + word_place, stored, 0), tl.load(up_scales + scale_place, stored, 0.0)
-            up_sums = _add_units(up_sums, units, scale, numbers, table, NF4, LOOKUP)
+            up_now, up_now_scale = up_units, up_scale
+            up_units, up_scale = _read_units(
+                up_words, up_scales, unit_place, scale_place, block + KB, blocks, unit, there, NF4
+            )
+            up_sums = _add_units(up_sums, up_now, up_now_scale, numbers, table, NF4, LOOKUP)
+        sums = _add_units(sums, now, now_scale, numbers, table, NF4, LOOKUP)
     result = _row_sums(sums)
     if up_words is not None:
         result = _silu_product(result, _row_sums(up_sums))
     row = (group * ROWS_)[None, :, None] + tl.arange(0, ROWS_)[None, None, :]
-    y += tl.program_id(2).to(tl.int64) * n * COUNT * rows
     tl.store(y + target[:, None, None] * rows + row, result, (place < n)[:, None, None] & (row < rows))
 
 
@@ -229,16 +256,6 @@ def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-_TILE_CONFIGS = [
-    triton.Config({"LOOKUP": lookup, "BG": groups, "KB": blocks}, num_stages=stages, num_warps=warps)
-    for lookup, groups, blocks, stages, warps in (
-        (SHUFFLE, 8, 1, 3, 4), (SHUFFLE, 16, 1, 3, 8), (SHUFFLE, 8, 2, 2, 4),
-        (SELECT, 8, 1, 3, 4), (SELECT, 16, 1, 3, 8), (GATHER, 8, 1, 1, 4),
-    )
-]  # fmt: skip
-
-
-@tuned(_TILE_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT", "SPLIT"])
 @triton.jit(do_not_specialize=["n"])
 def tile(
     x, y, words, scales, up_words, up_scales, table, sources, targets, pieces,
@@ -296,53 +313,49 @@ def tile(
     tl.store(y + target[None, :] * rows + row[:, None], sum_, there[None, :] & (row < rows)[:, None])
 
 
-@cache
-def _properties(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device)
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where kernels are interpreted, so that work is split there too."""
-    return 8 if device.type == "cpu" else int(_properties(device).multi_processor_count)
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
-    return 0 if device.type == "cpu" else int(_properties(device).shared_memory_per_block_optin)
-
-
 def _split(programs: int, cols: int, device: torch.device) -> int:
     """Into how many parts to cut the columns so that the launch fills the GPU; no part is below 8 blocks."""
     return max(1, min(PROGRAMS_PER_PROCESSOR * processors(device) // programs, cols // (8 * BLOCK)))
 
 
 def token_block(tokens: int) -> int:
-    """Rows of x of a program of `tile`."""
-    return int(min(128, max(16, triton.next_power_of_2(tokens))))
+    """Rows of x of a program of `tile`: few sizes, since each is compiled."""
+    return 16 if tokens <= 16 else 64 if tokens <= 64 else 128
 
 
 def multiply(x: Tensor, bank: Bank, up: Bank | None = None) -> Tensor:
     """Row i of x [n·count, ≥ cols] times matrix i % count -> [n·count, rows]; with `up`, silu(x · bank) · (x · up)."""
     n = len(x) // bank.count
-    few = n <= STREAMED_TOKENS
-    BT = triton.next_power_of_2(n) if few else token_block(n)
+    if n <= STREAMED_TOKENS:
+        y = x.new_empty(len(x), bank.rows)
+        launch_stream(x, y, bank, up, bank.count, n=n, COUNT=bank.count, BT=1 if n == 1 else STREAMED_TOKENS)
+        return y
+    BT = token_block(n)
     items, groups = triton.cdiv(n, BT) * bank.count, triton.cdiv(bank.rows, ROWS)
-    split = 1 if up else _split(items * (groups if few else triton.cdiv(groups, 8)), bank.cols, x.device)
+    split = 1 if up else _split(items * triton.cdiv(groups, 8), bank.cols, x.device)
     y = x.new_empty(split, len(x), bank.rows, dtype=x.dtype if split == 1 else torch.float32)
-    launch(stream if few else tile, x, y, bank, up, n, items, SPLIT=split, BT=BT, COUNT=bank.count)
+    launch_tile(x, y, bank, up, items, n=n, COUNT=bank.count, BT=BT, SPLIT=split)
     return y[0] if split == 1 else y.sum(0).to(x.dtype)
 
 
-def launch(
-    kernel: Any, x: Tensor, y: Tensor, bank: Bank, up: Bank | None, n: int, items: int, **arguments: Any
-) -> None:
-    """Run `stream` or `tile` on `items` items; what only one of them takes, and constants, are in `arguments`."""
-    names = ("tokens", "slots") if kernel is stream else ("sources", "targets", "pieces")
-    arguments = dict.fromkeys(names) | arguments
+def launch_stream(x: Tensor, y: Tensor, bank: Bank, up: Bank | None, items: int, **arguments: Any) -> None:
+    """Run `stream` on `items` items."""
     groups = triton.cdiv(bank.rows, ROWS)
-    kernel[lambda meta: (items, triton.cdiv(groups, meta["BG"]), meta["SPLIT"])](
+    stream[lambda meta: (items, triton.cdiv(groups, meta["BG"]))](
         x=x, y=y, words=bank.words, scales=bank.scales, up_words=up and up.words, up_scales=up and up.scales,
-        n=n, x_stride=x.stride(0), **bank.arguments, **arguments,
+        x_stride=x.stride(0), **bank.arguments, **dict.fromkeys(("tokens", "slots")) | arguments,
+        LOOKUP=LOOKUP, **early(x.device),
+    )  # fmt: skip
+
+
+def launch_tile(x: Tensor, y: Tensor, bank: Bank, up: Bank | None, items: int, **arguments: Any) -> None:
+    """Run `tile` on `items` items."""
+    groups = triton.cdiv(bank.rows, ROWS)
+    BG = 8
+    tile[(items, triton.cdiv(groups, BG), arguments["SPLIT"])](
+        x=x, y=y, words=bank.words, scales=bank.scales, up_words=up and up.words, up_scales=up and up.scales,
+        x_stride=x.stride(0), **bank.arguments, **dict.fromkeys(("sources", "targets", "pieces")) | arguments,
+        BG=BG, KB=1, LOOKUP=LOOKUP, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
@@ -376,13 +389,13 @@ def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [T, C] · weightᵀ -> [T, R]."""
-    if weight.scales is None:
-        return F.linear(x, weight.codes.to(x.dtype))
+    if weight.scales is None or len(x) >= LIBRARY_TOKENS:
+        return F.linear(x, dequantize(weight, x.dtype))
     return multiply(x, Bank.of(weight))
 
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
     """down(silu(gate(x)) · up(x)) for x [T, D] -> [T, D]."""
-    if gate.scales is None:
+    if gate.scales is None or len(x) >= LIBRARY_TOKENS:
         return linear(F.silu(linear(x, gate)) * linear(x, up), down)
     return linear(multiply(x, Bank.of(gate), Bank.of(up)), down)

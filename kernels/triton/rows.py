@@ -10,6 +10,9 @@ from dsv2_local.config import ModelConfig
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.kernels.triton.dequantize import BLOCK_, GATHER, ROWS_, contiguous, joined, unpack
 from dsv2_local.kernels.triton.linear import Bank
+from dsv2_local.kernels.triton.tuning import early, wait_for_earlier
+
+FEW_TOKENS = 16  # up to here a launch of our own is faster than a library's product
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -18,25 +21,44 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
-def _normed(x, weight, n, eps, BLOCK: tl.constexpr):
-    """RMSNorm of the n numbers from x on, times weight, in fp32: [BLOCK]."""
-    i = tl.arange(0, BLOCK)
-    value = tl.load(x + i, i < n, 0.0).to(tl.float32)
+def _normed(value, weight, n, eps, i):
+    """RMSNorm of the n numbers in value (fp32, else zeros) times weight, at places i."""
     return value * tl.rsqrt(tl.sum(value * value) / n + eps) * tl.load(weight + i, i < n, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _rms_norm(x, weight, y, x_stride, n, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, other, weight, sums, y, x_stride, other_stride, n, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """y = RMSNorm of x, or of x + other, which is written to `sums` and rounded first."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    tl.store(y + row * n + i, _normed(x + row * x_stride, weight, n, eps, BLOCK), i < n)
+    value = tl.load(x + row * x_stride + i, i < n, 0.0).to(tl.float32)
+    if other is not None:
+        value += tl.load(other + row * other_stride + i, i < n, 0.0).to(tl.float32)
+        value = value.to(sums.dtype.element_ty)
+        tl.store(sums + row * n + i, value, i < n)
+        value = value.to(tl.float32)
+    tl.store(y + row * n + i, _normed(value, weight, n, eps, i), i < n)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, D] / sqrt(mean(x²) + eps) · weight, in fp32."""
-    x = contiguous(x)
+    return _launch_rms_norm(contiguous(x), None, None, weight, eps)
+
+
+def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + other, and the norm of it; see `rms_norm`."""
+    sums = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return sums, _launch_rms_norm(contiguous(x), contiguous(other), sums, weight, eps)
+
+
+def _launch_rms_norm(x: Tensor, other: Tensor | None, sums: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    T, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _rms_norm[(len(x),)](x, weight, y, x.stride(0), x.shape[1], eps, BLOCK=triton.next_power_of_2(x.shape[1]))
+    _rms_norm[(T,)](
+        x, other, weight, sums, y, x.stride(0), 0 if other is None else other.stride(0), D, eps,
+        BLOCK=triton.next_power_of_2(D), num_warps=8 if D > 1024 else 4, **early(x.device),
+    )  # fmt: skip
     return y
 
 
@@ -55,13 +77,16 @@ def rotated(x, rotation, i, there):
 
 @triton.jit
 def _write_latents(
-    latents, length, kv_a, weight, rotation, latents_stride, kv_a_stride, C, P, eps, BC: tl.constexpr, BP: tl.constexpr
-):
+    latents, length, kv_a, weight, rotation, latents_stride, kv_a_stride, C, P, eps,
+    BC: tl.constexpr, BP: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    wait_for_earlier(EARLY)
     t = tl.program_id(0).to(tl.int64)
     kv_a += t * kv_a_stride
     latents += (tl.load(length) + t) * latents_stride
     c, p = tl.arange(0, BC), tl.arange(0, BP)
-    tl.store(latents + c, _normed(kv_a, weight, C, eps, BC), c < C)
+    value = tl.load(kv_a + c, c < C, 0.0).to(tl.float32)
+    tl.store(latents + c, _normed(value, weight, C, eps, c), c < C)
     tl.store(latents + C + p, rotated(kv_a + C, rotation + t * P, p, p < P), p < P)
 
 
@@ -71,17 +96,46 @@ def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor,
     P = kv_a.shape[1] - C
     _write_latents[(len(kv_a),)](
         latents, length, kv_a, weight, torch.view_as_real(rotation), latents.stride(0), kv_a.stride(0), C, P, eps,
-        BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P),
+        BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P), **early(latents.device),
     )  # fmt: skip
+
+
+@triton.jit
+def _logits(x, gate, logits, x_stride, E, D, BE: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr):
+    """logits[t, e] = x[t] · gate[e] in fp32, BE experts a program."""
+    t = tl.program_id(0).to(tl.int64)
+    e, d = tl.program_id(1) * BE + tl.arange(0, BE), tl.arange(0, BD)
+    row = gate + e[:, None] * D
+    weights = tl.load(row + d[None, :], (e < E)[:, None] & (d < D)[None, :], 0.0)
+    wait_for_earlier(EARLY)
+    x += t * x_stride
+    sum_ = tl.zeros([BE, BD], tl.float32)
+    for start in range(0, D, BD):
+        now = weights
+        column = start + BD + d
+        weights = tl.load(row + column[None, :], (e < E)[:, None] & (column < D)[None, :], 0.0)
+        sum_ += now * tl.load(x + start + d, start + d < D, 0.0).to(tl.float32)[None, :]
+    tl.store(logits + t * E + e, tl.sum(sum_, 1), e < E)
+
+
+def _router_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """x [T, D] · gateᵀ (fp32 [E, D]) in fp32 -> [T, E]."""
+    if len(x) > FEW_TOKENS:
+        return F.linear(x.float(), gate)
+    E, D = gate.shape
+    x, logits = contiguous(x), torch.empty(len(x), E, device=x.device)
+    _logits[(len(x), E)](x, gate, logits, x.stride(0), E, D, BE=1, BD=2048, **early(x.device))
+    return logits
 
 
 @triton.jit
 def _choose(
     logits, ids, weights, factor,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr, NORMED: tl.constexpr,
-    BG: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+    BG: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The softmax over GROUPS groups of SIZE experts, the KEPT groups with the best expert, the K best of these."""
+    wait_for_earlier(EARLY)
     t = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, BG), tl.arange(0, BS)
     expert = group[:, None] * SIZE + member[None, :]
@@ -113,8 +167,8 @@ def _choose(
 
 
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Choose the experts of x [T, D] by gate (fp32 [E, D]); see `reference.route`. One launch after the product."""
-    logits, K = F.linear(x.float(), gate), config.num_experts_per_tok
+    """Choose the experts of x [T, D] by gate (fp32 [E, D]); see `reference.route`."""
+    logits, K = _router_logits(x, gate), config.num_experts_per_tok
     ids = torch.empty(len(x), K, dtype=torch.int64, device=x.device)
     weights = torch.empty(len(x), K, device=x.device)
     grouped = config.topk_method == "group_limited_greedy"
@@ -124,6 +178,7 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
         logits, ids, weights, config.routed_scaling_factor, GROUPS=groups, SIZE=size,
         KEPT=config.topk_group if grouped else 1, K=K, NORMED=config.norm_topk_prob and K > 1,
         BG=triton.next_power_of_2(groups), BS=triton.next_power_of_2(size), BK=triton.next_power_of_2(K),
+        **early(x.device),
     )  # fmt: skip
     return ids, weights
 

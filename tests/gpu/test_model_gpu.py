@@ -1,0 +1,105 @@
+"""dsv2-nano on a GPU: graphs against single launches, experts wherever they are, against the reference on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsv2_local import llm
+from dsv2_local.kernels import cpu
+from dsv2_local.llm import LLM, bundled_model
+from dsv2_local.model import DecodeStep
+from dsv2_local.offload.plan import CONTEXT_BYTES, Machine, Mode, plan
+from dsv2_local.offload.schedule import OffloadedExperts
+from dsv2_local.offload.split import Costs
+from tests.conftest import kernels
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+pytest.importorskip("triton")
+
+from dsv2_local.graph_step import GraphStep
+from dsv2_local.offload.cuda import CudaDevice
+
+FP32, BF16 = torch.float32, torch.bfloat16
+EVEN = Costs(fetch=1.0, read=1.0, token=0.1)
+PROMPT = "A violin is a string instrument that is played with a bow. " * 6
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def loaded(mode: Mode, slots: int = 0, dtype: torch.dtype = FP32, context: int = 512) -> LLM:
+    """On GPU 0, of which so much is used that `slots` experts fit."""
+    vram = None
+    if mode in (Mode.HYBRID, Mode.STREAM):
+        wish = replace(llm.load(context=context).plan.wish, experts=Mode.STREAM)
+        made = plan(wish, Machine((1 << 34,), 1 << 40))
+        (gpu,) = made.gpus
+        fixed = sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots"))
+        vram = [CONTEXT_BYTES + fixed + slots * made.expert_bytes + 1]
+    return LLM(
+        bundled_model(), dtype=dtype, context=context, threads=None, experts=mode, devices=[CudaDevice(0)], vram=vram,
+        costs=EVEN,
+    )  # fmt: skip
+
+
+def answer(model: LLM, tokens: int = 24) -> list[int | None]:
+    never_end = dict.fromkeys(model._end_tokens, -100.0)
+    return [c.token_id for c in model.generate(PROMPT, max_tokens=tokens, temperature=0, logit_bias=never_end)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[int | None]:
+    with kernels(cpu.REFERENCE):
+        return answer(llm.load(context=512))
+
+
+def test_the_references_tokens(expected):
+    with loaded(Mode.GPU) as model:
+        assert isinstance(model.engine._step, GraphStep)
+        assert answer(model) == expected
+        assert answer(model) == expected  # from the cache, and all replays
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_replay_is_the_step_to_the_last_bit(dtype):
+    with loaded(Mode.GPU, dtype=dtype) as model:
+        step = DecodeStep(model.engine.model, model.engine.cache)
+        tokens = list(range(100, 130))
+        launched = [step.run(token).clone() for token in tokens]
+        model.engine.cache.truncate(0)
+        graphs = GraphStep(model.engine.model, model.engine.cache)
+        for token, logits in zip(tokens, launched, strict=True):
+            assert torch.equal(graphs.run(token), logits)
+        model.engine.cache.truncate(10)  # a turn taken back
+        for token, logits in zip(tokens[10:], launched[10:], strict=True):
+            assert torch.equal(graphs.run(token), logits)
+
+
+@pytest.mark.parametrize("slots", [0, 7, 40])
+@pytest.mark.parametrize("mode", [Mode.HYBRID, Mode.STREAM, Mode.CPU])
+def test_the_references_tokens_wherever_experts_are(expected, mode, slots):
+    """The CPU's half computes with the reference too: the native kernels round activations to int8."""
+    with kernels(cpu.REFERENCE), loaded(mode, slots) as model:
+        assert isinstance(model.experts, OffloadedExperts)
+        for chunk in (model.engine.chunk, 17):
+            model.engine.chunk = chunk
+            model.engine.cache.truncate(0)
+            assert answer(model) == expected
+        figures = model.experts.figures
+        assert figures.retries == 0
+        if mode is not Mode.CPU:
+            assert (figures.hits > 0) == (slots > 0)
+
+
+def test_streamed_experts_change_no_bit():
+    logits = []
+    for mode, slots in ((Mode.GPU, 0), (Mode.STREAM, 0), (Mode.STREAM, 20)):
+        with loaded(mode, slots, BF16) as model:
+            step = model.engine._step
+            logits.append(torch.stack([step.run(token).clone() for token in range(100, 130)]))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
