@@ -92,7 +92,9 @@ class Graphs:
 
 
 def moved(x: Tensor, where: torch.device) -> Tensor:
-    """x on a device, also while a step is captured."""
+    """x on a device, also while a step is captured; a copy from RAM does not wait for what the device has to do."""
     if x.device == where:
         return x
-    return graphs.moved(x, where) if (graphs := capturing()) else x.to(where)
+    if graphs := capturing():
+        return graphs.moved(x, where)
+    return x.pin_memory().to(where, non_blocking=True) if x.is_cpu and where.type == "cuda" else x.to(where)

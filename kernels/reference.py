@@ -88,10 +88,10 @@ def expert_outputs(
     Args:
         x: [T, D].
         records: uint8 [S, layout.nbytes], one record a slot.
-        tokens, slots: int64 [n].
+        tokens, slots: int64 [n]. Not in the native kernels: of a slot below 0 nothing is computed.
         out: fp32 [n, D], to be filled.
     """
-    for slot in torch.unique(slots).tolist():
+    for slot in torch.unique(slots[slots >= 0]).tolist():
         (pairs,) = (slots == slot).nonzero(as_tuple=True)
         out[pairs] = swiglu(x[tokens[pairs]], *expert_matrices(layout, records[slot])).float()
 

@@ -42,7 +42,7 @@ def measure(slots: Slots, layout: ExpertLayout, records: dict[int, Tensor], seco
     """Copy experts to a staging buffer for a while, and compute others on the CPU meanwhile, for one token and many."""
     every = [(layer, expert) for layer in records for expert in range(len(records[layer]))]
     target, fetches = slots.records[-1], list[float]()
-    pending = [slots.device.copy(target, records[layer][expert]) for layer, expert in every[:AHEAD]]
+    pending = [slots.device.copy([target], [records[layer][expert]]) for layer, expert in every[:AHEAD]]
     taken, at = {1: [0.0, 0], MANY: [0.0, 0]}, 0
     for tokens in taken:
         x = torch.randn(tokens, layout.hidden_size)
@@ -52,7 +52,7 @@ def measure(slots: Slots, layout: ExpertLayout, records: dict[int, Tensor], seco
             while pending[0].done:
                 fetches.append(pending.pop(0).seconds)
                 layer, expert = every[(at + len(fetches)) % len(every)]
-                pending.append(slots.device.copy(target, records[layer][expert]))
+                pending.append(slots.device.copy([target], [records[layer][expert]]))
             # From the other end, so that the caches hold nothing of it.
             layer, expert = every[-1 - at % len(every)]
             start = perf_counter()

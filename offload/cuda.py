@@ -57,8 +57,12 @@ class CudaDevice:
     def unlock(self, memory: Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
-    def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
-        return self._on(self._copies, lambda: target.copy_(source, non_blocking=True), after)
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Sequence[Event] = ()) -> Event:
+        def transfer() -> None:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+
+        return self._on(self._copies, transfer, after)
 
     def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
         return self._on(torch.cuda.current_stream(self.where), work, after)

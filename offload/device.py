@@ -70,10 +70,10 @@ class Device(Protocol):
         """Undo `lock`."""
         ...
 
-    def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
-        """Copy RAM `source` to the device's `target` over the link, once the events are done.
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Sequence[Event] = ()) -> Event:
+        """Copy from RAM to the device's memory over the link, one after the other, once the events are done.
 
-        Neither may be touched until the copy is done.
+        None of the tensors may be touched until the event, of all these copies, is done.
         """
         ...
 

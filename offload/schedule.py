@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dsv2_local.errors import DeviceError
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.format import ExpertLayout
+from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.graphs import capturing
+from dsv2_local.offload.captured import Buffers, CapturedExperts
 from dsv2_local.offload.device import Event
 from dsv2_local.offload.pairs import Ints, Pairs
 from dsv2_local.offload.plan import PIECE, Mode
@@ -95,6 +96,7 @@ class Lane:
         self._stream = Stream(slots, records)
         self._figures = Figures()
         self._failures = 0
+        self._buffers: Buffers | None = None
         self.corrected = False
         self._fetch_watch, self._host_watch = Watch(), Watch()
 
@@ -113,6 +115,8 @@ class Lane:
         """See `OffloadedExperts.begin`."""
         if self.mode is Mode.CPU:
             return lambda: self._alone(layer, x, ids, weights)
+        if len(x) == 1 and x.is_cuda and self._buffers is None:  # a captured step may follow, which cannot make them
+            self._buffers = Buffers(x, ids)
         streams = self._streams(layer, *ids.shape)
         if not streams and ids.numel() > PIECE:
             parts = [torch.split(whole, PIECE // ids.shape[1]) for whole in (x, ids, weights)]
@@ -124,6 +128,13 @@ class Lane:
             failed = error
             return lambda: self._again(failed, layer, x, ids, weights)
         return lambda: self._finish(finish, layer, x, ids, weights)
+
+    def captured(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> CapturedExperts | None:
+        """What captures this layer's experts, once a token has passed; None where Python has to compute them."""
+        plain = self.layout.format is Format.BF16  # whose products do not skip absent slots
+        if self._buffers is None or plain or ids.numel() > self.slots.buffer * BUFFERS:
+            return None
+        return CapturedExperts(self, self._buffers, layer, x, ids, weights)
 
     def _streams(self, layer: int, tokens: int, per_token: int) -> bool:
         if tokens == 1:
@@ -180,7 +191,7 @@ class Lane:
                 if number + BUFFERS < len(batches):
                     indices.append(self._fetch(layer, batches[number + BUFFERS]))
             part = pairs.parts[-1]
-            here = self._host_outputs(layer, x_host, pairs, [counts[e] for e in on_host]) if on_host else out
+            here = self._host_outputs(layer, x_host, pairs) if on_host else out
             y = torch.zeros(x.shape, device=x.device)
 
             def add_up() -> None:
@@ -217,6 +228,27 @@ class Lane:
 
         return finish
 
+    def placed(self, layer: int, experts: list[int]) -> tuple[dict[int, int], dict[int, int], list[int]]:
+        """See `captured.Placing`."""
+        self._stream.reset()
+        self._observe()
+        self.slots.cache.release()
+        hits, misses = self.slots.cache.use(layer, sorted(experts))
+        fetched, on_host = self._divide(layer, misses, dict.fromkeys(experts, 1))
+        indices: dict[int, int] = {}
+        for start in range(0, len(fetched), self.slots.buffer):
+            indices |= self._fetch(layer, fetched[start : start + self.slots.buffer])
+        return hits, indices, on_host
+
+    def compute_on_host(self, layer: int, x: Tensor, tokens: Tensor, experts: Tensor, out: Tensor) -> None:
+        """See `captured.Placing`."""
+        start = perf_counter()
+        ops.expert_outputs(x, self.records[layer], self.layout, tokens, experts, out)
+        seconds = perf_counter() - start
+        counts = Counter(experts.tolist()).values()
+        self._count(len(counts), seconds)
+        self._host_watch.observe(sum(map(self.costs.host, counts)), seconds)
+
     def _divide(self, layer: int, misses: list[int], counts: Mapping[int, int]) -> tuple[list[int], list[int]]:
         """Which of the experts without slots to fetch, and which the CPU computes; both ascending."""
         if self.mode is Mode.STREAM:
@@ -250,16 +282,12 @@ class Lane:
 
         return self.slots.compute(work, reads=indices.values(), after=after)
 
-    def _host_outputs(self, layer: int, x: Tensor, pairs: Pairs, counts: list[int]) -> Tensor:
-        """Compute the last group of pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]; `counts` are of its experts."""
+    def _host_outputs(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
+        """Compute the last group of pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]."""
         part = pairs.parts[-1]
         out = torch.empty(part.stop - part.start, x.shape[1])
         tokens, experts = torch.from_numpy(pairs.tokens[part]), torch.from_numpy(pairs.experts[part])
-        start = perf_counter()
-        ops.expert_outputs(x, self.records[layer], self.layout, tokens, experts, out)
-        seconds = perf_counter() - start
-        self._count(len(counts), seconds)
-        self._host_watch.observe(sum(map(self.costs.host, counts)), seconds)
+        self.compute_on_host(layer, x, tokens, experts, out)
         return out
 
     def _count(self, experts: int, seconds: float) -> None:
@@ -308,6 +336,9 @@ class OffloadedExperts:
         lane, graphs = self._lane[layer], capturing()
         if not graphs:
             return lane.begin(layer, x, ids, weights)
+        if captured := lane.captured(layer, x, ids, weights):
+            captured.begin(graphs)
+            return lambda: captured.finish(graphs)
         y, begun = torch.empty_like(x), list[Result]()
 
         def begin() -> None:

@@ -65,8 +65,8 @@ class Slots:
                 staging += 1
         if staging > start:
             self._turn = (self._turn + 1) % BUFFERS
-        for first, count in _runs(indices):
-            self._copy(indices[first], source[first] if count == 1 else source[first : first + count], count)
+        if indices:
+            self._copy(indices, source)
         return indices
 
     def fill(self, records: dict[int, Tensor], keys: Iterable[Key]) -> None:
@@ -115,13 +115,16 @@ class Slots:
         self._arrivals.clear()
         self._readers.clear()
 
-    def _copy(self, index: int, source: Tensor, count: int) -> None:
-        indices = range(index, index + count)
-        target = self._record[index] if count == 1 else self.records[index : index + count]
-        event = self.device.copy(target, source, _of(indices, self._readers))
-        for i in indices:
-            self._arrivals[i] = event
-        nbytes = count * self._nbytes
+    def _copy(self, indices: dict[int, int], source: Tensor) -> None:
+        targets, sources = [], []
+        for expert, count in _runs(indices):
+            index = indices[expert]
+            targets.append(self._record[index] if count == 1 else self.records[index : index + count])
+            sources.append(source[expert] if count == 1 else source[expert : expert + count])
+        event = self.device.copy(targets, sources, _of(indices.values(), self._readers))
+        for index in indices.values():
+            self._arrivals[index] = event
+        nbytes = len(indices) * self._nbytes
         self._copies[event] = nbytes
         self.fetched += nbytes
 

@@ -93,17 +93,19 @@ class StandIn:
     def unlock(self, memory: Tensor) -> None:
         _libc().munlock(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes))
 
-    def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Sequence[Event] = ()) -> Event:
         def transfer(ready: float) -> float:
             start = time.perf_counter()
             if self.link is None:
-                target.fill_(RUBBISH)
-                target.copy_(source)
+                for target, source in zip(targets, sources, strict=True):
+                    target.fill_(RUBBISH)
+                    target.copy_(source)
                 return time.perf_counter() - start
-            seconds = source.nbytes / (self.link * GB)
+            seconds = sum(source.nbytes for source in sources) / (self.link * GB)
             # From when it could have begun, so that a thread which wakes up late does not slow the link.
             self._link_free = max(self._link_free, ready) + seconds
-            target.copy_(source)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
             time.sleep(max(0.0, self._link_free - time.perf_counter()))
             return seconds
 

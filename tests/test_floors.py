@@ -19,7 +19,7 @@ FLOORS = [
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
     | {"offload.stand_in", "offload.cuda", "offload.slots", "offload.split", "offload.pairs", "offload.stream"}
-    | {"offload.schedule", "offload.calibration", "offload.favourites"},
+    | {"offload.schedule", "offload.captured", "offload.calibration", "offload.favourites"},
     {"model", "graph_step", "sampling", "tokenizer", "lookup"},
     {"engine", "placement", "saved"},
     {"llm"},
@@ -72,7 +72,7 @@ ORDERED = [
     ["offload.device", "offload.lru", "offload.slots", "offload.calibration"],
     ["offload.split", "offload.calibration"],
     ["offload.lru", "offload.favourites"],
-    ["offload.lru", "offload.device", "offload.slots", "offload.stream", "offload.schedule"],
+    ["offload.lru", "offload.device", "offload.slots", "offload.stream", "offload.captured", "offload.schedule"],
     ["offload.split", "offload.pairs", "offload.plan", "offload.schedule"],
     [
         "console",

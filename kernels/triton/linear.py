@@ -190,6 +190,8 @@ def stream(
         source = target
     else:
         slot = tl.load(slots + item)
+        if slot < 0:
+            return
         place = item + tl.arange(0, BT)
         target = place.to(tl.int64)
         source = target if tokens is None else tl.load(tokens + place)

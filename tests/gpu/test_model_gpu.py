@@ -23,7 +23,7 @@ from dsv2_local.offload.cuda import CudaDevice
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EVEN = Costs(fetch=1.0, read=1.0, token=0.1)
-PROMPT = "A violin is a string instrument that is played with a bow. " * 6
+PROMPT = "A violin is a string instrument that is played with a bow. " * 3
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def loaded(mode: Mode, slots: int = 0, dtype: torch.dtype = FP32, context: int =
     )  # fmt: skip
 
 
-def answer(model: LLM, tokens: int = 24) -> list[int | None]:
+def answer(model: LLM, tokens: int = 10) -> list[int | None]:
     never_end = dict.fromkeys(model._end_tokens, -100.0)
     return [c.token_id for c in model.generate(PROMPT, max_tokens=tokens, temperature=0, logit_bias=never_end)]
 
@@ -85,10 +85,7 @@ def test_the_references_tokens_wherever_experts_are(expected, mode, slots):
     """The CPU's half computes with the reference too: the native kernels round activations to int8."""
     with kernels(cpu.REFERENCE), loaded(mode, slots) as model:
         assert isinstance(model.experts, OffloadedExperts)
-        for chunk in (model.engine.chunk, 17):
-            model.engine.chunk = chunk
-            model.engine.cache.truncate(0)
-            assert answer(model) == expected
+        assert answer(model) == expected
         figures = model.experts.figures
         assert figures.retries == 0
         if mode is not Mode.CPU:
