@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
     {"__init__", "config", "errors", "machine", "measured", "numa", "released", "sizes"},
-    {"kernels.format", "kernels.layout", "kernels.latents", "cache", "rope", "kernels.reference"}
+    {"kernels.format", "kernels.layout", "kernels.latents", "pages", "cache", "rope", "kernels.reference"}
     | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops"}
     | {"kernels.triton.dequantize", "kernels.triton.linear", "kernels.triton.experts", "kernels.triton.rows"}
     | {"kernels.triton.attention", "kernels.triton"},
@@ -44,7 +44,7 @@ ORDERED = [
         "kernels.cpu",
         "kernels.ops",
     ],
-    ["kernels.format", "kernels.latents", "cache"],
+    ["kernels.format", "kernels.latents", "pages", "cache"],
     [
         "kernels.format",
         "kernels.layout",
