@@ -11,6 +11,7 @@ from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.quant import int8, nf4
 from tests.models import TINY
+from tests.paging import paged, unpaged
 
 # Of one product. The interpreter rounds bf16 towards zero, so that errors of several in a row add up.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -110,11 +111,11 @@ def attention(
     H, N, P, C, V = shape
     w_uk, w_uv = matrix(formats[0], H * C, N), matrix(formats[1], H * V, C)
     q = (torch.randn(tokens, H, N + P) * 3).to(dtype)
-    latents = torch.full((cached + tokens + 70, C + P), float("nan"), dtype=dtype)
-    latents[: cached + tokens] = torch.randn(cached + tokens, C + P)
-    rotation, length = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2)), torch.tensor([cached])
-    exact = reference.attention(q.float(), rotation, latents.float(), length, w_uk, w_uv, 0.1, absorb=False)
-    moved = [part.to(device) for part in (q, rotation, latents, length)]
+    latents, sequence = paged(torch.randn(cached + tokens, C + P).to(dtype), cached)
+    sequence = torch.cat((sequence, torch.full((2,), -1)))  # the context goes on where the sequence has no pages yet
+    rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
+    exact = reference.attention(q.float(), rotation, latents.float(), sequence, w_uk, w_uv, 0.1, absorb=False)
+    moved = [part.to(device) for part in (q, rotation, latents, sequence)]
     ours = triton.attention(*moved, on(device, w_uk), on(device, w_uv), 0.1, absorb)
     assert ours.dtype == dtype
     assert off(ours, exact) < 2 * TOLERANCE[dtype]
@@ -124,13 +125,16 @@ def rows(device: str, tokens: int, hidden: int, C: int, P: int) -> None:
     x, weight = torch.randn(tokens, hidden) * 3, torch.rand(hidden) + 0.5
     assert off(triton.rms_norm(x.to(device), weight.to(device), 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
     kv_a, rotation = torch.randn(tokens, C + P), torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    arguments: tuple[Any, ...] = (torch.tensor([5]), kv_a, torch.rand(C), 1e-6, rotation)
-    ours, exact = torch.zeros(9 + tokens, C + P, device=device), torch.zeros(9 + tokens, C + P)
+    pages, sequence = paged(torch.zeros(70 + tokens, C + P), 62)  # from one page to the next
+    arguments: tuple[Any, ...] = (sequence, kv_a, torch.rand(C), 1e-6, rotation)
+    ours, exact = pages.to(device), pages.clone()
     triton.write_latents(ours, *(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
     reference.write_latents(exact, *arguments)
+    assert torch.equal(ours.isnan().cpu(), pages.isnan())
+    ours, exact = (unpaged(written.cpu(), sequence, 70 + tokens) for written in (ours, exact))
     assert off(ours, exact) < 1e-6
-    assert torch.equal(ours[:5].cpu(), exact[:5])
-    assert torch.equal(ours[5 + tokens :].cpu(), exact[5 + tokens :])
+    assert torch.equal(ours[:62], exact[:62])
+    assert torch.equal(ours[62 + tokens :], exact[62 + tokens :])
 
 
 def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -> None:

@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from dsv2_local.config import ModelConfig
+from dsv2_local.kernels.format import PAGE
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.kernels.triton.dequantize import BLOCK_, GATHER, ROWS_, contiguous, joined, unpack
 from dsv2_local.kernels.triton.linear import Bank
+
+PAGE_ = tl.constexpr(PAGE)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -54,23 +57,33 @@ def rotated(x, rotation, i, there):
 
 
 @triton.jit
+def line_of(latents, sequence, s, there, stride):
+    """Where the rows of positions s of a sequence begin in a layer's cache; `there`: whether the sequence has them."""
+    page = tl.load(sequence + 1 + s // PAGE_, there, 0)
+    return latents + (page * PAGE_ + s % PAGE_) * stride
+
+
+@triton.jit
 def _write_latents(
-    latents, length, kv_a, weight, rotation, latents_stride, kv_a_stride, C, P, eps, BC: tl.constexpr, BP: tl.constexpr
-):
+    latents, sequence, kv_a, weight, rotation, latents_stride, kv_a_stride, C, P, eps,
+    BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     kv_a += t * kv_a_stride
-    latents += (tl.load(length) + t) * latents_stride
+    latents = line_of(latents, sequence, tl.load(sequence) + t, True, latents_stride)
     c, p = tl.arange(0, BC), tl.arange(0, BP)
     tl.store(latents + c, _normed(kv_a, weight, C, eps, BC), c < C)
     tl.store(latents + C + p, rotated(kv_a + C, rotation + t * P, p, p < P), p < P)
 
 
-def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
-    """Fill the rows of a layer's cache after the first `length`; see `reference.write_latents`."""
+def write_latents(
+    latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+) -> None:
+    """Fill the next rows of a sequence in a layer's cache; see `reference.write_latents`."""
     kv_a, C = contiguous(kv_a), len(weight)
     P = kv_a.shape[1] - C
     _write_latents[(len(kv_a),)](
-        latents, length, kv_a, weight, torch.view_as_real(rotation), latents.stride(0), kv_a.stride(0), C, P, eps,
+        latents, sequence, kv_a, weight, torch.view_as_real(rotation), latents.stride(1), kv_a.stride(0), C, P, eps,
         BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P),
     )  # fmt: skip
 

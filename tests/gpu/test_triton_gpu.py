@@ -92,26 +92,26 @@ def test_route():
 
 
 def test_a_captured_step_is_replayed_at_the_next_position():
-    """Slots, tokens and `length` are read on the device: what a graph was captured with may change before a replay."""
+    """Slots, tokens and the sequence are read on the device: what a graph was captured with may change in between."""
     H, N, P, C, V = LITE
     layout = ExpertLayout(Format.NF4, 512, 256)
     records = torch.stack([check.record(layout) for _ in range(6)]).cuda()
     w_uk, w_uv = (check.on("cuda", check.matrix(Format.INT8, *shape)) for shape in ((H * C, N), (H * V, C)))
     x, q = torch.randn(1, 512).cuda().bfloat16(), torch.randn(1, H, N + P).cuda().bfloat16()
-    latents, kv_a = torch.randn(2, 100, C + P).cuda().bfloat16().unbind(0)
+    latents, kv_a = torch.randn(2, 64, C + P).cuda().bfloat16(), torch.randn(1, C + P).cuda().bfloat16()
     norm, rotation = torch.ones(C).cuda(), torch.ones(1, P // 2, dtype=torch.complex64).cuda()
-    ids, weights, length = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([10]).cuda()
+    ids, weights, sequence = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([63, 1, 0]).cuda()
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        kernels.write_latents(latents, length, kv_a[:1], norm, 1e-6, rotation)
-        attended = kernels.attention(q, rotation, latents, length, w_uk, w_uv, 0.1, True)
+        kernels.write_latents(latents, sequence, kv_a, norm, 1e-6, rotation)
+        attended = kernels.attention(q, rotation, latents, sequence, w_uk, w_uv, 0.1, True)
         return attended, kernels.experts(x, records, layout, ids, weights)
 
     step()  # tunes and compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    length += 1
+    sequence[0] += 1
     ids += 3
     graph.replay()
     torch.cuda.synchronize()
