@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import cpu, ops
-from dsv2_local.kernels.format import Cache, ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.format import PAGE, Cache, ExpertLayout, Format, matrix_nbytes, pages_of
 from dsv2_local.kernels.latents import row_shape, write_rows
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
 from dsv2_local.quant import int8
@@ -81,15 +81,16 @@ def attention(tokens: int, context: int, cache: Cache) -> tuple[Callable[[Tensor
     """V2-Lite's attention of the last `tokens` of `context`, over several caches; with its operations."""
     H, N, P, C, V = 16, 128, 64, 512, 128
     width, dtype = row_shape(cache, C, P)
-    count = max(2, WORKING_SET // (context * width * dtype.itemsize))
-    caches = torch.empty(count, context, width, dtype=dtype)
-    for rows in caches:
-        write_rows(rows, torch.randn(context, C + P), C)
+    count, pages = max(2, WORKING_SET // (context * width * dtype.itemsize)), pages_of(context)
+    caches, sequence = torch.empty(count, pages, PAGE, width, dtype=dtype), torch.tensor([0, *range(pages)])
+    for made in caches:
+        write_rows(made, sequence, torch.randn(context, C + P), C)
+    sequence[0] = context - tokens
     w_uk, w_uv = (int8.quantize(torch.randn(H * rows, cols) / cols**0.5) for rows, cols in ((C, N), (V, C)))
-    rotation, length = torch.ones(tokens, P // 2, dtype=torch.complex64), torch.tensor([context - tokens])
+    rotation = torch.ones(tokens, P // 2, dtype=torch.complex64)
 
     def product(q: Tensor, i: int) -> Tensor:
-        return ops.attention(q.view(tokens, H, N + P), rotation, caches[i], length, w_uk, w_uv, 0.1)
+        return ops.attention(q.view(tokens, H, N + P), rotation, caches[i], sequence, w_uk, w_uv, 0.1)
 
     absorbed = tokens * context * H * (2 * C + P)
     rebuilt = H * (tokens * (context - tokens / 2) * (N + P + V) + context * C * (N + V))

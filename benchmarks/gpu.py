@@ -104,7 +104,7 @@ def case(source: "Source", mode: "Mode", limit: int | float | None, interpret: b
     greedy, runs = SamplingParams(temperature=0), []
     for prompt in prompts:  # the first compiles, tunes and fills slots
         stats = Stats()
-        engine.cache.truncate(0)
+        engine.cache.clear()
         for _ in engine.generate(torch.randint(vocab, (prompt,)).tolist(), greedy, stats, max_tokens=answer):
             pass
         runs.append(stats)

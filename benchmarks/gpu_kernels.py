@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import reference
-from dsv2_local.kernels.format import ExpertLayout, Format, matrix_nbytes
+from dsv2_local.kernels.format import PAGE, ExpertLayout, Format, matrix_nbytes, pages_of
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
 
 SHAPES = {
@@ -128,10 +128,10 @@ def check_all(device: str, tiny: bool) -> dict[str, float]:
     heads = 4 if tiny else 16
     moved_weights = (Matrix(m.format, m.rows, m.cols, *(part.to(device) for part in m.parts)) for m in (uk, uv))
     w_uk, w_uv = moved_weights
-    q, latents = torch.randn(2, heads, N + P).bfloat16(), torch.randn(99, uv.cols + P).bfloat16()
-    rotation, length = torch.polar(torch.ones(2, P // 2), torch.randn(2, P // 2)), torch.tensor([97])
-    exact = reference.attention(q.float(), rotation, latents.float(), length, uk, uv, 0.1, absorb=True)
-    inputs = [part.to(device) for part in (q, rotation, latents, length)]
+    q, latents = torch.randn(2, heads, N + P).bfloat16(), torch.randn(2, PAGE, uv.cols + P).bfloat16()
+    rotation, sequence = torch.polar(torch.ones(2, P // 2), torch.randn(2, P // 2)), torch.tensor([97, 1, 0])
+    exact = reference.attention(q.float(), rotation, latents.float(), sequence, uk, uv, 0.1, absorb=True)
+    inputs = [part.to(device) for part in (q, rotation, latents, sequence)]
     for absorb, name in ((True, "absorbed"), (False, "materialised")):
         errors[f"attention, {name}"] = off(kernels.attention(*inputs, w_uk, w_uv, 0.1, absorb), exact)
     return errors
@@ -202,15 +202,16 @@ def attentions(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, f
         for context in (100,) if tiny else (4096, 32768):
             C = uv.cols
             size = context * (C + P) * 2
-            caches = torch.randn(2 if tiny else turns_of(size, 1), context, C + P, device=device).bfloat16()
+            pages = pages_of(context)
+            caches = torch.randn(2 if tiny else turns_of(size, 1), pages, PAGE, C + P, device=device).bfloat16()
             q = torch.randn(1, heads, N + P, device=device).bfloat16()
             rotation = torch.ones(1, P // 2, dtype=torch.complex64, device=device)
-            length = torch.tensor([context - 1], device=device)
+            sequence = torch.tensor([context - 1, *range(pages)], device=device)
             turn = partial(
-                lambda i, q, rotation, caches, length, uk, uv: kernels.attention(
-                    q, rotation, caches[i], length, uk, uv, 0.1, True
+                lambda i, q, rotation, caches, sequence, uk, uv: kernels.attention(
+                    q, rotation, caches[i], sequence, uk, uv, 0.1, True
                 ),
-                q=q, rotation=rotation, caches=caches, length=length, uk=uk, uv=uv,
+                q=q, rotation=rotation, caches=caches, sequence=sequence, uk=uk, uv=uv,
             )  # fmt: skip
             weights = sum(part.nbytes for matrix in (uk, uv) for part in matrix.parts)
             operations = 2 * heads * (context * (2 * C + P) + C * (N + uv.rows // heads))

@@ -1,13 +1,12 @@
 """One sequence through the model: chunked prefill, decode, and the figures of both.
 
-The engine knows token ids and nothing of text. It keeps what the cache holds, so that a prompt that begins like the
-last one computes only what differs.
+The engine knows token ids and nothing of text. The cache keeps what earlier prompts and answers left there while it has
+room, so that a prompt that begins like one of them computes only what differs.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -93,9 +92,13 @@ class Engine:
         return self._tokens[: self.cache.length]
 
     def resume(self, tokens: list[int]) -> None:
-        """Take the cache for one that holds these tokens; a prompt that begins like them computes only what differs."""
+        """Take the cache's sequence for one of these tokens; a prompt that begins alike computes only what differs."""
         self._generation += 1
         self._tokens = tokens
+
+    def set_aside(self) -> None:
+        """Keep what the cache holds of the present sequence, for prompts that begin like it."""
+        self.cache.keep(self.tokens)
 
     def logits(self, ids: list[int]) -> Tensor:
         """fp32 logits [T, vocab_size] after every token, by the same chunked prefill, from an empty cache."""
@@ -103,7 +106,7 @@ class Engine:
         if len(ids) > self.context:
             raise ContextLengthError(len(ids), self.context)
         self._generation += 1
-        self.cache.truncate(0)
+        self._begin([])
         return torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, None)])
 
     def generate(
@@ -154,9 +157,7 @@ class Engine:
     def _start(self, prompt: list[int], stats: Stats, progress: Progress | None) -> Tensor:
         """Prefill what the cache lacks of the prompt; the logits after its last token, [vocab]."""
         start = time.perf_counter()
-        pairs = zip(self.tokens, prompt, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self.cache.truncate(min(common, len(prompt) - 1))  # one token at least must run, to have logits
+        self._begin(prompt[:-1])  # one token at least must run, to have logits
         stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
         for hidden in self._prefill(prompt, progress):
             last = hidden[-1:]
@@ -164,6 +165,11 @@ class Engine:
         logits = self.model.logits(last)[0]
         stats.prefill_seconds = time.perf_counter() - start
         return logits
+
+    def _begin(self, tokens: list[int]) -> None:
+        """Set the sequence aside for another, which has what is kept of `tokens`."""
+        self.set_aside()
+        self._tokens = tokens[: self.cache.begin(tokens)]
 
     def _prefill(self, ids: list[int], progress: Progress | None) -> Iterator[Tensor]:
         """Run what follows the cached tokens chunk by chunk; yields each chunk's hidden states [t, D]."""

@@ -6,6 +6,7 @@ Dsv2Error                    exit code 1
 ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
 ├── ConversionError          `dsv2 quantize` cannot start or go on
 ├── PlanError                the model does not fit in this machine's memory; carries shortfall and remedies
+├── CacheFullError           sequences hold all pages of the latent cache
 ├── SavedCacheError          a saved cache cannot be written or read, or belongs to another model
 ├── DeviceError              a GPU failed at a copy or at computing
 │   └── DeviceMemoryError        it has less memory than the plan counted on
@@ -55,6 +56,20 @@ class PlanError(Dsv2Error):
             else "; no single change helps (`dsv2 plan` shows what takes it)"
         )
         super().__init__(f"it does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
+
+
+class CacheFullError(Dsv2Error):
+    """Sequences that are held together fill the latent cache.
+
+    Attributes:
+        tokens: that it has room for.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        super().__init__(
+            f"the cache has room for {tokens:,} tokens and sequences hold it all; close one of them or raise --context"
+        )
 
 
 class SavedCacheError(Dsv2Error):

@@ -38,7 +38,7 @@ class GraphStep:
         Raises:
             ContextLengthError: the cache is full.
         """
-        self.cache.check_room(1)
+        self.cache.make_room(1)
         self._ids.fill_(token)
         x, rotation = self._host_inputs
         x.copy_(self.model.embed(self._ids))

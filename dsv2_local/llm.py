@@ -145,6 +145,7 @@ class LLM:
         Raises:
             SavedCacheError: the file cannot be read, is damaged, or is another model's.
         """
+        self.engine.set_aside()
         self.engine.resume(saved.load(path, self.engine.cache, self._fingerprint))
         return self.engine.cache.length
 

@@ -87,9 +87,9 @@ class Attention:
         c, T = self.config, x.shape[0]
         q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
         kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
-        latents, length = cache.layers[self.layer], cache.lengths[self.layer]  # [context, …], [1]
-        ops.write_latents(latents, length, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
-        out = ops.attention(q, rotation, latents, length, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
+        latents, sequence = cache.layers[self.layer], cache.sequences[self.layer]  # [pages, PAGE, …], [1 + pages]
+        ops.write_latents(latents, sequence, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+        out = ops.attention(q, rotation, latents, sequence, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
         return ops.linear(out, self.o_proj)
 
     def query(self, x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class Transformer:
         Raises:
             ContextLengthError: the cache has no room for them.
         """
-        cache.check_room(len(ids))
+        cache.make_room(len(ids))
         x = self.layers_of(ids, self.rotation(cache.length, len(ids)), cache)
         cache.advance(len(ids))
         return x
@@ -257,7 +257,7 @@ class DecodeStep:
         Raises:
             ContextLengthError: the cache is full.
         """
-        self.cache.check_room(1)
+        self.cache.make_room(1)
         self._ids.fill_(token)
         self._rotation.copy_(self.model.rotation(self.cache.length, 1))
         if self.recording:

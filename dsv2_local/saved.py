@@ -28,8 +28,8 @@ def save(path: Path, tokens: list[int], cache: LatentCache, fingerprint: str) ->
         SavedCacheError: it cannot be written.
     """
     tensors, digest = {"tokens": torch.tensor(tokens, dtype=torch.int64)}, hashlib.sha256()
-    for number, rows in enumerate(cache.layers):
-        tensors[_name(number)] = rows[: len(tokens)].cpu().contiguous()
+    for number in range(len(cache.layers)):
+        tensors[_name(number)] = cache.rows(number)
     for tensor in tensors.values():
         _update(digest, tensor)
     metadata = {"format": FORMAT, "model": fingerprint, "latents": str(cache.kind), "sha256": digest.hexdigest()}
@@ -52,7 +52,7 @@ def load(path: Path, cache: LatentCache, fingerprint: str) -> list[int]:
     Raises:
         SavedCacheError: the file is none of this model and type of cache, or damaged; the cache is empty then.
     """
-    cache.truncate(0)
+    cache.begin([])
     digest = hashlib.sha256()
     try:
         with safe_open(path, framework="pt") as file:
@@ -61,12 +61,13 @@ def load(path: Path, cache: LatentCache, fingerprint: str) -> list[int]:
             tokens = file.get_tensor("tokens")
             _update(digest, tokens)
             count = min(len(tokens), cache.context)
-            for number, rows in enumerate(cache.layers):  # one at a time: together they may fill the memory
+            cache.make_room(count)
+            for number, pages in enumerate(cache.layers):  # one at a time: together they may fill the memory
                 saved = file.get_tensor(_name(number))
-                if saved.shape != (len(tokens), rows.shape[1]) or saved.dtype != rows.dtype:
+                if saved.shape != (len(tokens), pages.shape[2]) or saved.dtype != pages.dtype:
                     raise SavedCacheError(f"{path} is damaged: {_name(number)} is {saved.dtype} {tuple(saved.shape)}")
                 _update(digest, saved)
-                rows[:count] = saved[:count]
+                cache.put(number, saved[:count])
     except OSError as error:
         raise SavedCacheError(f"{path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:

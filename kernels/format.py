@@ -10,6 +10,7 @@ from dsv2_local.config import ModelConfig
 
 ROWS = 8
 BLOCK = 64
+PAGE = 64  # tokens of a page of the latent cache
 
 
 class Format(StrEnum):
@@ -38,6 +39,11 @@ class Cache(StrEnum):
         if self is not Cache.INT8:
             return (2 if self is Cache.BF16 else 4) * config.latent_dim
         return latent_nbytes(config.kv_lora_rank, config.qk_rope_head_dim)
+
+
+def pages_of(tokens: int) -> int:
+    """Pages of the cache that so many tokens fill, the last perhaps in part."""
+    return -(-tokens // PAGE)
 
 
 def latent_nbytes(rank: int, rope: int) -> int:

@@ -1,6 +1,11 @@
-"""How a token's row lies in the latent cache, in torch: the meaning of what the native kernels write and read.
+"""How tokens' rows lie in the latent cache, in torch: the meaning of what the native kernels write and read.
 
 Shapes: `T` tokens, `C` kv_lora_rank, `P` qk_rope_head_dim, `B` blocks of 64 latents.
+
+A layer's cache is pages of rows, [pages, PAGE, row]. A sequence, as kernels find it, is int64 [1 + …]: its length, then
+the numbers of its pages, of which the i-th has the positions from PAGE · i on; what follows them means nothing.
+
+A row:
 
 - bf16 and fp32: C + P numbers, the normed latent and then the rotated rope key.
 - int8: bytes, C codes (int8), then B scales and the rope key (both bf16): 656 in the released models, where bf16 takes
@@ -12,7 +17,7 @@ Shapes: `T` tokens, `C` kv_lora_rank, `P` qk_rope_head_dim, `B` blocks of 64 lat
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels.format import BLOCK, Cache, latent_nbytes
+from dsv2_local.kernels.format import BLOCK, PAGE, Cache, latent_nbytes
 
 DTYPES = {Cache.BF16: torch.bfloat16, Cache.FP32: torch.float32, Cache.INT8: torch.uint8}
 
@@ -22,13 +27,21 @@ def row_shape(cache: Cache, rank: int, rope: int) -> tuple[int, torch.dtype]:
     return latent_nbytes(rank, rope) if cache is Cache.INT8 else rank + rope, DTYPES[cache]
 
 
-def write_rows(rows: Tensor, latents: Tensor, rank: int) -> None:
-    """Put latents [T, C + P] into rows of a cache [T, …], in the type that it has."""
-    rows.copy_(quantize_latents(latents, rank) if rows.dtype == torch.uint8 else latents)
+def places(sequence: Tensor, start: int, count: int) -> Tensor:
+    """Which rows of all, counted through the pages, have the positions from `start` on: int64 [count]."""
+    position = torch.arange(start, start + count, device=sequence.device)
+    return sequence[1 + position // PAGE] * PAGE + position % PAGE
 
 
-def read_rows(rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """The latents [T, C + P] of rows of a cache, in `dtype`."""
+def write_rows(cache: Tensor, sequence: Tensor, latents: Tensor, rank: int) -> None:
+    """Put latents [T, C + P] into the next rows of a sequence, in the type that the cache has."""
+    rows = quantize_latents(latents, rank) if cache.dtype == torch.uint8 else latents.to(cache.dtype)
+    cache.view(-1, cache.shape[2]).index_copy_(0, places(sequence, int(sequence[0]), len(latents)), rows)
+
+
+def read_rows(cache: Tensor, sequence: Tensor, count: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """The latents [count, C + P] of a sequence's first positions, in `dtype`."""
+    rows = cache.view(-1, cache.shape[2])[places(sequence, 0, count)]
     return (dequantize_latents(rows, rank) if rows.dtype == torch.uint8 else rows).to(dtype)
 
 

@@ -159,16 +159,18 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return _kernels(a).add(a, b)
 
 
-def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
-    """Fill the next rows of a layer's cache; see `reference.write_latents`."""
+def write_latents(
+    latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+) -> None:
+    """Fill the next rows of a sequence in a layer's cache; see `reference.write_latents`."""
     chosen = _kernels(kv_a)
     if latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
-    chosen.write_latents(latents, length, kv_a, weight, eps, rotation)
+    chosen.write_latents(latents, sequence, kv_a, weight, eps, rotation)
 
 
 def attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, length: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, sequence: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
     """Latent attention in the form that takes fewer operations; see `reference.attention`.
 
@@ -182,4 +184,4 @@ def attention(
     # The products of one head take whole groups of 8 rows.
     if C % 8 or V % 8 or latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
-    return chosen.attention(q, rotation, latents, length, w_uk, w_uv, scale, absorb)
+    return chosen.attention(q, rotation, latents, sequence, w_uk, w_uv, scale, absorb)

@@ -142,22 +142,24 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return a + b
 
 
-def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
-    """Fill the rows of a layer's cache after the first `length` from kv_a [T, C + P].
+def write_latents(
+    latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+) -> None:
+    """Fill the next rows of a sequence in a layer's cache (both as in `attention`) from kv_a [T, C + P].
 
-    The latent is normed by weight [C], the rope key rotated. `length` is an int64 [1] and not a number, so that a
-    recorded step can be replayed at the next position.
+    The latent is normed by weight [C], the rope key rotated. The sequence's length and pages are read from memory, so
+    that a recorded step can be replayed at the next position.
     """
     C = len(weight)
     made = torch.cat((rms_norm(kv_a[:, :C], weight, eps), rotate(kv_a[:, C:], rotation)), 1)
-    write_rows(latents[int(length) :][: len(kv_a)], made, C)
+    write_rows(latents, sequence, made, C)
 
 
 def attention(
     q: Tensor,
     rotation: Tensor,
     latents: Tensor,
-    length: Tensor,
+    sequence: Tensor,
     w_uk: Matrix,
     w_uv: Matrix,
     scale: float,
@@ -167,9 +169,9 @@ def attention(
 
     Args:
         q: [T, H, N + P], not yet rotated; rotation: complex64 [T, P/2].
-        latents: a layer's cache, normed latents and rotated rope keys: [S, C + P] or 8-bit rows (`kernels.latents`),
-            and more after them.
-        length: int64 [1], the positions before the queries': S = length + T.
+        latents: a layer's cache, pages of normed latents and rotated rope keys: [pages, PAGE, C + P] or 8-bit rows
+            (`kernels.latents`).
+        sequence: int64 [1 + …], the number of positions before the queries', S - T, and the pages of all S.
         w_uk: [H·C, N]; w_uv: [H·V, C].
         scale: multiplies the scores; from N + P, whatever the form.
         absorb: work in the latent space (the least work for few queries), or rebuild keys and values (for many).
@@ -178,7 +180,7 @@ def attention(
         [T, H·V].
     """
     P = 2 * rotation.shape[1]
-    seen = read_rows(latents[: int(length) + len(q)], w_uv.cols, q.dtype)
+    seen = read_rows(latents, sequence, int(sequence[0]) + len(q), w_uv.cols, q.dtype)
     q_nope, q_rope = torch.split(q, [q.shape[2] - P, P], dim=2)
     form = absorbed_attention if absorb else materialized_attention
     return form(q_nope, rotate(q_rope, rotation), seen, w_uk, w_uv, scale)

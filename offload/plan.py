@@ -14,7 +14,7 @@ from math import prod
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import PlanError
-from dsv2_local.kernels.format import Cache
+from dsv2_local.kernels.format import PAGE, Cache, pages_of
 from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, active_weights, dense_files, expert_layout, stored_bytes
 
 GB, GIB, MIB = 10**9, 1 << 30, 1 << 20
@@ -28,7 +28,7 @@ STAGING_BYTES = 320 * MIB  # of one buffer at most: large enough that a copy run
 DEFAULT_CONTEXT = 8192
 # Tokens of a step of prefill: enough for full-rate matrix products, on the CPU few enough to report and stop every
 # second or so; where experts stream over the link, more tokens share one pass over them.
-CPU_CHUNK, GPU_CHUNK, STREAM_CHUNK = 512, 2048, 8192
+CPU_CHUNK, GPU_CHUNK, STREAM_CHUNK = 512, 4096, 8192
 PIECE = 4096  # pairs of a token and a routed expert whose outputs are kept at a time beside a cache of experts
 KEY_BLOCK = 4096  # cached positions whose keys and values are rebuilt at a time
 ACTIVATION_BYTES = {"cpu": 4, "gpu": 2}
@@ -248,7 +248,9 @@ class _Sizes:
         return sum(stored_bytes(spec, recipe) if spec.quantised else 4 * prod(spec.shape) for spec in specs)
 
     def cache(self, layers: int) -> int:
-        return layers * self.wish.context * self.wish.cache.bytes_per_token_and_layer(self.wish.config)
+        """Of the whole context, in whole pages."""
+        tokens = pages_of(self.wish.context) * PAGE
+        return layers * tokens * self.wish.cache.bytes_per_token_and_layer(self.wish.config)
 
     def workspace(self, where: str, chunk: int, staged: bool = False) -> int:
         """Activations of a chunk, keys and values of a block of positions, and logits: what a step holds at most.

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent / "dsv2_local"
 FLOORS = [
     {"__init__", "config", "errors", "machine", "measured", "numa", "released", "sizes"},
-    {"kernels.format", "kernels.layout", "kernels.latents", "cache", "rope", "kernels.reference"}
+    {"kernels.format", "kernels.layout", "kernels.latents", "pages", "cache", "rope", "kernels.reference"}
     | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops", "kernels.graphs", "kernels.triton.tuning"}
     | {"kernels.triton.dequantize", "kernels.triton.linear", "kernels.triton.experts", "kernels.triton.rows"}
-    | {"kernels.triton.attention", "kernels.triton"},
+    | {"kernels.triton.latents", "kernels.triton.attention", "kernels.triton"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
@@ -44,7 +44,7 @@ ORDERED = [
         "kernels.cpu",
         "kernels.ops",
     ],
-    ["kernels.format", "kernels.latents", "cache"],
+    ["kernels.format", "kernels.latents", "pages", "cache"],
     ["model", "graph_step"],
     [
         "kernels.format",
@@ -54,6 +54,7 @@ ORDERED = [
         "kernels.triton.linear",
         "kernels.triton.experts",
         "kernels.triton.rows",
+        "kernels.triton.latents",
         "kernels.triton.attention",
         "kernels.triton",
         "kernels.ops",

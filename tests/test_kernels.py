@@ -22,6 +22,7 @@ from dsv2_local.quant import int8, nf4
 from dsv2_local.quant.quantize import quantize
 from tests.conftest import kernels
 from tests.models import TINY
+from tests.paging import paged, unpaged
 
 # A product's error in norm: activations of 8 bits 0.6 %, and for nf4 its levels on 8 bits 0.3 %.
 TOLERANCE = {Format.NF4: 0.008, Format.INT8: 0.007}
@@ -178,7 +179,7 @@ def test_attention_in_both_forms(native, heads, N, P, C, V, tokens, cached):
     w_uk, w_uv = int8.quantize(torch.randn(heads * C, N) / N**0.5), int8.quantize(torch.randn(heads * V, C) / C**0.5)
     q, latents = torch.randn(tokens, heads, N + P), torch.randn(cached + tokens, C + P).bfloat16()
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    args = (q, rotation, latents, torch.tensor([cached]), w_uk, w_uv, 0.11)
+    args = (q, rotation, *paged(latents, cached), w_uk, w_uv, 0.11)
     exact = reference.attention(*args, True)
     absorbed, materialised = native.attention(*args, True), native.attention(*args, False)
     errors = [(ours - exact).norm(dim=1) / exact.norm(dim=1) for ours in (absorbed, materialised)]
@@ -187,14 +188,13 @@ def test_attention_in_both_forms(native, heads, N, P, C, V, tokens, cached):
 
 
 def test_attention_ignores_what_lies_after_it_in_the_cache(native):
-    """Rows of the cache past the last position may hold anything, not numbers among them."""
+    """Rows past the last position may hold anything, not numbers among them."""
     H, N, P, C, V = SHAPES[1]
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
-    cache = torch.full((40, C + P), float("nan"), dtype=torch.bfloat16)
-    cache[:9] = torch.randn(9, C + P)
+    cache, sequence = paged(torch.randn(9, C + P).bfloat16(), 7)
     q, rotation = torch.randn(2, H, N + P), torch.ones(2, P // 2, dtype=torch.complex64)
     for absorb in (True, False):
-        assert native.attention(q, rotation, cache, torch.tensor([7]), w_uk, w_uv, 0.1, absorb).isfinite().all()
+        assert native.attention(q, rotation, cache, sequence, w_uk, w_uv, 0.1, absorb).isfinite().all()
 
 
 def test_sharp_attention(native):
@@ -203,7 +203,7 @@ def test_sharp_attention(native):
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     q, latents = torch.randn(1, H, N + P) * 100, torch.randn(600, C + P).bfloat16()
     rotation = torch.ones(1, P // 2, dtype=torch.complex64)
-    args = (q, rotation, latents, torch.tensor([599]), w_uk, w_uv, 1.0, False)
+    args = (q, rotation, *paged(latents, 599), w_uk, w_uv, 1.0, False)
     assert off(native.attention(*args), reference.attention(*args)) < 1e-3
 
 
@@ -215,10 +215,13 @@ def test_rows(native, tokens):
     exact = reference.embedding(ids, embedding, torch.float32)
     assert torch.equal(native.embedding(ids, embedding, torch.float32), exact)
     kv_a, rotation = torch.randn(tokens, 72 + 16), torch.polar(torch.ones(tokens, 8), torch.randn(tokens, 8))
-    ours, theirs = torch.zeros(2, 5 + tokens, 88, dtype=torch.bfloat16)
-    native.write_latents(ours, torch.tensor([5]), kv_a, weight[:72], 1e-6, rotation)
-    reference.write_latents(theirs, torch.tensor([5]), kv_a, weight[:72], 1e-6, rotation)
-    assert torch.equal(ours[:5], torch.zeros(5, 88))
+    pages, sequence = paged(torch.zeros(60 + tokens, 88, dtype=torch.bfloat16), 60)  # from one page to the next
+    ours, theirs = pages.clone(), pages.clone()
+    native.write_latents(ours, sequence, kv_a, weight[:72], 1e-6, rotation)
+    reference.write_latents(theirs, sequence, kv_a, weight[:72], 1e-6, rotation)
+    assert torch.equal(ours.isnan(), pages.isnan())
+    ours, theirs = (unpaged(written, sequence, 60 + tokens) for written in (ours, theirs))
+    assert torch.equal(ours[:60], torch.zeros(60, 88))
     assert torch.equal(native.add(x, x * 2), x + x * 2)
     assert off(ours.float(), theirs.float()) < 1e-3  # the last bit of a few
 

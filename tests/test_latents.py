@@ -20,6 +20,7 @@ from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
 from dsv2_local.quant import int8
 from tests.conftest import kernels
 from tests.models import TINY
+from tests.paging import paged, unpaged
 
 SHAPES = [(512, 64), (64, 16), (40, 6), (130, 8), (24, 0)]  # C, P
 # As `test_kernels` has it for a bf16 cache; where VNNI multiplies bytes, queries are of 8 bits too.
@@ -87,10 +88,12 @@ def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
     kv_a, weight = torch.randn(tokens, rank + rope), torch.rand(rank) + 0.5
     kv_a[1:2] = 0
     rotation = torch.polar(torch.ones(tokens, rope // 2), torch.randn(tokens, rope // 2))
-    ours, theirs = torch.zeros(2, 5 + tokens, latent_nbytes(rank, rope), dtype=torch.uint8)
-    native.write_latents(ours, torch.tensor([5]), kv_a, weight, 1e-6, rotation)
-    reference.write_latents(theirs, torch.tensor([5]), kv_a, weight, 1e-6, rotation)
-    assert torch.equal(ours[:5], torch.zeros_like(ours[:5]))
+    pages, sequence = paged(torch.zeros(60 + tokens, latent_nbytes(rank, rope), dtype=torch.uint8), 60)
+    ours, theirs = pages.clone(), pages.clone()
+    native.write_latents(ours, sequence, kv_a, weight, 1e-6, rotation)
+    reference.write_latents(theirs, sequence, kv_a, weight, 1e-6, rotation)
+    ours, theirs = (unpaged(written, sequence, 60 + tokens) for written in (ours, theirs))
+    assert torch.equal(ours[:60], torch.zeros_like(ours[:60]))
     codes = (ours[:, :rank].view(torch.int8).int() - theirs[:, :rank].view(torch.int8)).abs()
     assert codes.max() <= 1  # a norm that differs in its last bit can cross the middle between two codes
     assert codes.float().mean() < 0.001
@@ -99,9 +102,9 @@ def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
 
 def test_native_rows_of_nan_stay_nan(native):
     kv_a, rotation = torch.full((2, 72), float("nan")), torch.ones(2, 4, dtype=torch.complex64)
-    rows = torch.zeros(2, latent_nbytes(64, 8), dtype=torch.uint8)
-    native.write_latents(rows, torch.tensor([0]), kv_a, torch.ones(64), 1e-6, rotation)
-    assert dequantize_latents(rows, 64).isnan().all()
+    pages, sequence = paged(torch.zeros(2, latent_nbytes(64, 8), dtype=torch.uint8), 0)
+    native.write_latents(pages, sequence, kv_a, torch.ones(64), 1e-6, rotation)
+    assert dequantize_latents(unpaged(pages, sequence, 2), 64).isnan().all()
 
 
 class Case:
@@ -113,17 +116,17 @@ class Case:
         self.q = torch.randn(tokens, heads, N + P) * sharpness
         self.rows = quantize_latents(torch.randn(cached + tokens, C + P), C)
         self.rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-        self.length = torch.tensor([cached])
+        self.cached = cached
 
     def run(self, kernel, absorb: bool) -> Tensor:
-        arguments = (self.q, self.rotation, self.rows, self.length, self.w_uk, self.w_uv, 0.11)
+        arguments = (self.q, self.rotation, *paged(self.rows, self.cached), self.w_uk, self.w_uv, 0.11)
         return kernel.attention(*arguments, absorb)
 
     def tokens(self, start: int, end: int) -> "Case":
         """The queries of some tokens alone, over what they may see."""
-        cut, cached = copy.copy(self), int(self.length)
+        cut = copy.copy(self)
         cut.q, cut.rotation = self.q[start:end], self.rotation[start:end]
-        cut.rows, cut.length = self.rows[: cached + end], torch.tensor([cached + start])
+        cut.rows, cut.cached = self.rows[: self.cached + end], self.cached + start
         return cut
 
 
@@ -209,8 +212,8 @@ def test_a_token_does_not_depend_on_its_company(native):
 def test_what_the_cache_takes():
     config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY})
     for kind, row in ((Cache.BF16, 2 * 80), (Cache.FP32, 4 * 80), (Cache.INT8, 64 + 2 + 32)):
-        cache = LatentCache(config, 10, kind)
-        assert cache.nbytes == 10 * bytes_per_token(config, kind) == 10 * 3 * row
+        cache = LatentCache(config, 70, kind)
+        assert cache.nbytes == 128 * bytes_per_token(config, kind) == 128 * 3 * row  # in whole pages
 
 
 @pytest.mark.parametrize("variant", [*cpu.usable(), cpu.REFERENCE])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels.format import Format
+from dsv2_local.kernels.format import Cache, Format
 
 tl = pytest.importorskip("triton.language")
 
@@ -128,6 +128,16 @@ def test_attention_of_128_heads():
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_in_bf16(absorb):
     check.attention(DEVICE, BF16, (Format.INT8, Format.INT8), SMALL, 2, 40, absorb)
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+def test_attention_over_8_bit_latents(absorb):
+    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 3, 70, absorb, Cache.INT8)
+
+
+@pytest.mark.parametrize("C", [32, 192])
+def test_latents_are_written_in_8_bits(C):
+    check.bytes_of_latents(DEVICE, C, 16)
 
 
 def test_attention_by_groups_of_heads(monkeypatch):

@@ -105,16 +105,16 @@ def call_attention(quick: bool) -> None:
     for H in (16,) if quick else (16, 128):
         w_uk, w_uv = zeros(Format.INT8, H * C, N), zeros(Format.INT8, H * V, C)
         for tokens, absorb in ((1, True), (200, False)):
-            rotation, length = torch.zeros(tokens, P // 2, dtype=torch.complex64), torch.zeros(1, dtype=torch.int64)
-            q, latents = activations(tokens, H, N + P), activations(4096, C + P)
-            kernels.attention(q, rotation, latents, length, w_uk, w_uv, 0.1, absorb)
+            rotation, sequence = torch.zeros(tokens, P // 2, dtype=torch.complex64), torch.zeros(65, dtype=torch.int64)
+            q, latents = activations(tokens, H, N + P), activations(64, 64, C + P)
+            kernels.attention(q, rotation, latents, sequence, w_uk, w_uv, 0.1, absorb)
 
 
 def call_rows() -> None:
     x, rotation = activations(4, 2048), torch.zeros(4, 32, dtype=torch.complex64)
     kernels.rms_norm(x, torch.ones(2048), 1e-6)
     kernels.write_latents(
-        activations(99, 576), torch.zeros(1, dtype=torch.int64), x[:, :576], x[0, :512], 1e-6, rotation
+        activations(2, 64, 576), torch.zeros(3, dtype=torch.int64), x[:, :576], x[0, :512], 1e-6, rotation
     )
     for groups, method in ((1, "greedy"), (8, "group_limited_greedy")):
         config: Any = SimpleNamespace(

@@ -69,7 +69,7 @@ def measure_prefill(engine: Engine, tokens: int, progress: Progress) -> PrefillR
 
 def prefill(engine: Engine, tokens: int, progress: Progress) -> PrefillRun:
     """One prompt of random tokens through the engine, from an empty cache."""
-    engine.cache.truncate(0)
+    engine.cache.clear()
     prompt = torch.randint(engine.model.config.vocab_size, (tokens,)).tolist()
     stats, start = Stats(), perf_counter()
     next(engine.generate(prompt, GREEDY, stats, max_tokens=1, progress=partial(_prefill_progress, progress)))
@@ -131,10 +131,11 @@ def _timed(step: DecodeStep) -> float:
 
 def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
     """Make the cache hold this many tokens that were never computed: numbers of rms 1, the same in every layer."""
-    cache.truncate(0)
+    cache.begin([])
+    cache.make_room(tokens)
     latents = torch.randn(tokens, config.latent_dim)
-    for layer in range(config.num_hidden_layers):
-        write_rows(cache.layers[layer][:tokens], latents, config.kv_lora_rank)
+    for layer, sequence in zip(cache.layers, cache.sequences, strict=True):
+        write_rows(layer, sequence, latents, config.kv_lora_rank)
     cache.advance(tokens)
 
 

@@ -156,7 +156,7 @@ class Kernels:
         q: Tensor,
         rotation: Tensor,
         latents: Tensor,
-        length: Tensor,
+        sequence: Tensor,
         w_uk: Matrix,
         w_uv: Matrix,
         scale: float,
@@ -167,7 +167,8 @@ class Kernels:
         out = torch.empty(T, w_uv.rows)
         self._call(
             "attention", q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), CACHES[latents.dtype],
-            length.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb, out.data_ptr(),
+            sequence.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb,
+            out.data_ptr(),
         )  # fmt: skip
         return _output(out, q)
 
@@ -188,12 +189,12 @@ class Kernels:
         return _output(y, a)
 
     def write_latents(
-        self, latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+        self, latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
     ) -> None:
         kv_a_ = _input(kv_a)
         self._call(
             "latents", kv_a_.data_ptr(), kv_a.shape[0], weight.shape[0], kv_a.shape[1] - weight.shape[0],
-            weight.data_ptr(), eps, rotation.data_ptr(), length.data_ptr(), latents.data_ptr(),
+            weight.data_ptr(), eps, rotation.data_ptr(), sequence.data_ptr(), latents.data_ptr(),
             CACHES[latents.dtype],
         )  # fmt: skip
 

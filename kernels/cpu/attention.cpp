@@ -15,6 +15,17 @@ namespace {
 
 constexpr int ROWS = 8;  // rows of queries (a token's head each) that share a pass over the cache
 
+// The bf16 rows of a pass.
+struct Positions {
+    const uint16_t* pages[CHUNK / PAGE];
+    int64_t width;
+
+    Positions(const Latents& latents, int64_t from, int64_t n) : width(latents.C + latents.P) {
+        for (int64_t s = 0; s < n; s += PAGE) pages[s / PAGE] = reinterpret_cast<const uint16_t*>(latents.row(from + s));
+    }
+    const uint16_t* row(int64_t s) const { return pages[s / PAGE] + s % PAGE * width; }
+};
+
 inline Packed load_latent(const uint16_t* p) {
 #if DSV2_BF16
     return (Packed)_mm512_loadu_si512(p);
@@ -31,12 +42,15 @@ inline int64_t query_place(int64_t row, int64_t d, int64_t padded) {
     return (row / ROWS * padded + d / STEP * STEP) * ROWS + row % ROWS * STEP + d % STEP;
 }
 
-// scores[r][s] = queries[r] · latents[s] for s in [0, n); queries as `query_place` has them, zeros past `width`.
-void score(const Query* queries, const uint16_t* latents, int64_t width, int64_t n, float (*scores)[CHUNK]) {
-    const int64_t whole = width / STEP * STEP;
+// scores[r][s] = queries[r] · latents[s] for s in [0, n); queries as `query_place` has them, zeros past a row's width.
+void score(const Query* queries, const Positions& latents, int64_t n, float (*scores)[CHUNK]) {
+    const int64_t width = latents.width, whole = width / STEP * STEP;
     for (int64_t s = 0; s < n; s += TILE) {
-        const uint16_t* rows[TILE];
-        for (int k = 0; k < TILE; k++) rows[k] = latents + std::min(s + k, n - 1) * width;
+        const uint16_t *rows[TILE], *ahead[TILE];
+        for (int k = 0; k < TILE; k++) {
+            rows[k] = latents.row(std::min(s + k, n - 1));
+            ahead[k] = latents.row(std::min(s + k + AHEAD_ROWS, n - 1));
+        }
         Vec sums[TILE][ROWS] = {};
         const auto meet = [&](int64_t d, const Packed (&keys)[TILE]) {
             for (int r = 0; r < ROWS; r++) {
@@ -47,7 +61,7 @@ void score(const Query* queries, const uint16_t* latents, int64_t width, int64_t
         Packed keys[TILE];
         for (int64_t d = 0; d < whole; d += STEP) {
             for (int k = 0; k < TILE; k++) {
-                __builtin_prefetch(rows[k] + d + AHEAD_ROWS * width, 0, 2);
+                __builtin_prefetch(ahead[k] + d, 0, 2);
                 keys[k] = load_latent(rows[k] + d);
             }
             meet(d, keys);
@@ -83,31 +97,34 @@ constexpr int TOGETHER = 1;
 inline void pack_weights(const float* weights, uint32_t* packed) { std::memcpy(packed, weights, CHUNK * sizeof *packed); }
 #endif
 
-// out[r][c] += Σ_s weights[r][s] · latents[s][c] for TILE registers of columns and n positions. Weights from n on are 0,
-// so that a last row without a partner meets itself.
-inline void mix_columns(const uint32_t (*packed)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, float* out,
+// out[r][c] += Σ_s weights[r][s] · latents[s][first + c] for TILE registers of columns and n positions. Weights from n on
+// are 0, so that a last row without a partner meets itself.
+inline void mix_columns(const uint32_t (*packed)[CHUNK], const Positions& latents, int64_t first, int64_t n, float* out,
                         int64_t C) {
     Vec sums[ROWS][TILE] = {};
-    for (int64_t s = 0; s < n; s += TOGETHER) {
-        const uint16_t* row = latents + s * width;
+    for (int64_t page = 0; page < n; page += PAGE) {
+        const uint16_t* row = latents.row(page) + first;
+        const int64_t end = std::min(page + PAGE, n);
+        for (int64_t s = page; s < end; s += TOGETHER, row += TOGETHER * latents.width) {
 #if DSV2_BF16
-        // The numbers of two positions are interleaved, which permutes the lanes until the end.
-        const uint16_t* next = s + 1 < n ? row + width : row;
-        const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(next);
-        const __m512bh columns[TILE] = {(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)};
-        for (int r = 0; r < ROWS; r++) {
-            const __m512bh weight = (__m512bh)_mm512_set1_epi32(int32_t(packed[r][s / 2]));
-            for (int v = 0; v < TILE; v++) sums[r][v] = dot_add(sums[r][v], weight, columns[v]);
-        }
+            // The numbers of two positions are interleaved, which permutes the lanes until the end.
+            const uint16_t* next = s + 1 < end ? row + latents.width : row;
+            const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(next);
+            const __m512bh columns[TILE] = {(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)};
+            for (int r = 0; r < ROWS; r++) {
+                const __m512bh weight = (__m512bh)_mm512_set1_epi32(int32_t(packed[r][s / 2]));
+                for (int v = 0; v < TILE; v++) sums[r][v] = dot_add(sums[r][v], weight, columns[v]);
+            }
 #else
-        Vec columns[TILE];
-        for (int v = 0; v < TILE; v++) columns[v] = load_bf16(row + v * LANES);
-        for (int r = 0; r < ROWS; r++) {
-            float weight;
-            std::memcpy(&weight, &packed[r][s], 4);
-            for (int v = 0; v < TILE; v++) sums[r][v] = fma(splat(weight), columns[v], sums[r][v]);
-        }
+            Vec columns[TILE];
+            for (int v = 0; v < TILE; v++) columns[v] = load_bf16(row + v * LANES);
+            for (int r = 0; r < ROWS; r++) {
+                float weight;
+                std::memcpy(&weight, &packed[r][s], 4);
+                for (int v = 0; v < TILE; v++) sums[r][v] = fma(splat(weight), columns[v], sums[r][v]);
+            }
 #endif
+        }
     }
     for (int r = 0; r < ROWS; r++) {
 #if DSV2_BF16
@@ -120,14 +137,14 @@ inline void mix_columns(const uint32_t (*packed)[CHUNK], const uint16_t* latents
     }
 }
 
-void mix(const float (*weights)[CHUNK], const uint16_t* latents, int64_t width, int64_t n, float* out, int64_t C) {
+void mix(const float (*weights)[CHUNK], const Positions& latents, int64_t n, float* out, int64_t C) {
     alignas(64) uint32_t packed[ROWS][CHUNK];
     for (int r = 0; r < ROWS; r++) pack_weights(weights[r], packed[r]);
     int64_t c = 0;
-    for (; c + TILE * LANES <= C; c += TILE * LANES) mix_columns(packed, latents + c, width, n, out + c, C);
+    for (; c + TILE * LANES <= C; c += TILE * LANES) mix_columns(packed, latents, c, n, out + c, C);
     for (; c < C; c++)
         for (int r = 0; r < ROWS; r++)
-            for (int64_t s = 0; s < n; s++) out[r * C + c] += weights[r][s] * from_bf16(latents[s * width + c]);
+            for (int64_t s = 0; s < n; s++) out[r * C + c] += weights[r][s] * from_bf16(latents.row(s)[c]);
 }
 
 // Scores to exponentials below their maximum, zero from `limit` on; returns maximum and sum.
@@ -146,10 +163,11 @@ void soften(float* scores, int64_t limit, float& maximum_score, float& total) {
     total = sum(sums);
 }
 
-void absorbed_bf16(const Shape& shape, const Query* queries, int64_t padded, const uint16_t* latents, float* mixed) {
+void absorbed_bf16(const Shape& shape, const Query* queries, int64_t padded, const Latents& latents, float* mixed) {
     absorbed<ROWS>(shape, shape.C, mixed, [&](int64_t pass, int64_t s, int64_t n, float* out, Running<ROWS>& state) {
         alignas(64) float weights[ROWS][CHUNK];
-        score(queries + pass * ROWS * padded, latents + s * shape.width(), shape.width(), n, weights);
+        const Positions positions(latents, s, n);
+        score(queries + pass * ROWS * padded, positions, n, weights);
         for (int r = 0; r < ROWS; r++) {
             float largest, total;
             soften(weights[r], std::min(n, shape.seen_by(pass * ROWS + r) - s), largest, total);
@@ -161,7 +179,7 @@ void absorbed_bf16(const Shape& shape, const Query* queries, int64_t padded, con
             if (keep != 1) for (int64_t c = 0; c < shape.C; c++) out[r * shape.C + c] *= keep;
             if (add != 1) for (int64_t k = 0; k < CHUNK; k++) weights[r][k] *= add;
         }
-        mix(weights, latents + s * shape.width(), shape.width(), n, out, shape.C);
+        mix(weights, positions, n, out, shape.C);
     });
 }
 
@@ -274,11 +292,11 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 
 using namespace dsv2;
 
-API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* length,
+API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* sequence,
                         const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t T, int64_t H, int64_t P, int32_t absorb,
                         float* out) {
-    const Latents latents{static_cast<const uint8_t*>(cache), Kept(kept), w_uv->cols, P};
-    const Shape shape{T, *length + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
+    const Latents latents{static_cast<const uint8_t*>(cache), Kept(kept), w_uv->cols, P, sequence + 1};
+    const Shape shape{T, *sequence + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
     const int64_t rows = T * H, N = shape.N, C = shape.C;
     thread_local Scratch nope_scratch, rope_scratch, query_scratch, latent_scratch;
     float *nope = nope_scratch.reserve<float>(rows * N), *rope = rope_scratch.reserve<float>(rows * P);
@@ -306,6 +324,6 @@ API void dsv2_attention(const float* q, const float* rotation, const void* cache
         for (int64_t c = 0; c < C; c++) put(c, latent[row * C + c] * scale);
         for (int64_t d = 0; d < P; d++) put(C + d, rope[row * P + d]);
     });
-    absorbed_bf16(shape, queries, padded, static_cast<const uint16_t*>(cache), latent);
+    absorbed_bf16(shape, queries, padded, latents, latent);
     heads_linear(latent, T, H, *w_uv, out);
 }

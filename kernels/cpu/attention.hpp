@@ -19,6 +19,7 @@ struct Shape {
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 constexpr int64_t CHUNK = 256;       // positions of a pass: with some rows, a piece of work
+static_assert(CHUNK % PAGE == 0, "a pass begins with a page");
 constexpr int64_t SPLIT_BELOW = 32;  // fewer passes than this are split along the positions too
 
 // What a query row is kept as, and how many numbers of it meet as many of a latent in one instruction.

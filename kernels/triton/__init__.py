@@ -15,10 +15,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from dsv2_local.kernels.triton.attention import attention
 from dsv2_local.kernels.triton.experts import combine, expert_outputs, experts
+from dsv2_local.kernels.triton.latents import write_latents
 from dsv2_local.kernels.triton.linear import dequantize, linear, swiglu
-from dsv2_local.kernels.triton.rows import add, add_rms_norm, embedding, rms_norm, route, write_latents
+from dsv2_local.kernels.triton.rows import add, add_rms_norm, embedding, rms_norm, route
 
-CACHES = (torch.bfloat16, torch.float32)  # types of latents that `attention` reads
+CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of latents that `attention` reads
 
 __all__ = [
     "CACHES",

@@ -1,7 +1,7 @@
 """Latent attention on the GPU: absorbed for few queries, over rebuilt keys and values for many.
 
-Shapes as in `kernels.reference`. `length` is read on the device, so that a captured graph can be replayed at the next
-position: launches are sized by the cache that was allocated, and what lies after the last position does no work.
+Shapes as in `kernels.reference`. The sequence is read on the device, so that a captured graph can be replayed at the
+next position: launches are sized by the pages that it may have, and what lies after the last position does no work.
 """
 
 import torch
@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2_local.kernels.format import PAGE
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.kernels.triton.latents import read_keys, read_latents, row_of, views
 from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply
 from dsv2_local.kernels.triton.rows import rotated
 from dsv2_local.kernels.triton.tuning import early, processors, shared_memory, wait_for_earlier
@@ -37,9 +39,9 @@ def _start(BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "T"])
 def _absorbed(
-    q_latent, q_rope, rotation, latents, length, parts, sums,
+    q_latent, q_rope, rotation, latents, halves, sequence, parts, sums,
     M, T, H, q_stride, latents_stride, scale,
-    C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention of BM of the M = T·H rows (queries' heads) over one of SPLITS stretches of the cache.
@@ -51,7 +53,7 @@ def _absorbed(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     there = row < M
     c, p = tl.arange(0, BC), tl.arange(0, BP)
-    before = tl.load(length)
+    before = tl.load(sequence)
     at = row.to(tl.int64)[:, None]
     query = tl.load(q_latent + at * C + c[None, :], there[:, None] & (c < C)[None, :], 0.0)
     turns = rotation + (row // H)[:, None] * P
@@ -65,9 +67,10 @@ def _absorbed(
     maximum, total = _start(BM)
     for start in range(first, last, BS):
         s = start + tl.arange(0, BS)
-        line = latents + s[:, None] * latents_stride
-        latent = tl.load(line + c[None, :], (s < last)[:, None] & (c < C)[None, :], 0.0).to(query.dtype)
-        key = tl.load(line + C + p[None, :], (s < last)[:, None] & (p < P)[None, :], 0.0).to(query.dtype)
+        used = s < last
+        line = row_of(sequence, s, used)
+        latent = read_latents(latents, halves, line, used, latents_stride, 0, C, BC, SCALES, query.dtype)
+        key = read_keys(halves, line, used, latents_stride, C, P, BP, SCALES, query.dtype)
         scores = dot(rope, key.T, dot(query, latent.T, tl.zeros([BM, BS], tl.float32))) * scale
         scores = tl.where(s[None, :] < seen[:, None], scores, float("-inf"))
         weights, older, maximum, total = _soften(scores, maximum, total)
@@ -96,31 +99,33 @@ def _merge(
 
 @triton.jit(do_not_specialize=["T"])
 def _rebuild(
-    latents, length, weights, y, T, S, latents_stride, head_stride, c_stride, n_stride, C, N,
-    BS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+    latents, halves, sequence, weights, y, T, S, latents_stride, head_stride, c_stride, n_stride, N,
+    C: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """y[h, s] = latents[s] · weights[h] for the positions in use: keys or values [heads, S, N] of a group of heads."""
     s = tl.program_id(0) * BS + tl.arange(0, BS)
     h = tl.program_id(1).to(tl.int64)
-    last = tl.load(length) + T
+    last = tl.load(sequence) + T
     if tl.program_id(0) * BS >= last:
         return
     n = tl.arange(0, BN)
+    used = s < last
+    row = row_of(sequence, s, used)
     weights += h * head_stride + n[None, :] * n_stride
     sum_ = tl.zeros([BS, BN], tl.float32)
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)
         matrix = tl.load(weights + c[:, None] * c_stride, (c < C)[:, None] & (n < N)[None, :], 0.0)
-        line = latents + s.to(tl.int64)[:, None] * latents_stride
-        latent = tl.load(line + c[None, :], (s < last)[:, None] & (c < C)[None, :], 0.0)
-        sum_ = dot(latent.to(matrix.dtype), matrix, sum_)
+        latent = read_latents(latents, halves, row, used, latents_stride, start, C, BC, SCALES, matrix.dtype)
+        sum_ = dot(latent, matrix, sum_)
     tl.store(y + (h * S + s[:, None]) * N + n[None, :], sum_, (s < last)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "first_head"])
 def _materialized(
-    q, rotation, latents, length, keys, values, out,
-    T, H, S, first_head, q_stride, latents_stride, scale, C,
+    q, rotation, halves, sequence, keys, values, out,
+    T, H, S, first_head, q_stride, latents_stride, scale,
+    C: tl.constexpr, SCALES: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -133,21 +138,20 @@ def _materialized(
     line = q + (t.to(tl.int64) * H + h)[:, None] * q_stride
     query = tl.load(line + n[None, :], there & (n < N)[None, :], 0.0)
     rope = rotated(line + N, rotation + t[:, None] * P, p[None, :], there & (p < P)[None, :]).to(query.dtype)
-    before = tl.load(length)
+    before = tl.load(sequence)
     last = tl.minimum(before + T, before + tl.program_id(0) * BM + BM)
     sum_ = tl.zeros([BM, BV], tl.float32)
     maximum, total = _start(BM)
     for start in range(0, last, BS):
         s = start + tl.arange(0, BS)
-        used = (s < last)[:, None]
+        used = s < last
         place = group_head * S + s[:, None]
-        key = tl.load(keys + place * N + n[None, :], used & (n < N)[None, :], 0.0)
-        rope_line = latents + s.to(tl.int64)[:, None] * latents_stride + C
-        rope_key = tl.load(rope_line + p[None, :], used & (p < P)[None, :], 0.0).to(query.dtype)
+        key = tl.load(keys + place * N + n[None, :], used[:, None] & (n < N)[None, :], 0.0)
+        rope_key = read_keys(halves, row_of(sequence, s, used), used, latents_stride, C, P, BP, SCALES, query.dtype)
         scores = dot(rope, rope_key.T, dot(query, key.T, tl.zeros([BM, BS], tl.float32))) * scale
         scores = tl.where(s[None, :] <= before + t[:, None], scores, float("-inf"))
         weights, older, maximum, total = _soften(scores, maximum, total)
-        value = tl.load(values + place * V + v[None, :], used & (v < V)[None, :], 0.0)
+        value = tl.load(values + place * V + v[None, :], used[:, None] & (v < V)[None, :], 0.0)
         sum_ = dot(weights.to(query.dtype), value, sum_ * older[:, None])
     place = (t.to(tl.int64) * H + h)[:, None] * V + v[None, :]
     tl.store(out + place, sum_ / total[:, None], there & (v < V)[None, :])
@@ -157,7 +161,7 @@ def attention(
     q: Tensor,
     rotation: Tensor,
     latents: Tensor,
-    length: Tensor,
+    sequence: Tensor,
     w_uk: Matrix,
     w_uv: Matrix,
     scale: float,
@@ -168,26 +172,27 @@ def attention(
     C and V are multiples of 8, so that a head's rows are whole groups of the stored layout.
     """
     form = absorbed_attention if absorb else materialized_attention
-    return form(q.contiguous(), torch.view_as_real(rotation), latents, length, w_uk, w_uv, scale)
+    return form(q.contiguous(), torch.view_as_real(rotation), latents, sequence, w_uk, w_uv, scale)
 
 
 def absorbed_attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, length: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, sequence: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
     """Attention in the latent space; q [T, H, N + P] not rotated, rotation float32 [T, P/2, 2] -> [T, H·V]."""
     T, H, _ = q.shape
-    M, C, P, context = T * H, w_uv.cols, 2 * rotation.shape[1], len(latents)
+    M, C, P, context = T * H, w_uv.cols, 2 * rotation.shape[1], most(sequence)
     rows = q.view(M, -1)
     q_latent = by_heads(rows, w_uk, H)
+    numbers, halves, stride, scales = views(latents, C)
     BM, BS = _absorbed_block(q)
     programs = processors(q.device) * (2 if BM == 16 else 1)
     splits = min(MOST_SPLITS, max(1, programs // triton.cdiv(M, BM)), triton.cdiv(context, 64))
     parts = torch.empty(splits, M, C, device=q.device)
     sums, mixed = torch.empty(splits, M, device=q.device), torch.empty_like(q_latent)
     _absorbed[(triton.cdiv(M, BM), splits)](
-        q_latent, rows[:, w_uk.cols :], rotation, latents, length, parts, sums,
-        M, T, H, rows.stride(0), latents.stride(0), scale * LOG2_E,
-        C=C, P=P, BC=power_of_2(C), BP=power_of_2(P), BM=BM, BS=BS, SPLITS=splits,
+        q_latent, rows[:, w_uk.cols :], rotation, numbers, halves, sequence, parts, sums,
+        M, T, H, rows.stride(0), stride, scale * LOG2_E,
+        C=C, P=P, BC=power_of_2(C), BP=power_of_2(P), SCALES=scales, BM=BM, BS=BS, SPLITS=splits,
         num_warps=4 if BM == 16 else 8, num_stages=2, **early(q.device),
     )  # fmt: skip
     _merge[(M, triton.cdiv(C, 64))](
@@ -205,28 +210,29 @@ def by_heads(x: Tensor, weight: Matrix, heads: int) -> Tensor:
 
 
 def materialized_attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, length: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, sequence: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
     """The same as `absorbed_attention`, over keys and values rebuilt for a group of heads at a time."""
     T, H, _ = q.shape
-    N, C, V, P, context = w_uk.cols, w_uv.cols, w_uv.rows // H, 2 * rotation.shape[1], len(latents)
+    N, C, V, P, context = w_uk.cols, w_uv.cols, w_uv.rows // H, 2 * rotation.shape[1], most(sequence)
     uk = dequantize(w_uk, q.dtype).view(H, C, N)
     uv = dequantize(w_uv, q.dtype).view(H, V, C).transpose(1, 2)  # [H, C, V]
     out = q.new_empty(T, H * V)
     heads = min(H, max(1, WORKSPACE // (context * (N + V))))
     keys, values = q.new_empty(heads, context, N), q.new_empty(heads, context, V)
     BM, BS = 64, 64 // q.element_size()
+    numbers, halves, stride, scales = views(latents, C)
     for first in range(0, H, heads):
         group = min(heads, H - first)
         for weights, rebuilt in ((uk[first:], keys), (uv[first:], values)):
             n = weights.shape[2]
             _rebuild[(triton.cdiv(context, 64), group)](
-                latents, length, weights, rebuilt, T, context, latents.stride(0), *weights.stride(), C, n,
-                BS=64, BC=32, BN=power_of_2(n),
+                numbers, halves, sequence, weights, rebuilt, T, context, stride, *weights.stride(), n,
+                C=C, BS=64, BC=32, BN=power_of_2(n), SCALES=scales,
             )  # fmt: skip
         _materialized[(triton.cdiv(T, BM), group)](
-            q, rotation, latents, length, keys, values, out,
-            T, H, context, first, q.stride(1), latents.stride(0), scale * LOG2_E, C,
+            q, rotation, halves, sequence, keys, values, out,
+            T, H, context, first, q.stride(1), stride, scale * LOG2_E, C=C, SCALES=scales,
             N=N, P=P, V=V, BN=power_of_2(N), BP=power_of_2(P), BV=power_of_2(V), BM=BM, BS=BS,
             num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -246,6 +252,11 @@ def _absorbed_block(q: Tensor) -> tuple[int, int]:
     if rows <= 32 or shared < 150_000:
         return 32, 32
     return 64, 64 if shared > 230_000 else 32
+
+
+def most(sequence: Tensor) -> int:
+    """Positions that a sequence may have."""
+    return (len(sequence) - 1) * PAGE
 
 
 def power_of_2(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Kernels over rows of activations: norms, the latent cache, the router's choice, the embedding."""
+"""Kernels over rows of activations: norms, rotation, the router's choice, the embedding."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
-def _normed(value, weight, n, eps, i):
+def normed(value, weight, n, eps, i):
     """RMSNorm of the n numbers in value (fp32, else zeros) times weight, at places i."""
     return value * tl.rsqrt(tl.sum(value * value) / n + eps) * tl.load(weight + i, i < n, 0.0).to(tl.float32)
 
@@ -38,7 +38,7 @@ def _rms_norm(x, other, weight, sums, y, x_stride, other_stride, n, eps, BLOCK: 
         value = value.to(sums.dtype.element_ty)
         tl.store(sums + row * n + i, value, i < n)
         value = value.to(tl.float32)
-    tl.store(y + row * n + i, _normed(value, weight, n, eps, i), i < n)
+    tl.store(y + row * n + i, normed(value, weight, n, eps, i), i < n)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,31 +73,6 @@ def rotated(x, rotation, i, there):
     cos = tl.load(rotation + i // 2 * 2, there, 0.0)
     sin = tl.load(rotation + i // 2 * 2 + 1, there, 0.0)
     return own * cos + tl.where(i % 2 == 0, -other, other) * sin
-
-
-@triton.jit
-def _write_latents(
-    latents, length, kv_a, weight, rotation, latents_stride, kv_a_stride, C, P, eps,
-    BC: tl.constexpr, BP: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    wait_for_earlier(EARLY)
-    t = tl.program_id(0).to(tl.int64)
-    kv_a += t * kv_a_stride
-    latents += (tl.load(length) + t) * latents_stride
-    c, p = tl.arange(0, BC), tl.arange(0, BP)
-    value = tl.load(kv_a + c, c < C, 0.0).to(tl.float32)
-    tl.store(latents + c, _normed(value, weight, C, eps, c), c < C)
-    tl.store(latents + C + p, rotated(kv_a + C, rotation + t * P, p, p < P), p < P)
-
-
-def write_latents(latents: Tensor, length: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor) -> None:
-    """Fill the rows of a layer's cache after the first `length`; see `reference.write_latents`."""
-    kv_a, C = contiguous(kv_a), len(weight)
-    P = kv_a.shape[1] - C
-    _write_latents[(len(kv_a),)](
-        latents, length, kv_a, weight, torch.view_as_real(rotation), latents.stride(0), kv_a.stride(0), C, P, eps,
-        BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P), **early(latents.device),
-    )  # fmt: skip
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.format import Cache, ExpertLayout, Format
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -77,6 +77,16 @@ def test_attention(shape, absorb, tokens, cached):
     check.attention("cuda", BF16, (Format.INT8, Format.INT8), shape, tokens, cached, absorb)
 
 
+@pytest.mark.parametrize("shape", [LITE, V2])
+@pytest.mark.parametrize("absorb", [True, False])
+def test_attention_over_8_bit_latents(shape, absorb):
+    check.attention("cuda", BF16, (Format.INT8, Format.INT8), shape, 1 if absorb else 200, 1000, absorb, Cache.INT8)
+
+
+def test_latents_are_written_in_8_bits():
+    check.bytes_of_latents("cuda", 512, 64)
+
+
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_in_fp32(absorb):
     check.attention("cuda", FP32, (Format.INT8, Format.INT8), LITE, 3, 100, absorb)
@@ -92,26 +102,26 @@ def test_route():
 
 
 def test_a_captured_step_is_replayed_at_the_next_position():
-    """Slots, tokens and `length` are read on the device: what a graph was captured with may change before a replay."""
+    """Slots, tokens and the sequence are read on the device: what a graph was captured with may change in between."""
     H, N, P, C, V = LITE
     layout = ExpertLayout(Format.NF4, 512, 256)
     records = torch.stack([check.record(layout) for _ in range(6)]).cuda()
     w_uk, w_uv = (check.on("cuda", check.matrix(Format.INT8, *shape)) for shape in ((H * C, N), (H * V, C)))
     x, q = torch.randn(1, 512).cuda().bfloat16(), torch.randn(1, H, N + P).cuda().bfloat16()
-    latents, kv_a = torch.randn(2, 100, C + P).cuda().bfloat16().unbind(0)
+    latents, kv_a = torch.randn(2, 64, C + P).cuda().bfloat16(), torch.randn(1, C + P).cuda().bfloat16()
     norm, rotation = torch.ones(C).cuda(), torch.ones(1, P // 2, dtype=torch.complex64).cuda()
-    ids, weights, length = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([10]).cuda()
+    ids, weights, sequence = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([63, 1, 0]).cuda()
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        kernels.write_latents(latents, length, kv_a[:1], norm, 1e-6, rotation)
-        attended = kernels.attention(q, rotation, latents, length, w_uk, w_uv, 0.1, True)
+        kernels.write_latents(latents, sequence, kv_a, norm, 1e-6, rotation)
+        attended = kernels.attention(q, rotation, latents, sequence, w_uk, w_uv, 0.1, True)
         return attended, kernels.experts(x, records, layout, ids, weights)
 
     step()  # tunes and compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    length += 1
+    sequence[0] += 1
     ids += 3
     graph.replay()
     torch.cuda.synchronize()

@@ -1,0 +1,169 @@
+"""The paged cache under a model: what is reused changes nothing, and what is kept stays as it was."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsv2_local
+from dsv2_local import random_weights
+from dsv2_local.cache import LatentCache
+from dsv2_local.config import ModelConfig
+from dsv2_local.engine import Engine, Stats, Step
+from dsv2_local.errors import ContextLengthError
+from dsv2_local.kernels import cpu
+from dsv2_local.kernels.format import PAGE, Cache
+from dsv2_local.model import Transformer
+from dsv2_local.offload.store import ResidentExperts
+from dsv2_local.quant.convert import convert
+from dsv2_local.quant.schema import Recipe
+from dsv2_local.sampling import SamplingParams
+from tests.conftest import kernels
+from tests.models import TINY, save_random, transformers_logits, yarn
+from tests.test_model import GROUPS
+
+GREEDY = SamplingParams(temperature=0)
+LATENTS = 3 * (64 + 16)  # of a token, over the layers of TINY
+CONFIGS: list[dict[str, Any]] = [{}, {**GROUPS, "rope_parameters": yarn(0.707, 0.707)}]
+
+
+def engine(context: int, kind: Cache = Cache.BF16, **changes: Any) -> Engine:
+    """Steps of up to 64 tokens, which attend in the same form as one token alone does, so that bits can be compared."""
+    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, **changes})
+    torch.manual_seed(0)
+    made = random_weights.build(config, Recipe.NF4, threads=1)
+    model = Transformer(config, made.weights, ResidentExperts(made.layout, made.records), torch.float32)
+    return Engine(model, context, chunk=64, cache=kind)
+
+
+def answer(of: Engine, prompt: list[int], tokens: int = 5) -> tuple[list[Step], int]:
+    stats = Stats()
+    steps = list(of.generate(prompt, GREEDY, stats, max_tokens=tokens, logprobs=3))
+    return steps, stats.reused_tokens
+
+
+def conversations(draw: random.Random, context: int) -> Iterator[list[int]]:
+    """Prompts that go on where an earlier one was left, somewhere in it, or begin anew."""
+    known: list[list[int]] = [[]]
+    while True:
+        before = draw.choice(known[-6:])
+        cut = draw.choice([len(before), len(before), draw.randrange(len(before) + 1), len(before) // PAGE * PAGE])
+        prompt = before[:cut] + [draw.randrange(199) for _ in range(1 + draw.randrange(60))]
+        if len(prompt) < context - 5:
+            known.append(prompt)
+            yield prompt
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="a token's company changes bits elsewhere")
+@pytest.mark.parametrize("kind", [Cache.BF16, Cache.INT8])
+@pytest.mark.parametrize("changes", CONFIGS)
+def test_answers_with_reuse_are_those_without_to_the_last_bit(changes, kind):
+    """Through a cache that is too small for all: pages are given up, copied, replayed over, in any order."""
+    ours, plain = engine(300, kind, **changes), engine(300, kind, **changes)
+    said: list[list[int]] = []
+    total = 0
+    for _, prompt in zip(range(40), conversations(random.Random(1), 300), strict=False):
+        steps, reused = answer(ours, prompt)
+        plain.cache.clear()
+        expected, none = answer(plain, prompt)
+        assert (steps, none) == (expected, 0)
+        assert reused <= max((common(prompt, text) for text in said), default=0)
+        last = [] if not said else said[-1]
+        assert reused >= min(common(prompt, last), len(prompt) - 1)
+        said.append(prompt + [step.token for step in steps[:-1]])
+        total += reused
+    assert total > 1000
+    assert ours._step.recording is not None
+
+
+def test_earlier_conversations_are_found_again_and_documents_read_once():
+    ours = engine(640)
+    system, document = list(range(70)), [7 * i % 199 for i in range(200)]
+    asked = [system + document + [question] * 3 for question in (11, 12, 13)]
+    assert answer(ours, asked[0])[1] == 0
+    assert answer(ours, asked[1])[1] == 270
+    assert answer(ours, system + [5] * 50)[1] == 70
+    first, reused = answer(ours, asked[0])
+    assert reused == 272  # but for the last token, which gives the logits
+    more = [*asked[0], *(step.token for step in first), 3, 4]
+    assert answer(ours, more)[1] == len(asked[0]) + 4
+    assert answer(ours, [9] * 500)[1] == 0  # takes nearly all of the pages
+    assert answer(ours, asked[1])[1] < 270
+    assert ours.cache.nbytes == 640 * LATENTS * 2
+
+
+@pytest.mark.parametrize("length", [2 * PAGE, 2 * PAGE - 1, 2 * PAGE + 1, 3 * PAGE - 1])
+def test_a_full_cache_goes_back_into_its_own_text(length):
+    """The page that is gone on from is the only one that could be given up."""
+    ours, plain = engine(length), engine(length)
+    prompt = [5 * i % 199 for i in range(length - 1)]
+    answer(ours, prompt)
+    for cut in (length - 3, PAGE + 5, PAGE, PAGE - 1, 1):
+        other = [*prompt[:cut], 3]
+        expected = answer(plain, other, 1)[0]
+        plain.cache.clear()
+        steps, reused = answer(ours, other, 1)
+        assert reused == cut
+        assert [step.token for step in steps] == [step.token for step in expected]
+
+
+def test_every_page_can_be_had_again():
+    """Whatever was interrupted, kept and shared, a prompt that needs the whole context finds room."""
+    ours, draw = engine(200), random.Random(2)
+    for _, prompt in zip(range(60), conversations(draw, 200), strict=False):
+        steps = ours.generate(prompt, GREEDY, Stats(), max_tokens=8)
+        for _ in range(draw.randrange(8)):
+            next(steps, None)
+        if draw.random() < 0.2:
+            ours.logits(prompt)
+        held = len(ours.cache._pages)
+        assert ours.cache._pool.available == 4 - held
+    answer(ours, [1] * 199, 1)
+    with pytest.raises(ContextLengthError):
+        ours.cache.make_room(2)
+
+
+def test_rows_are_read_and_written_wherever_they_lie():
+    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY})
+    cache, other = (LatentCache(config, 3 * PAGE, Cache.BF16) for _ in range(2))
+    rows = torch.randn(PAGE + 9, 80).bfloat16()
+    for tokens in ([1] * PAGE, [2] * PAGE, [3] * PAGE):
+        assert cache.begin(tokens) == 0
+        cache.make_room(PAGE)
+        cache.advance(PAGE)
+        cache.keep(tokens)
+    cache.begin([2] * PAGE)
+    assert cache.begin([]) == 0
+    for made in (cache, other):
+        made.make_room(len(rows))
+        for layer in range(3):
+            made.put(layer, rows + layer)
+        made.advance(len(rows))
+    assert cache._pages == [0, 2]
+    assert other.rows(1).data_ptr() == other.layers[1].data_ptr()  # no copy where there is no need of one
+    for layer in range(3):
+        assert torch.equal(cache.rows(layer), rows + layer)
+        assert torch.equal(other.rows(layer), rows + layer)
+
+
+def test_reuse_leaves_the_logits_those_of_transformers(tmp_path: Path):
+    """Groups, YaRN, and the torch reference, which computes in fp32."""
+    source = save_random(tmp_path / "source", **CONFIGS[1])
+    convert(source, tmp_path / "converted", recipe=Recipe.BF16)
+    with kernels(cpu.REFERENCE):
+        llm, reused = dsv2_local.load(tmp_path / "converted", dtype="float32", context=300), 0
+        for _, prompt in zip(range(12), conversations(random.Random(3), 300), strict=False):
+            generation = llm.generate(prompt, max_tokens=1, temperature=0, logprobs=5)
+            chunk = next(generation)
+            reused += generation.stats.reused_tokens
+            exact = transformers_logits(source, prompt)[-1].log_softmax(0)
+            for token, logprob in chunk.top_logprobs:
+                assert logprob == pytest.approx(float(exact[token]), abs=1e-3)
+    assert reused > 100
