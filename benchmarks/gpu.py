@@ -34,6 +34,9 @@ TINY = {
 }  # fmt: skip
 LARGE_LAYERS = 9  # of the 236B model: 17 GB, soon made
 LARGE_SLOTS = 0.1  # of its experts
+ANSWER = 64  # tokens
+LONG, LONG_PROMPT = "long", 131_072
+Limit = int | float | str | None
 
 
 def main() -> None:
@@ -45,15 +48,15 @@ def main() -> None:
     if given.interpret:
         os.environ |= {"TRITON_INTERPRET": "1", "DSV2_KERNELS": "triton"}  # before the kernels are imported
     start = time.perf_counter()
-    result = measure(given.interpret, given.tiny)
-    result["seconds"] = time.perf_counter() - start
+    for result in measured(given.interpret, given.tiny):
+        result["seconds"] = time.perf_counter() - start
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(interpret: bool, tiny: bool) -> dict[str, Any]:
-    """Everything that the command tells, as plain values."""
+def measured(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
+    """What the command tells, as plain values, whenever there is more of it."""
     import gpu_kernels
 
     from dsv2_local import released
@@ -63,19 +66,28 @@ def measure(interpret: bool, tiny: bool) -> dict[str, Any]:
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "kernels": gpu_kernels.measure("cpu" if interpret else "cuda", tiny),
+        "models": [],
     }
+    yield result
     lite = ModelConfig.from_dict(TINY) if tiny else released.read_config("deepseek-v2-lite")
-    result["lite"] = list(cases("V2-Lite", lite, [None, 8 * GIB, 4 * GIB, 2 * GIB], interpret, tiny))
+    models = [("V2-Lite", lite, [None, LONG, 8 * GIB, 4 * GIB, 2 * GIB])]
     if not tiny:
         large = first_layers(released.read_config("deepseek-v2"), LARGE_LAYERS)
-        result["large"] = list(cases(f"236B, {LARGE_LAYERS} layers", large, [LARGE_SLOTS], interpret, tiny))
-    return result
+        models.append((f"236B, {LARGE_LAYERS} layers", large, [LARGE_SLOTS]))
+    for model in models:
+        for figures in cases(*model, interpret, tiny):
+            result["models"].append(figures)
+            yield result
 
 
 def cases(
-    name: str, config: "ModelConfig", limits: list[int | float | None], interpret: bool, tiny: bool
+    name: str, config: "ModelConfig", limits: list["Limit"], interpret: bool, tiny: bool
 ) -> Iterator[dict[str, Any]]:
-    """The shape within each limit of GPU memory: bytes, a share of the experts in slots, or none; in each mode."""
+    """The shape within each limit of GPU memory, in each mode.
+
+    A limit is bytes, a share of the experts in slots, none, or `LONG`: a prompt of all the context within 24 GiB.
+    """
+    from dsv2_local.kernels import ops
     from dsv2_local.offload.plan import Mode
     from dsv2_local.placement import Source
     from dsv2_local.quant.schema import Recipe
@@ -83,12 +95,13 @@ def cases(
 
     made = build(config, Recipe.NF4, threads=os.cpu_count() or 1)
     source = Source(config, made.weights, made.layout, made.records)
+    ops.set_threads(None, made.layout.format)
     for limit in limits:
-        for mode in (Mode.GPU,) if limit is None else (Mode.HYBRID, Mode.STREAM, Mode.CPU):
+        for mode in (Mode.GPU,) if limit in (None, LONG) else (Mode.HYBRID, Mode.STREAM, Mode.CPU):
             yield {"model": name, "mode": str(mode), **case(source, mode, limit, interpret, tiny)}
 
 
-def case(source: "Source", mode: "Mode", limit: int | float | None, interpret: bool, tiny: bool) -> dict[str, Any]:
+def case(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool) -> dict[str, Any]:
     """Load, prefill, decode and give everything back."""
     import torch
 
@@ -100,9 +113,12 @@ def case(source: "Source", mode: "Mode", limit: int | float | None, interpret: b
     device, plan = planned(source, mode, limit, interpret, tiny)
     placed = placement.on_devices(source, plan, [device], torch.float32 if interpret else torch.bfloat16)
     engine, vocab = Engine(placed.model, plan.wish.context, plan.chunk), source.config.vocab_size
-    prompts, answer = ((4,), 2) if tiny else ((16, 4096), 64)
+    prompts, answer = ((4,), 2) if tiny else ((16, engine.context - ANSWER), ANSWER)
+    start = time.perf_counter()
+    engine.warm_up()
+    warm_up = time.perf_counter() - start
     greedy, runs = SamplingParams(temperature=0), []
-    for prompt in prompts:  # the first compiles, tunes and fills slots
+    for prompt in prompts:  # the first fills slots
         stats = Stats()
         engine.cache.clear()
         for _ in engine.generate(torch.randint(vocab, (prompt,)).tolist(), greedy, stats, max_tokens=answer):
@@ -111,10 +127,10 @@ def case(source: "Source", mode: "Mode", limit: int | float | None, interpret: b
     figures: dict[str, Any] = {
         "slots": plan.slots, "experts": plan.experts, "prompt": prompts[-1], "prefill_tok_s": runs[-1].prefill_tok_s,
         "decode_tok_s": runs[-1].decode_tok_s, "predicted_tok_s": plan.forecast.decode_tok_s,
-        "planned_bytes": plan.gpus[0].used,
+        "warm_up_seconds": warm_up, "planned_bytes": plan.gpus[0].used - plan.gpus[0].parts["driver"],
     }  # fmt: skip
     if not interpret:
-        figures["peak_bytes"] = torch.cuda.max_memory_reserved()
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     if isinstance(placed.experts, OffloadedExperts):
         experts = placed.experts.figures
         figures |= {"hit_rate": experts.hit_rate, "fetched_bytes": experts.fetched_bytes, "retries": experts.retries}
@@ -127,9 +143,7 @@ def case(source: "Source", mode: "Mode", limit: int | float | None, interpret: b
     return figures
 
 
-def planned(
-    source: "Source", mode: "Mode", limit: int | float | None, interpret: bool, tiny: bool
-) -> tuple["Device", "Plan"]:
+def planned(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool) -> tuple["Device", "Plan"]:
     """A device, and the plan of the model on as much of it as the limit says."""
     from dsv2_local.kernels.format import Cache
     from dsv2_local.machine import memory_available
@@ -138,7 +152,9 @@ def planned(
     from dsv2_local.offload.stand_in import StandIn
     from dsv2_local.quant.schema import Recipe
 
-    context = 16 if tiny else 4096 + 128
+    long = limit == LONG
+    limit = 24 * GIB if isinstance(limit, str) else limit
+    context = 16 if tiny else LONG_PROMPT + ANSWER if long else 4096 + ANSWER
     wish = Wish(source.config, Recipe.NF4, context, Cache.FP32 if interpret else Cache.BF16, mode)
     device: Device = StandIn(capacity=GIB) if interpret else CudaDevice(0)
     room = device.free + CONTEXT_BYTES
@@ -158,12 +174,12 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     gpu_kernels.show(result["kernels"])
-    table = Table("model", "mode", "slots", "hits", "prefill tok/s", "decode tok/s", "predicted", "link GB/s")
-    for run in [*result["lite"], *result.get("large", [])]:
+    table = Table("model", "mode", "prompt", "slots", "hits", "prefill tok/s", "decode tok/s", "predicted", "link GB/s")
+    for run in result["models"]:
         hits, link = (f"{run['hit_rate']:.0%}", f"{run['link_gb_s']:.1f}") if "hit_rate" in run else ("", "")
         table.add_row(
-            run["model"], run["mode"], f"{run['slots']:,}/{run['experts']:,}", hits, f"{run['prefill_tok_s']:,.1f}",
-            f"{run['decode_tok_s']:,.1f}", f"{run['predicted_tok_s']:,.1f}", link,
+            run["model"], run["mode"], f"{run['prompt']:,}", f"{run['slots']:,}/{run['experts']:,}", hits,
+            f"{run['prefill_tok_s']:,.1f}", f"{run['decode_tok_s']:,.1f}", f"{run['predicted_tok_s']:,.1f}", link,
         )  # fmt: skip
     Console(highlight=False, width=120).print(table)
     print(f"{result['kernels']['device']}, {result['date']}, {result['seconds']:.0f} s in all")

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import reference
-from dsv2_local.kernels.format import PAGE, ExpertLayout, Format, matrix_nbytes, pages_of
+from dsv2_local.kernels.format import PAGE, Cache, ExpertLayout, Format, matrix_nbytes, pages_of
+from dsv2_local.kernels.latents import quantize_latents, row_shape
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
 
 SHAPES = {
@@ -199,11 +201,14 @@ def attentions(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, f
 
     for name, heads in ({"tiny": 4} if tiny else HEADS).items():
         uk, uv, N, P = latent_weights(heads, tiny, device)
-        for context in (100,) if tiny else (4096, 32768):
-            C = uv.cols
-            size = context * (C + P) * 2
-            pages = pages_of(context)
-            caches = torch.randn(2 if tiny else turns_of(size, 1), pages, PAGE, C + P, device=device).bfloat16()
+        for context, kind in product((100,) if tiny else (4096, 32768), (Cache.BF16, Cache.INT8)):
+            C, pages = uv.cols, pages_of(context)
+            width, dtype = row_shape(kind, C, P)
+            size = context * width * dtype.itemsize
+            count = 2 if tiny else turns_of(size, 1)
+            rows = (torch.randn(pages * PAGE, C + P, device=device) for _ in range(count))
+            written = [quantize_latents(part, C) if kind is Cache.INT8 else part.bfloat16() for part in rows]
+            caches = [part.view(pages, PAGE, width) for part in written]
             q = torch.randn(1, heads, N + P, device=device).bfloat16()
             rotation = torch.ones(1, P // 2, dtype=torch.complex64, device=device)
             sequence = torch.tensor([context - 1, *range(pages)], device=device)
@@ -215,7 +220,7 @@ def attentions(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, f
             )  # fmt: skip
             weights = sum(part.nbytes for matrix in (uk, uv) for part in matrix.parts)
             operations = 2 * heads * (context * (2 * C + P) + C * (N + uv.rows // heads))
-            yield f"attention {name}, {context}", 1, turn, len(caches), size + weights, operations
+            yield f"attention {name}, {context}, {kind}", 1, turn, len(caches), size + weights, operations
 
 
 def measure(device: str, tiny: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import ContextLengthError, InputError
-from dsv2_local.graph_step import decode_step
+from dsv2_local.graph_step import GraphStep, decode_step
 from dsv2_local.kernels.format import Cache
 from dsv2_local.lookup import Lookup
 from dsv2_local.model import Transformer
@@ -81,6 +81,11 @@ class Engine:
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._generation = 0
         self._guess: _Guess | None = None
+
+    def warm_up(self) -> None:
+        """Do before the first prompt what would make it wait: compile kernels for GPUs."""
+        if isinstance(self._step, GraphStep):
+            self._step.warm_up()
 
     @property
     def context(self) -> int:

@@ -8,6 +8,8 @@ from dsv2_local.kernels import ops
 from dsv2_local.kernels.graphs import Graphs
 from dsv2_local.model import DecodeStep, Transformer
 
+PROMPTS = (3, 12, 48, 200, 1000)  # tokens: one length for each set of kernels that some length needs
+
 
 class GraphStep:
     """One token after those in the cache, through a model on GPUs and its head; see `model.DecodeStep`.
@@ -55,6 +57,24 @@ class GraphStep:
             self._graphs = graphs
         self.cache.advance(1)
         return self._host_logits
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and tune the kernels, and capture the step, before the first prompt; the cache is empty then.
+
+        Kernels are kept on disk, so that only the first time on a machine takes long. Prompts run through one layer of
+        each kind, which is enough to compile for.
+        """
+        cache, moe = self.cache, self.model.config.moe_layers
+        layers = 1 + next(iter(moe), 0)  # the first of each kind among them
+        for tokens in PROMPTS:
+            if tokens < cache.context:
+                cache.make_room(tokens)
+                x = self.model.embed(torch.zeros(tokens, dtype=torch.int64))
+                self.model.through_layers(x, self.model.rotation(0, tokens), cache, layers)
+        for _ in range(2):
+            self.run(0)
+        cache.clear()
 
     def _launch(self) -> Tensor:
         return self.model.head(self.model.through_layers(*self._inputs, self.cache))[0]

@@ -121,6 +121,7 @@ class LLM:
         self.experts = self._placed.experts
         self._fingerprint = source.fingerprint or ""
         self.engine = Engine(self._placed.model, wish.context, self.plan.chunk, cache=cache)
+        self.engine.warm_up()
 
     def __enter__(self) -> "LLM":
         return self

@@ -213,9 +213,9 @@ class Transformer:
         """ids [T] -> [T, D], in RAM."""
         return ops.embedding(ids, self.embed_tokens, self.dtype)
 
-    def through_layers(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
-        """x [T, D] through all layers -> [T, D], on the device of the last."""
-        for layer in self.layers:
+    def through_layers(self, x: Tensor, rotation: Tensor, cache: LatentCache, layers: int | None = None) -> Tensor:
+        """x [T, D] through all layers, or the first so many -> [T, D], on the device of the last of them."""
+        for layer in self.layers[:layers]:
             if x.device != layer.where:
                 ops.use(layer.where)
                 x, rotation = graphs.moved(x, layer.where), graphs.moved(rotation, layer.where)
