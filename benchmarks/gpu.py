@@ -70,7 +70,7 @@ def measured(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
     }
     yield result
     lite = ModelConfig.from_dict(TINY) if tiny else released.read_config("deepseek-v2-lite")
-    models = [("V2-Lite", lite, [None, LONG, 8 * GIB, 4 * GIB, 2 * GIB])]
+    models = [("V2-Lite", lite, [None, LONG, 8 * GIB, 4 * GIB, 3 * GIB])]
     if not tiny:
         large = first_layers(released.read_config("deepseek-v2"), LARGE_LAYERS)
         models.append((f"236B, {LARGE_LAYERS} layers", large, [LARGE_SLOTS]))

@@ -137,7 +137,7 @@ def _row_sums(sums):
 LOOKUP = GATHER if INTERPRETED else SHUFFLE
 
 # Groups of rows, blocks of columns and warps of a program: for short rows, for few of them, for many.
-_SHORT, _FEW, _MANY = ((4, 2, 4), (8, 2, 4)), ((1, 32, 8), (1, 16, 4)), ((1, 8, 4), (1, 8, 2))
+_SHORT, _FEW, _MANY = ((4, 2, 4), (8, 2, 4)), ((1, 32, 8), (1, 16, 8)), ((1, 8, 4), (1, 8, 2))
 _STREAM_CONFIGS = [
     triton.Config({"BG": groups, "KB": blocks}, num_warps=warps) for groups, blocks, warps in (*_SHORT, *_FEW, *_MANY)
 ]

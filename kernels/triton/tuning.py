@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-TRIALS = 5  # of a configuration, when it is tuned
+TRIALS, SWEEPS = 10, 10  # of a configuration when it is tuned, and of the L2 cache before each of them
 
 
 @cache
@@ -48,7 +48,8 @@ def tuned(
 def _cold_times(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
     """Quantiles of the milliseconds of a few calls, each of which finds its weights in memory, as a step does.
 
-    Triton's own way takes an eighth of a second for each configuration.
+    The cache is swept so often that the call is queued before its turn comes: Python takes longer to launch a kernel
+    than many take to run. Triton's own way takes an eighth of a second for each configuration.
     """
     if INTERPRETED:
         return [0.0 for _ in quantiles]
@@ -56,7 +57,8 @@ def _cold_times(call: Callable[[], object], quantiles: Sequence[float]) -> list[
     sweep = torch.empty(2 * int(_properties(device).L2_cache_size), dtype=torch.uint8, device=device)
     times = []
     for _ in range(TRIALS + 1):
-        sweep.zero_()
+        for _ in range(SWEEPS):
+            sweep.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
