@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv2_local.kernels.format import PAGE
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply, processors, shared_memory
-from dsv2_local.kernels.triton.rows import line_of, rotated
+from dsv2_local.kernels.triton.rows import lines_of, rotated
 
 # Rebuilt keys and values of one group of heads, in numbers; heads are taken in groups below this.
 WORKSPACE = 1 << 27
@@ -63,7 +63,7 @@ def _absorbed(
     maximum, total = _start(BM)
     for start in range(first, last, BS):
         s = start + tl.arange(0, BS)
-        line = line_of(latents, sequence, s, s < last, latents_stride)[:, None]
+        line = lines_of(latents, sequence, start, latents_stride, BS)
         latent = tl.load(line + c[None, :], (s < last)[:, None] & (c < C)[None, :], 0.0).to(query.dtype)
         key = tl.load(line + C + p[None, :], (s < last)[:, None] & (p < P)[None, :], 0.0).to(query.dtype)
         scores = dot(rope, key.T, dot(query, latent.T, tl.zeros([BM, BS], tl.float32))) * scale
@@ -101,7 +101,7 @@ def _rebuild(
     if tl.program_id(0) * BS >= last:
         return
     n = tl.arange(0, BN)
-    line = line_of(latents, sequence, s, s < last, latents_stride)[:, None]
+    line = lines_of(latents, sequence, tl.program_id(0) * BS, latents_stride, BS)
     weights += h * head_stride + n[None, :] * n_stride
     sum_ = tl.zeros([BS, BN], tl.float32)
     for start in range(0, C, BC):
@@ -137,7 +137,7 @@ def _materialized(
         used = (s < last)[:, None]
         place = group_head * S + s[:, None]
         key = tl.load(keys + place * N + n[None, :], used & (n < N)[None, :], 0.0)
-        rope_line = line_of(latents, sequence, s, s < last, latents_stride)[:, None] + C
+        rope_line = lines_of(latents, sequence, start, latents_stride, BS) + C
         rope_key = tl.load(rope_line + p[None, :], used & (p < P)[None, :], 0.0).to(query.dtype)
         scores = dot(rope, rope_key.T, dot(query, key.T, tl.zeros([BM, BS], tl.float32))) * scale
         scores = tl.where(s[None, :] <= before + t[:, None], scores, float("-inf"))

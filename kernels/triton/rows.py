@@ -57,10 +57,17 @@ def rotated(x, rotation, i, there):
 
 
 @triton.jit
-def line_of(latents, sequence, s, there, stride):
-    """Where the rows of positions s of a sequence begin in a layer's cache; `there`: whether the sequence has them."""
-    page = tl.load(sequence + 1 + s // PAGE_, there, 0)
-    return latents + (page * PAGE_ + s % PAGE_) * stride
+def line_of(latents, sequence, s, stride):
+    """Where the row of position s of a sequence begins in a layer's cache; those after it follow, to the page's end."""
+    i = s // PAGE_
+    return latents + ((tl.load(sequence + 1 + i) - i) * PAGE_ + s) * stride
+
+
+@triton.jit
+def lines_of(latents, sequence, start, stride, BS: tl.constexpr):
+    """The same for the BS positions from `start` on, which is a multiple of BS: [BS, 1]. All lie in one page."""
+    tl.static_assert(PAGE_ % BS == 0)
+    return (line_of(latents, sequence, start, stride) + tl.arange(0, BS) * stride)[:, None]
 
 
 @triton.jit
@@ -70,7 +77,7 @@ def _write_latents(
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     kv_a += t * kv_a_stride
-    latents = line_of(latents, sequence, tl.load(sequence) + t, True, latents_stride)
+    latents = line_of(latents, sequence, tl.load(sequence) + t, latents_stride)
     c, p = tl.arange(0, BC), tl.arange(0, BP)
     tl.store(latents + c, _normed(kv_a, weight, C, eps, BC), c < C)
     tl.store(latents + C + p, rotated(kv_a + C, rotation + t * P, p, p < P), p < P)
