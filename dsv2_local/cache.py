@@ -84,8 +84,8 @@ class LatentCache:
         return length
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Keep the sequence's pages for later ones that begin like it; `tokens` are all that it has."""
-        used = self._pages[: pages_of(self.length)]
+        """Keep the sequence's pages for later ones that begin like it; `tokens` are the first that it has, or all."""
+        used = self._pages[: pages_of(len(tokens))]
         self._pool.keep(tokens, used)
         self._shared = max(self._shared, len(used))
 

@@ -1,4 +1,4 @@
-"""One sequence through the model: chunked prefill, decode, and the figures of both.
+"""Sequences through the model, one at a time: chunked prefill, decode, and the figures of both.
 
 The engine knows token ids and nothing of text. The cache keeps what earlier prompts and answers left there while it has
 room, so that a prompt that begins like one of them computes only what differs.
@@ -70,7 +70,7 @@ class _Guess:
 
 
 class Engine:
-    """A model with its cache. It runs one generation at a time; a new one ends the last."""
+    """A model with its cache. Generations may take turns; each goes on where it was."""
 
     def __init__(self, model: Transformer, context: int, chunk: int = CPU_CHUNK, cache: Cache = Cache.BF16) -> None:
         """Allocate a cache of `context` tokens, as `Transformer.new_cache` makes it; prefill in steps of `chunk`."""
@@ -79,7 +79,7 @@ class Engine:
         self.cache = model.new_cache(context, cache)
         self._step = decode_step(model, self.cache)
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
-        self._generation = 0
+        self._turn: object = None  # whose sequence is in the cache
         self._guess: _Guess | None = None
 
     def warm_up(self) -> None:
@@ -98,8 +98,7 @@ class Engine:
 
     def resume(self, tokens: list[int]) -> None:
         """Take the cache's sequence for one of these tokens; a prompt that begins alike computes only what differs."""
-        self._generation += 1
-        self._tokens = tokens
+        self._turn, self._tokens = None, tokens
 
     def set_aside(self) -> None:
         """Keep what the cache holds of the present sequence, for prompts that begin like it."""
@@ -110,8 +109,7 @@ class Engine:
         self._check(ids)
         if len(ids) > self.context:
             raise ContextLengthError(len(ids), self.context)
-        self._generation += 1
-        self._begin([])
+        self._begin([], None)
         return torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, None)])
 
     def generate(
@@ -129,17 +127,15 @@ class Engine:
 
         Raises:
             ContextLengthError: the prompt and one token more do not fit.
-            InputError: an id is outside the vocabulary, or a newer generation has taken the cache.
+            InputError: an id is outside the vocabulary.
         """
         self._check(prompt)
         if len(prompt) >= self.context:
             raise ContextLengthError(len(prompt), self.context)
-        self._generation += 1
-        self._guess = None
-        generation = self._generation
+        turn, text = object(), [*prompt]
         sampler, lookup = Sampler(params, prompt), Lookup(prompt)
         stats.context = self.context
-        logits = self._start(prompt, stats, progress)
+        logits = self._start(prompt, turn, stats, progress)
         while True:
             token = sampler.choose(logits)
             stats.completion_tokens += 1
@@ -147,10 +143,11 @@ class Engine:
             yield _step(token, logits, logprobs)
             if stats.finish_reason:
                 return
-            if generation != self._generation:
-                raise InputError("a newer generation has taken this model's cache; finish one before the next")
+            if turn is not self._turn:
+                self._return(text, turn, stats)
             lookup.push(token)
             logits = self._decode(token, stats, lookup)
+            text.append(token)
 
     def _check(self, ids: list[int]) -> None:
         if not ids:
@@ -159,10 +156,10 @@ class Engine:
         if wrong := [id for id in ids if not 0 <= id < vocab]:
             raise InputError(f"token id {wrong[0]} is outside the vocabulary of {vocab:,}")
 
-    def _start(self, prompt: list[int], stats: Stats, progress: Progress | None) -> Tensor:
+    def _start(self, prompt: list[int], turn: object, stats: Stats, progress: Progress | None) -> Tensor:
         """Prefill what the cache lacks of the prompt; the logits after its last token, [vocab]."""
         start = time.perf_counter()
-        self._begin(prompt[:-1])  # one token at least must run, to have logits
+        self._begin(prompt[:-1], turn)  # one token at least must run, to have logits
         stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
         for hidden in self._prefill(prompt, progress):
             last = hidden[-1:]
@@ -171,10 +168,19 @@ class Engine:
         stats.prefill_seconds = time.perf_counter() - start
         return logits
 
-    def _begin(self, tokens: list[int]) -> None:
+    def _begin(self, tokens: list[int], turn: object) -> None:
         """Set the sequence aside for another, which has what is kept of `tokens`."""
         self.set_aside()
+        self._turn, self._guess = turn, None
         self._tokens = tokens[: self.cache.begin(tokens)]
+
+    def _return(self, text: list[int], turn: object, stats: Stats) -> None:
+        """Go on with a sequence after another's turn; what the cache had no room for is read again."""
+        start = time.perf_counter()
+        self._begin(text, turn)
+        for _ in self._prefill(text, None):
+            pass
+        stats.decode_seconds += time.perf_counter() - start
 
     def _prefill(self, ids: list[int], progress: Progress | None) -> Iterator[Tensor]:
         """Run what follows the cached tokens chunk by chunk; yields each chunk's hidden states [t, D]."""

@@ -79,7 +79,7 @@ class Generation(Iterator[Chunk]):
 
 
 class LLM:
-    """A loaded model. It holds one sequence: a new generation ends the one before."""
+    """A loaded model. Its cache keeps earlier texts while it has room; generations may take turns."""
 
     def __init__(
         self,

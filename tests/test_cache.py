@@ -167,3 +167,23 @@ def test_reuse_leaves_the_logits_those_of_transformers(tmp_path: Path):
             for token, logprob in chunk.top_logprobs:
                 assert logprob == pytest.approx(float(exact[token]), abs=1e-3)
     assert reused > 100
+
+
+@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="a token's company changes bits elsewhere")
+@pytest.mark.parametrize("context", [400, 140])
+def test_generations_in_turns_give_what_they_give_alone(context):
+    """To the last bit, also where the cache cannot hold both, and after a third text was scored in between."""
+    ours, draw = engine(context), random.Random(4)
+    prompts = [[5] * 70 + [n * i % 199 for i in range(40)] for n in (3, 7)]
+    expected = []
+    for prompt in prompts:
+        expected.append(answer(ours, prompt, 20)[0])
+        ours.cache.clear()
+    turns = [ours.generate(prompt, GREEDY, Stats(), max_tokens=20, logprobs=3) for prompt in prompts]
+    steps: list[list[Step]] = [[], []]
+    while any(len(made) < 20 for made in steps):
+        which = draw.randrange(2)
+        steps[which] += [step for step in [next(turns[which], None)] if step]
+        if draw.random() < 0.1:
+            ours.logits([9] * draw.randrange(1, context))
+    assert steps == expected

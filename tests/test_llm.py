@@ -149,12 +149,13 @@ def test_an_interrupt_inside_a_step_leaves_no_wrong_token(directory, monkeypatch
     assert tokens == [chunk.token_id for chunk in fresh]
 
 
-def test_a_newer_generation_ends_the_older(llm):
-    older = llm.generate(PROMPT, temperature=0)
-    next(older)
-    next(llm.generate("another", temperature=0))
-    with pytest.raises(InputError, match="newer generation"):
-        list(older)
+def test_generations_take_turns(llm):
+    prompts = [PROMPT, "another", PROMPT + " and more"]
+    expected = [[c.token_id for c in llm.generate(prompt, max_tokens=12, temperature=0)] for prompt in prompts]
+    turns = [llm.generate(prompt, max_tokens=12, temperature=0) for prompt in prompts]
+    answers = zip(*zip(*turns, strict=True), strict=True)
+    assert [[chunk.token_id for chunk in answer] for answer in answers] == expected
+    assert all(turn.stats.finish_reason == "length" for turn in turns)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv2_local.kernels.format import PAGE
 from dsv2_local.kernels.layout import Matrix
-from dsv2_local.kernels.triton.latents import read_keys, read_latents, row_of, views
+from dsv2_local.kernels.triton.latents import read_keys, read_latents, rows_of, views
 from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply
 from dsv2_local.kernels.triton.rows import rotated
 from dsv2_local.kernels.triton.tuning import early, processors, shared_memory, wait_for_earlier
@@ -68,7 +68,7 @@ def _absorbed(
     for start in range(first, last, BS):
         s = start + tl.arange(0, BS)
         used = s < last
-        line = row_of(sequence, s, used)
+        line = rows_of(sequence, start, BS)
         latent = read_latents(latents, halves, line, used, latents_stride, 0, C, BC, SCALES, query.dtype)
         key = read_keys(halves, line, used, latents_stride, C, P, BP, SCALES, query.dtype)
         scores = dot(rope, key.T, dot(query, latent.T, tl.zeros([BM, BS], tl.float32))) * scale
@@ -110,7 +110,7 @@ def _rebuild(
         return
     n = tl.arange(0, BN)
     used = s < last
-    row = row_of(sequence, s, used)
+    row = rows_of(sequence, tl.program_id(0) * BS, BS)
     weights += h * head_stride + n[None, :] * n_stride
     sum_ = tl.zeros([BS, BN], tl.float32)
     for start in range(0, C, BC):
@@ -147,7 +147,7 @@ def _materialized(
         used = s < last
         place = group_head * S + s[:, None]
         key = tl.load(keys + place * N + n[None, :], used[:, None] & (n < N)[None, :], 0.0)
-        rope_key = read_keys(halves, row_of(sequence, s, used), used, latents_stride, C, P, BP, SCALES, query.dtype)
+        rope_key = read_keys(halves, rows_of(sequence, start, BS), used, latents_stride, C, P, BP, SCALES, query.dtype)
         scores = dot(rope, rope_key.T, dot(query, key.T, tl.zeros([BM, BS], tl.float32))) * scale
         scores = tl.where(s[None, :] <= before + t[:, None], scores, float("-inf"))
         weights, older, maximum, total = _soften(scores, maximum, total)

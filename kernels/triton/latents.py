@@ -26,9 +26,17 @@ def views(latents: Tensor, C: int) -> tuple[Tensor, Tensor, int, int]:
 
 
 @triton.jit
-def row_of(sequence, s, there):
-    """Which row of a layer's pages has position s of a sequence; `there`: whether the sequence has it."""
-    return tl.load(sequence + 1 + s // PAGE_, there, 0) * PAGE_ + s % PAGE_
+def row_of(sequence, s):
+    """Which row of a layer's pages has position s of a sequence; those after it follow, to the page's end."""
+    i = s // PAGE_
+    return (tl.load(sequence + 1 + i) - i) * PAGE_ + s
+
+
+@triton.jit
+def rows_of(sequence, start, BS: tl.constexpr):
+    """The same for the BS positions from `start` on, a multiple of BS, so that all lie in one page: int64 [BS]."""
+    tl.static_assert(PAGE_ % BS == 0)
+    return row_of(sequence, start) + tl.arange(0, BS)
 
 
 @triton.jit
@@ -69,7 +77,7 @@ def _write_latents(
     wait_for_earlier(EARLY)
     t = tl.program_id(0).to(tl.int64)
     kv_a += t * kv_a_stride
-    row = row_of(sequence, tl.load(sequence) + t, True)
+    row = row_of(sequence, tl.load(sequence) + t)
     c, p = tl.arange(0, BC), tl.arange(0, BP)
     value = normed(tl.load(kv_a + c, c < C, 0.0).to(tl.float32), weight, C, eps, c)
     key = row * stride + C
