@@ -135,15 +135,18 @@ class LLM:
         """
         self._placed.close()
 
-    def save_cache(self, path: Path) -> None:
-        """Write the cache to a file, so that what was read need not be read again; SavedCacheError if it cannot be."""
-        saved.save(path, self.engine.tokens, self.engine.cache, self._fingerprint)
+    def save_cache(self, path: Path, conversation: str = "") -> None:
+        """Write the cache to a file, so that what was read need not be read again; SavedCacheError if it cannot be.
+
+        `conversation` is any text to keep beside it; `saved.head` reads it.
+        """
+        saved.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
 
     def load_cache(self, path: Path) -> int:
         """Take the cache from a file; the number of tokens in it. A prompt that begins like them computes what differs.
 
         Raises:
-            SavedCacheError: the file cannot be read, is damaged, or is another model's.
+            SavedCacheError: the file cannot be read, is damaged, or is another model's; the cache is as it was then.
         """
         self.engine.resume(saved.load(path, self.engine.cache, self._fingerprint))
         return self.engine.cache.length
