@@ -6,6 +6,9 @@ imported late, so that `dsv2 --help` stays quick.
 
 import sys
 import threading
+import time
+from collections import deque
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +19,8 @@ if TYPE_CHECKING:
     from dsv2_local.llm import LLM
 
 PROGRESS_AFTER = 1.0
-READING = "reading the prompt"
+RECENT = 9
+"""Calls over which the rate is taken: reading gets slower as the context grows."""
 
 
 def notice(text: str) -> None:
@@ -50,13 +54,16 @@ class Waiting:
     An instance is the `progress` that loading and generation call; leaving the context wipes it in any case.
     """
 
-    def __init__(self, what: str, console: "Console | None" = None) -> None:
-        """Show `what` is done on `console`; None: on stderr."""
-        self._what, self._console = what, console
+    def __init__(self, what: str, console: "Console | None" = None, unit: str = "") -> None:
+        """Show `what` is done on `console` (None: on stderr), with how many a second and the time left; `unit` is what
+        is counted.
+        """
+        self._what, self._console, self._unit = what, console, unit
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         self._timer: threading.Timer | None = None
         self._state = (0, 0)
+        self._steps = deque[tuple[float, int]](maxlen=RECENT)
 
     def __enter__(self) -> "Waiting":
         return self
@@ -70,6 +77,7 @@ class Waiting:
             return
         with self._lock:
             self._state = (done, total)
+            self._steps.append((time.monotonic(), done))
             if self._bar:
                 self._bar.update(self._bar.task_ids[0], completed=done, total=total)
             elif self._timer is None:
@@ -78,15 +86,30 @@ class Waiting:
                 self._timer.daemon = True
                 self._timer.start()
 
+    def figures(self) -> str:
+        """How many are done; how many a second lately, and the time left at that rate, once something was done."""
+        (done, total), told = self._state, f"{self._state[0]:,}/{self._state[1]:,}"
+        (start, first), (last, _) = self._steps[0], self._steps[-1]
+        if done == first:
+            return f"{told} {self._unit}".rstrip()
+        rate = (done - first) / (last - start)
+        left = max(0.0, (total - done) / rate - (time.monotonic() - last))
+        return f"{told} {self._unit} · {rate:,.0f}/s · {timedelta(seconds=round(left))} left"
+
     def _show(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        class Figures(ProgressColumn):
+            def render(_, task: Task) -> Text:  # noqa: N805 (self is the progress)
+                return Text(self.figures())
 
         with self._lock:
             console = self._console or Console(stderr=True)
             if self._timer is None or not console.is_terminal:
                 return
-            columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (TextColumn(self._what), BarColumn(), Figures(), TimeElapsedColumn())
             self._bar = Progress(*columns, console=console, transient=True)
             self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
             self._bar.start()
@@ -98,6 +121,12 @@ class Waiting:
             if self._bar:
                 self._bar.stop()
             self._timer = self._bar = None
+            self._steps.clear()
+
+
+def reading(console: "Console | None" = None) -> Waiting:
+    """The progress of reading a prompt."""
+    return Waiting("reading the prompt", console, "tokens")
 
 
 def describe(stats: "Stats", interrupted: bool = False) -> str:
@@ -116,6 +145,11 @@ def describe(stats: "Stats", interrupted: bool = False) -> str:
         full = stats.context_used >= stats.context
         parts.append("stopped: the context is full" if full else "stopped at max_tokens")
     return " · ".join(parts)
+
+
+def describe_stop(stats: "Stats") -> str:
+    """How much of a prompt was read before Ctrl-C came."""
+    return f"read {stats.context_used:,} of {stats.prompt_tokens:,} tokens"
 
 
 def describe_experts(llm: "LLM") -> list[str]:

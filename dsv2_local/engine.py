@@ -157,6 +157,7 @@ class Engine:
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.cache.truncate(min(common, len(prompt) - 1))  # one token at least must run, to have logits
         stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
+        stats.context_used = self.cache.length
         for hidden in self._prefill(prompt, progress):
             last = hidden[-1:]
             stats.context_used = self.cache.length
