@@ -4,10 +4,13 @@
 """
 
 import difflib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -91,11 +94,15 @@ class Chat:
         self._say(f"{self.llm.name} ({self.llm.recipe}), context {self.llm.context:,} tokens; /help lists commands")
         if self._name:
             self._say(f"session {self._name}{self._size() if self.conversation.messages else ' begins'}")
-        with _hangups_leave():
+        hangups = _Hangups(self.console)
+        try:
             try:
                 self._talk()
             finally:
-                self._end()
+                hangups.ignore()
+        finally:
+            self._end()
+            hangups.restore()
 
     def _talk(self) -> None:
         hinted = False
@@ -297,7 +304,7 @@ class Chat:
         assert self._name
         start = time.monotonic()
         with Waiting("saving the session", self.console) as progress:
-            progress(0, 1)
+            progress(0, self.llm.cache_nbytes)
             sessions.save(self._name, self.llm, self.conversation)
         self._note_saved(start)
 
@@ -321,8 +328,9 @@ class Chat:
             self._say(f"session {self._name} is not saved; its file is as it was")
             raise
         if self._name and self.conversation.messages:
+            again = f"dsv2 chat --session {quote(self._name)}"
             with suppress(OSError):
-                self._say(f"saved session {self._name}{self._size()}; `dsv2 chat --session {self._name}` goes on")
+                self._say(f"saved session {self._name}{self._size()}; `{again}` goes on")
 
     def _size(self) -> str:
         """What the session holds: turns, and its file's bytes."""
@@ -354,24 +362,34 @@ def _turns(count: int) -> str:
     return f"{count:,} turn{'' if count == 1 else 's'}"
 
 
-@contextmanager
-def _hangups_leave() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that was closed, leave the block as SystemExit; more of them change nothing."""
+class _Hangups:
+    """SIGTERM, and SIGHUP of a terminal that was closed: the first raises SystemExit, later ones change nothing.
 
-    def leave(number: int, _: object) -> None:
-        for name in before:
-            signal.signal(name, signal.SIG_IGN)
+    A closed terminal makes writing fail too, before or after the signal comes.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup
+        for number in self._before:
+            signal.signal(number, self._leave)
+
+    def ignore(self) -> None:
+        """Change nothing from now on."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def restore(self) -> None:
+        """What was before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _leave(self, number: int, _: object) -> None:
+        self.ignore()
+        if number == signal.SIGHUP:
+            self._console.file = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
         raise SystemExit(128 + number)
-
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
-    before = {name: handler for name, handler in before.items() if handler != signal.SIG_IGN}  # nohup
-    for name in before:
-        signal.signal(name, leave)
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def _session() -> PromptSession[str]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dsv2_local.llm import LLM
 
 PROGRESS_AFTER = 1.0
+BESIDE_BAR = 72
+"""Columns that text takes, with room to spare: "^C" at the end of a full line would begin another, never wiped."""
 RECENT = 9
 """Calls over which the rate is taken: reading gets slower as the context grows."""
 
@@ -54,10 +56,8 @@ class Waiting:
     An instance is the `progress` that loading and generation call; leaving the context wipes it in any case.
     """
 
-    def __init__(self, what: str, console: "Console | None" = None, unit: str = "") -> None:
-        """Show `what` is done on `console` (None: on stderr), with how many a second and the time left; `unit` is what
-        is counted.
-        """
+    def __init__(self, what: str, console: "Console | None" = None, unit: str | None = None) -> None:
+        """Show `what` is done on `console` (None: on stderr). `unit` is what is counted; None: bytes."""
         self._what, self._console, self._unit = what, console, unit
         self._lock = threading.Lock()
         self._bar: Progress | None = None
@@ -87,18 +87,20 @@ class Waiting:
                 self._timer.start()
 
     def figures(self) -> str:
-        """How many are done; how many a second lately, and the time left at that rate, once something was done."""
-        (done, total), told = self._state, f"{self._state[0]:,}/{self._state[1]:,}"
+        """How many are done, how many a second lately and the time left at that rate; before, the time that it took."""
+        (done, total), now = self._state, time.monotonic()
         (start, first), (last, _) = self._steps[0], self._steps[-1]
+        count = human if self._unit is None else lambda number: f"{number:,.0f}"
+        unit = "" if self._unit is None else f" {self._unit}"
         if done == first:
-            return f"{told} {self._unit}".rstrip()
+            return f"{count(done)}/{count(total)}{unit} · {_clock(now - start)}"
         rate = (done - first) / (last - start)
-        left = max(0.0, (total - done) / rate - (time.monotonic() - last))
-        return f"{told} {self._unit} · {rate:,.0f}/s · {timedelta(seconds=round(left))} left"
+        left = (total - done) / rate - (now - last)
+        return f"{count(done)}/{count(total)} · {count(rate)}{unit}/s · {_clock(left)} left"
 
     def _show(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
         from rich.text import Text
 
         class Figures(ProgressColumn):
@@ -109,8 +111,8 @@ class Waiting:
             console = self._console or Console(stderr=True)
             if self._timer is None or not console.is_terminal:
                 return
-            columns = (TextColumn(self._what), BarColumn(), Figures(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=console, transient=True)
+            bar = BarColumn(max(4, min(40, console.width - BESIDE_BAR)))
+            self._bar = Progress(TextColumn(self._what), bar, Figures(), console=console, transient=True)
             self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
             self._bar.start()
 
@@ -122,6 +124,10 @@ class Waiting:
                 self._bar.stop()
             self._timer = self._bar = None
             self._steps.clear()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))
 
 
 def reading(console: "Console | None" = None) -> Waiting:

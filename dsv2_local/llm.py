@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local import measured, placement, saved
+from dsv2_local.cache import bytes_per_token
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Stats, Step
 from dsv2_local.errors import CheckpointError, InputError, PlanError
@@ -160,6 +161,11 @@ class LLM:
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.engine.context
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of what the cache holds now."""
+        return self.engine.cache.length * bytes_per_token(self.config, self.engine.cache.kind)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -50,7 +50,7 @@ def summarise_oldest(conversation: Conversation, llm: LLM, writing: Progress, **
 
     def left(replaced: int) -> int:
         """Tokens that neither a summary's turn nor what follows it takes."""
-        messages = [*_summary_turn(replaced, ""), *_joined(turns[replaced:])]
+        messages = [*_summary_turn(""), *_joined(turns[replaced:])]
         return llm.context - llm.count_tokens(conversation.prompt(messages))
 
     longest = min(LONGEST_SUMMARY, llm.context // SHARE)
@@ -59,7 +59,7 @@ def summarise_oldest(conversation: Conversation, llm: LLM, writing: Progress, **
     if longest < SHORTEST_SUMMARY:
         raise InputError("the question leaves no room for a summary; drop the oldest turns instead")
     summary = _summarise(conversation, turns[:replaced], llm, longest, writing, options)
-    conversation.messages = [*_summary_turn(replaced, summary), *_joined(turns[replaced:])]
+    conversation.messages = [*_summary_turn(summary), *_joined(turns[replaced:])]
     return replaced
 
 
@@ -89,10 +89,10 @@ def _summarise(
         return generation.text.strip()
 
     given = list[Message]()
-    for number, turn in enumerate(turns):
-        for piece in _pieces(turn, lambda messages: fits([*_summary_turn(0, ""), *messages], summaries=2)):
+    for turn in turns:
+        for piece in _pieces(turn, lambda messages: fits([*_summary_turn(""), *messages], summaries=2)):
             if given and not fits(given + piece):
-                given = _summary_turn(number, summary(given))
+                given = _summary_turn(summary(given))
             given = given + piece
     return summary(given)
 
@@ -129,8 +129,8 @@ def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _summary_turn(turns: int, summary: str) -> list[Message]:
-    return _turn(f"[A summary by the model stands here for the {turns} oldest turns.]", summary)
+def _summary_turn(summary: str) -> list[Message]:
+    return _turn("[A summary by the model stands here for the oldest turns.]", summary)
 
 
 def _turns(conversation: Conversation) -> list[list[Message]]:

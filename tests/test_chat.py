@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from dsv2_local.chat import Chat
+from dsv2_local.console import reading
 from dsv2_local.engine import Stats
 from dsv2_local.errors import CheckpointError, InputError
 from dsv2_local.llm import Chunk
@@ -185,7 +186,7 @@ def test_a_full_context_offers_a_summary():
     llm = LargerLLM(["a" * 200], ["b"], [" the gist "], ["c"])
     chat, shown = talk(llm, "x" * 300, "y" * 200, "z" * 300, asked=("s",))
     assert contents(chat)[1:] == ["the gist", "y" * 200, "b", "z" * 300, "c"]
-    assert contents(chat)[0] == "[A summary by the model stands here for the 1 oldest turns.]"
+    assert contents(chat)[0] == "[A summary by the model stands here for the oldest turns.]"
     assert "the gist" in shown
     for failure in (KeyboardInterrupt(), CheckpointError("the disk is gone"), ""):
         llm = LargerLLM(["a" * 200], ["b"], [failure])
@@ -206,6 +207,24 @@ def test_a_context_that_fills_up_is_told():
     llm = FakeLLM()
     llm.chat = lambda *_, **__: generation  # type: ignore[method-assign]
     assert "the context is full" in talk(llm, "q")[1]
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dsv2_local.console.time.monotonic", lambda: now[0])
+    with reading(terminal()) as progress:
+        told = []
+        for step in range(14):  # 100 tokens a second of 40,000, of which 12,000 were there before; half from the sixth
+            now[0] = 10.0 * step + 10.0 * max(0, step - 6)
+            progress(12_000 + 1_000 * step, 40_000)
+            told.append(progress.figures())
+        now[0] += 20.0
+        told.append(progress.figures())
+    assert told[0] == "12,000/40,000 tokens · 0:00:00"
+    assert told[1] == "13,000/40,000 · 100 tokens/s · 0:04:30 left"
+    assert told[6] == "18,000/40,000 · 100 tokens/s · 0:03:40 left"
+    assert told[13] == "25,000/40,000 · 53 tokens/s · 0:04:41 left"  # 8,000 tokens in 150 s: the latest alone
+    assert told[14] == "25,000/40,000 · 53 tokens/s · 0:04:21 left"
 
 
 TEXT = """# Title

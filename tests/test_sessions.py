@@ -303,7 +303,8 @@ def test_a_session_is_saved_however_the_chat_ends(nano, terminals, leave, code):
         child.send(leave)
     else:
         child.kill(leave)
-    child.expect("saved session s: 1 turn")
+    if leave != signal.SIGHUP:  # after which there is no terminal to tell
+        child.expect("saved session s: 1 turn")
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == code
@@ -315,6 +316,27 @@ def test_a_session_is_saved_however_the_chat_ends(nano, terminals, leave, code):
     again.expect("session s: 1 turn")
     again.send("What is a dog?\r")
     again.expect("reused [1-9][0-9]*,")
+
+
+def test_a_closed_terminal_fails_first_and_signals_later(nano, monkeypatch):
+    def save(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGHUP)  # a shell passes it on when it gets it
+        signal.raise_signal(signal.SIGTERM)
+        real(*arguments)
+
+    def read(_: str) -> str:
+        if not chat.conversation.messages:
+            return QUESTIONS[0]
+        chat.conversation.system = "S"
+        monkeypatch.setattr(sessions, "save", save)
+        raise OSError("the terminal is gone")
+
+    real, before = sessions.save, signal.getsignal(signal.SIGHUP)
+    chat = Chat(nano, None, {}, Console(file=io.StringIO()), read, str, session="s")
+    with pytest.raises(OSError, match="the terminal is gone"):
+        chat.loop()
+    assert sessions.load("s", nano).system == "S"
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 SLOW = """
@@ -337,7 +359,7 @@ def test_ctrl_c_while_a_prompt_is_read_keeps_what_was_read(terminals):
     child.expect(r"\[\?2004h")
     text = "A violin is a bowed instrument. " * 100 + "What is a violin?"
     child.send(f"\x1b[200~{text}\x1b[201~\r")
-    child.expect(r"reading the prompt.*[0-9]+/([0-9]+|[0-9],[0-9]{3}) tokens · [0-9,]+/s · 0:00:[0-9]{2} left")
+    child.expect(r"reading the prompt.*[0-9]+/([0-9]+|[0-9],[0-9]{3}) · [0-9,]+ tokens/s · 0:00:[0-9]{2} left")
     child.send("\x03")
     child.expect(r"read ([0-9]+) of ([0-9,]+) tokens; they are kept: send it again")
     read = child.match[1]

@@ -61,7 +61,7 @@ def test_a_summary_stands_for_the_oldest_turns_and_leaves_room():
     talk, llm = conversation(200, 100, 100, 50, 100, 50, 200), SummingLLM()
     seen: list[tuple[int, int]] = []
     assert summarise_oldest(talk, llm, lambda *told: seen.append(told)) == 1
-    assert talk.messages[0]["content"] == "[A summary by the model stands here for the 1 oldest turns.]"
+    assert talk.messages[0]["content"] == "[A summary by the model stands here for the oldest turns.]"
     assert [m["content"][:1] for m in talk.messages[1:]] == ["a", "b", "b", "c", "c", "d"]
     assert llm.count_tokens(talk.prompt()) + 100 <= llm.context
     assert seen[-1] == (100, 100)
