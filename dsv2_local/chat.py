@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import IO, Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -65,10 +65,6 @@ class Chat:
         `read` reads a message after a prompt, `ask` a choice that does not belong in the history; they and `console`
         are the terminal's own by default. `session` is gone on with if it is there, and saved in any case; `system` and
         `options` go before its own.
-
-        Raises:
-            InputError: `session` cannot be one's name.
-            SavedCacheError: it is damaged, or another model's.
         """
         self.llm = llm
         self._stop = options.pop("stop", None)
@@ -79,18 +75,25 @@ class Chat:
         self._last: Generation | None = None
         self._interrupted = False
         self._progress = reading(self.console)
+        self._asked_for = session
         self._name: str | None = None
+        self._claim: IO[bytes] | None = None
         self._saved: tuple[str, Generation | None] = ("", None)
         self._saved_at = self._saving_took = 0.0
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, f"_{name}")
             for name in ("help", "clear", "undo", "retry", "system", "save", "load", "set", "stats", "experts")
         }
-        if session:
-            self._begin(session)
 
     def loop(self) -> None:
-        """Read and answer until the user leaves."""
+        """Read and answer until the user leaves.
+
+        Raises:
+            InputError: `session` cannot be one's name, or another chat has it.
+            SavedCacheError: it is damaged, or another model's.
+        """
+        if self._asked_for:
+            self._begin(self._asked_for)
         self._say(f"{self.llm.name} ({self.llm.recipe}), context {self.llm.context:,} tokens; /help lists commands")
         if self._name:
             self._say(f"session {self._name}{self._size() if self.conversation.messages else ' begins'}")
@@ -103,6 +106,8 @@ class Chat:
         finally:
             self._end()
             hangups.restore()
+            if self._claim:
+                self._claim.close()
 
     def _talk(self) -> None:
         hinted = False
@@ -225,7 +230,7 @@ class Chat:
 
     def _clear(self, _: str) -> None:
         self.conversation.messages.clear()
-        self._say("cleared")
+        self._say(f"cleared; session {self._name} is as it was until the next answer" if self._name else "cleared")
 
     def _undo(self, _: str) -> None:
         question = self.conversation.undo()
@@ -261,12 +266,8 @@ class Chat:
         ):
             self._say("nothing is saved")
             return
-        before, self._name = self._name, name
-        try:
+        with self._claiming(name):
             self._write()
-        except BaseException:
-            self._name = before
-            raise
         self._say(f"saved session {name}{self._size()}")
 
     def _load(self, name: str) -> None:
@@ -274,6 +275,7 @@ class Chat:
         if not name:
             sessions.show()
             return
+        sessions.check([name])
         if self._unsaved:
             self._write()
         elif (
@@ -282,21 +284,41 @@ class Chat:
             and self._choose("this conversation is not saved; give it up? [y/n] ", "yn") == "n"
         ):
             return
-        self._resume(name)
+        with self._claiming(name):
+            self._resume(name)
         self._say(f"session {name}{self._size()}")
+
+    @contextmanager
+    def _claiming(self, name: str) -> Iterator[None]:
+        """Make `name` the chat's session, which no other chat may have meanwhile, unless the block fails."""
+        if name == self._name:
+            yield
+            return
+        claim, before = sessions.claim(name), self._name
+        self._name = name
+        try:
+            yield
+        except BaseException:
+            self._name = before
+            claim.close()
+            raise
+        if self._claim:
+            self._claim.close()
+        self._claim = claim
 
     def _begin(self, name: str) -> None:
         """Go on with a session if it is there, with the system message and the settings that were given."""
-        given, self._name = self.conversation, name
-        if sessions.file(name).exists():
-            self._resume(name)
-            self.conversation.settings |= given.settings
-            if given.system is not None:
-                self.conversation.system = given.system
+        given = self.conversation
+        with self._claiming(name):
+            if sessions.file(name).exists():
+                self._resume(name)
+                self.conversation.settings |= given.settings
+                if given.system is not None:
+                    self.conversation.system = given.system
 
     def _resume(self, name: str) -> None:
         start = time.monotonic()
-        self.conversation, self._name = sessions.load(name, self.llm), name
+        self.conversation = sessions.load(name, self.llm)
         self._note_saved(start)
 
     def _write(self) -> None:

@@ -1,5 +1,6 @@
 """Saved chats: a file each, which holds the conversation and the cache of what was read (`saved.py`)."""
 
+import fcntl
 import os
 import re
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from rich.markup import escape
 from rich.table import Table
@@ -37,19 +39,34 @@ def file(name: str) -> Path:
     return _folder() / f"{name}{SUFFIX}"
 
 
+def claim(name: str) -> IO[bytes]:
+    """Keep other chats out of a session until the file that is returned is closed, or the process is gone.
+
+    Raises:
+        InputError: another chat has it, or it cannot be called so.
+        SavedCacheError: nothing can be written there.
+    """
+    path = file(name)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = path.with_name(f".{name}.lock").open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(f"session {name} is open in another chat; leave that one first") from None
+    except OSError as error:
+        raise SavedCacheError(f"{path} cannot be written: {error.strerror}") from None
+    return lock
+
+
 def save(name: str, llm: LLM, conversation: Conversation) -> None:
-    """Write a session, for the user alone; its file appears whole or stays as it was.
+    """Write a session that was claimed, for the user alone; its file appears whole or stays as it was.
 
     Raises:
         InputError: it cannot be called so.
         SavedCacheError: it cannot be written.
     """
-    path = file(name)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SavedCacheError(f"{path.parent} cannot be made: {error.strerror}") from None
-    llm.save_cache(path, conversation.to_text(llm.name))
+    llm.save_cache(file(name), conversation.to_text(llm.name))
 
 
 def load(name: str, llm: LLM) -> Conversation:
@@ -96,6 +113,7 @@ def delete(names: Sequence[str]) -> None:
     for name in names:
         try:
             file(name).unlink(missing_ok=True)
+            file(name).with_name(f".{name}.lock").unlink(missing_ok=True)
         except OSError as error:
             raise SavedCacheError(f"session {name} cannot be deleted: {error.strerror}") from None
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -64,7 +65,7 @@ def test_a_resumed_chat_answers_the_same_and_reads_nothing_again(state):
     _, shown = talk(llm.load(), *QUESTIONS[:2], session="trip")
     assert "session trip begins" in shown
     assert "saved session trip: 2 turns" in shown
-    assert [path.name for path in state.iterdir()] == ["trip.safetensors"]
+    assert sorted(path.name for path in state.iterdir()) == [".trip.lock", "trip.safetensors"]
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     assert stat.S_IMODE((state / "trip.safetensors").stat().st_mode) == 0o600
     held = llm.load()
@@ -99,11 +100,12 @@ def test_save_and_load_in_a_chat(nano, state):
 
 def test_what_was_given_goes_before_what_was_saved(nano):
     talk(nano, "/system Be brief.", "/set top_k 3", "/set temperature 0.5", QUESTIONS[0], session="s")
-    options = {"temperature": 0.0, "max_tokens": 5}
-    chat = Chat(nano, "Be long.", options, Console(file=io.StringIO()), str, str, session="s")
-    assert chat.conversation.system == "Be long."
-    assert chat.conversation.settings == {"temperature": 0.0, "max_tokens": 5, "top_k": 3}
-    assert Chat(nano, None, {}, Console(), str, str, session="s").conversation.system == "Be brief."
+    given: tuple[str | None, dict[str, Any]]
+    for given in ((None, {}), ("Be long.", {"temperature": 0.0, "max_tokens": 5})):
+        chat = Chat(nano, *given, Console(file=io.StringIO()), lambda _: "/exit", str, session="s")
+        chat.loop()
+        assert chat.conversation.system == (given[0] or "Be brief.")
+        assert chat.conversation.settings == {"temperature": 0.5, "top_k": 3} | given[1]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,9 @@ def test_sessions_are_listed_and_deleted(nano, state):
         assert said in done.stderr
         assert len(list(state.glob("[a-z]*.safetensors"))) == 3
     assert dsv2("sessions", "delete", "broken", "old", "--yes").returncode == 0
-    assert [path.name for path in state.glob("[a-z]*.safetensors")] == ["new one.safetensors"]
+    assert {path.name for path in state.iterdir()} == {
+        "new one.safetensors", ".new one.lock", ".hidden.safetensors", "notes.txt"
+    }  # fmt: skip
 
 
 def test_killed_while_it_saves_the_old_session_stays(nano, state):
@@ -264,8 +268,23 @@ def test_a_failed_save_is_told_and_the_chat_goes_on(nano, state):
     state.parent.mkdir(parents=True)
     state.write_text("a file where the directory should be")
     chat, shown = talk(nano, QUESTIONS[0], "/save s", QUESTIONS[1])
-    assert "sessions cannot be made" in shown
+    assert "cannot be written" in shown
     assert chat.conversation.turns == 2
+
+
+def test_two_chats_cannot_have_one_session(nano, state):
+    with sessions.claim("s"):
+        chat, shown = talk(nano, QUESTIONS[0], "/save s", "/save t")
+        assert "session s is open in another chat" in shown
+        assert "saved session t: 1 turn" in shown
+        with pytest.raises(InputError, match="open in another chat"):
+            talk(nano, session="s")
+    talk(nano, QUESTIONS[1], session="s")
+    with sessions.claim("t"):
+        again, shown = talk(nano, "/load t", session="s")
+        assert "session t is open in another chat" in shown
+        assert again.conversation.messages[0]["content"] == QUESTIONS[1]
+        assert chat.conversation.messages[0]["content"] == QUESTIONS[0]
 
 
 def spawn(*options: str, code: str = "") -> pexpect.spawn:
