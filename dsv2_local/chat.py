@@ -70,7 +70,7 @@ class Chat:
         self._stop = options.pop("stop", None)
         self.conversation = Conversation(system, options)
         self.console = console or Console(highlight=False)
-        self._read = read or _session().prompt
+        self._read = read or _prompt_session().prompt
         self._ask = ask or PromptSession[str]().prompt
         self._last: Generation | None = None
         self._interrupted = False
@@ -318,7 +318,9 @@ class Chat:
 
     def _resume(self, name: str) -> None:
         start = time.monotonic()
-        self.conversation = sessions.load(name, self.llm)
+        with Waiting("reading the session", self.console) as progress:
+            progress(0, sessions.file(name).stat().st_size)
+            self.conversation = sessions.load(name, self.llm)
         self._note_saved(start)
 
     def _write(self) -> None:
@@ -414,7 +416,7 @@ class _Hangups:
         raise SystemExit(128 + number)
 
 
-def _session() -> PromptSession[str]:
+def _prompt_session() -> PromptSession[str]:
     commands = WordCompleter([line.split()[0] for line in HELP.splitlines() if line.startswith("/")], sentence=True)
     return PromptSession(
         history=_history(),
