@@ -36,7 +36,7 @@ HELP = """\
 /undo              take back the last question and its answer
 /retry             answer the last question again
 /system [TEXT]     show or set the system message ("-" removes it)
-/save [NAME]       keep the conversation, and what was read for it, as a session: now, after turns and in the end
+/save [NAME]       keep the conversation as a session: now, after turns and in the end
 /load [NAME]       go on with a session; without a name: list them
 /set [NAME VALUE]  show or change how answers are made ("-" for the model's own)
 /stats             figures of the last answer
