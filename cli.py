@@ -28,6 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+session_commands = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(session_commands, name="sessions")
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -84,6 +87,9 @@ def _global(
 @app.command()
 def chat(
     model: Model = None,
+    session: Annotated[
+        str | None, typer.Option(help="Go on with this session, or begin it; it is saved in the end.")
+    ] = None,
     system: System = None,
     max_tokens: MaxTokens = None,
     context: Context = None,
@@ -106,7 +112,13 @@ def chat(
     """Talk with a model in the terminal."""
     placement = {name: value for name, value in locals().items() if name in _PLACEMENT}
     options = _given(locals(), "max_tokens", *_SAMPLING)
+    if session is not None:
+        from dsv2_local import sessions
+
+        sessions.file(session)  # before loading, so that a mistake shows at once
     if not sys.stdin.isatty():
+        if session is not None:
+            raise InputError("--session needs a terminal; `dsv2 run --cache FILE` keeps what a script has read")
         from dsv2_local.console import notice
         from dsv2_local.pipe import gather_prompt
 
@@ -118,7 +130,7 @@ def chat(
     from dsv2_local.chat import Chat
 
     with _load(**placement) as llm:
-        Chat(llm, system, options).loop()
+        Chat(llm, system, options, session=session).loop()
 
 
 @app.command()
@@ -161,6 +173,31 @@ def run(
     text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
     with _load(**placement) as llm:
         _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats, cache=cache)
+
+
+@session_commands.callback(invoke_without_command=True)
+def list_sessions(invocation: typer.Context) -> None:
+    """List saved chats, or delete some."""
+    if invocation.invoked_subcommand is None:
+        from dsv2_local import sessions
+
+        with _closed_pipe_is_no_error():
+            sessions.show()
+
+
+@session_commands.command("delete")
+def delete_sessions(
+    names: Annotated[list[str], typer.Argument(help="As `dsv2 sessions` lists them.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete saved chats."""
+    from dsv2_local import sessions
+
+    sessions.check(names)
+    if not yes and not sys.stdin.isatty():
+        raise InputError("standard input is no terminal that could be asked; add --yes to delete them")
+    if yes or typer.confirm(f"Delete {', '.join(names)}?", err=True):
+        sessions.delete(names)
 
 
 @app.command()

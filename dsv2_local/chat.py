@@ -1,17 +1,17 @@
 """`dsv2 chat`: a conversation in the terminal.
 
-`Conversation` holds the messages and settings and knows nothing of terminals; `Chat` reads, shows and obeys the
-commands.
+`Chat` reads, shows and obeys the commands; the conversation itself (`conversation.py`) knows nothing of terminals.
 """
 
 import difflib
-import json
 import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from shlex import quote
+from typing import IO, Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -20,25 +20,24 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
-from dsv2_local.console import READING, Waiting, describe, describe_experts
+from dsv2_local import sessions
+from dsv2_local.console import Waiting, describe, describe_experts, describe_stop, human, reading
+from dsv2_local.conversation import SETTINGS, Conversation
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
 from dsv2_local.llm import LLM, Generation
-from dsv2_local.markdown import MarkdownStream
-from dsv2_local.sampling import SamplingParams
+from dsv2_local.markdown import CONTROL, MarkdownStream
+from dsv2_local.shortening import drop_oldest, summarise_oldest
 
-FILE_KIND = "dsv2-chat"
-SETTINGS = {
-    "max_tokens": int,
-    **{f.name: int if f.name in ("top_k", "seed") else float for f in fields(SamplingParams) if f.name != "logit_bias"},
-}
+PATIENCE = 20
+"""A session is saved after a turn once this many times as long has passed as saving took: 5 % of a chat at most."""
 HELP = """\
 /help              this text
 /clear             forget the conversation
 /undo              take back the last question and its answer
 /retry             answer the last question again
 /system [TEXT]     show or set the system message ("-" removes it)
-/save FILE         write the conversation
-/load FILE         read one
+/save [NAME]       keep the conversation as a session: now, after turns and in the end
+/load [NAME]       go on with a session; without a name: list them
 /set [NAME VALUE]  show or change how answers are made ("-" for the model's own)
 /stats             figures of the last answer
 /experts           where the routed experts are, and what happened to them
@@ -46,104 +45,6 @@ HELP = """\
 
 Enter sends; Alt-Enter or a \\ at the end of the line makes a new line. Ctrl-C stops an answer and keeps what came.
 A message that begins with / is written with two: //like this."""
-
-
-@dataclass
-class Conversation:
-    """What was said, and how answers are made. `messages` holds no system message; `system` does."""
-
-    system: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    messages: list[dict[str, str]] = field(default_factory=list)
-
-    def prompt(self) -> list[dict[str, str]]:
-        """The messages as the model is given them."""
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        return head + self.messages
-
-    def ask(self, text: str) -> None:
-        self.messages.append({"role": "user", "content": text})
-
-    def answer(self, text: str) -> None:
-        self.messages.append({"role": "assistant", "content": text})
-
-    @property
-    def unanswered(self) -> bool:
-        """Whether the last message is a question."""
-        return bool(self.messages) and self.messages[-1]["role"] == "user"
-
-    def undo(self) -> str | None:
-        """Take back the last question and what followed it; returns the question."""
-        while self.messages:
-            message = self.messages.pop()
-            if message["role"] == "user":
-                return message["content"]
-        return None
-
-    def drop_oldest(self) -> bool:
-        """Forget the oldest question and its answer; False when only the last question is left."""
-        later = [i for i, message in enumerate(self.messages) if message["role"] == "user" and i > 0]
-        if not later:
-            return False
-        del self.messages[: later[0]]
-        return True
-
-    def set(self, name: str, value: str) -> None:
-        """Change a setting; "-" returns it to the model's own. InputError for a wrong name or value."""
-        if name not in SETTINGS:
-            raise InputError(f"there is no setting {name}; the settings are {', '.join(SETTINGS)}")
-        if value == "-":
-            self.settings.pop(name, None)
-            return
-        try:
-            number = SETTINGS[name](value)
-        except ValueError:
-            raise InputError(f"{name} must be a number, not {value}") from None
-        if name == "max_tokens" and number < 1:
-            raise InputError(f"max_tokens must be at least 1, not {number}")
-        if name != "max_tokens":
-            SamplingParams().override(**{name: number})  # checks the range
-        self.settings[name] = number
-
-    def save(self, path: Path, model: str) -> None:
-        """Write a JSON file that only the user may read, whole or not at all; never over another kind of file."""
-        if path.exists():
-            self._read(path)
-        text = json.dumps({"kind": FILE_KIND, "model": model, **asdict(self)}, indent=2, ensure_ascii=False)
-        try:
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # made with mode 0600
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-            Path(name).replace(path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-    def load(self, path: Path) -> None:
-        """Replace this conversation by a saved one. InputError when the file is not one."""
-        raw = self._read(path)
-        try:
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in raw["messages"]]
-            if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
-                raise TypeError("questions and answers must alternate")
-            loaded = Conversation(raw["system"])
-            for name, value in raw["settings"].items():
-                if name in SETTINGS:
-                    loaded.set(name, str(value))
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is a damaged conversation") from None
-        self.system, self.settings, self.messages = loaded.system, loaded.settings, messages
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raw = None
-        if not isinstance(raw, dict) or raw.get("kind") != FILE_KIND:
-            raise InputError(f"{path} is not a saved conversation")
-        return raw
 
 
 class Chat:
@@ -157,29 +58,58 @@ class Chat:
         console: Console | None = None,
         read: Callable[[str], str] | None = None,
         ask: Callable[[str], str] | None = None,
+        session: str | None = None,
     ) -> None:
         """`options` are those of `LLM.generate`.
 
         `read` reads a message after a prompt, `ask` a choice that does not belong in the history; they and `console`
-        are the terminal's own by default.
+        are the terminal's own by default. `session` is gone on with if it is there, and saved in any case; `system` and
+        `options` go before its own.
         """
         self.llm = llm
         self._stop = options.pop("stop", None)
         self.conversation = Conversation(system, options)
         self.console = console or Console(highlight=False)
-        self._read = read or _session().prompt
+        self._read = read or _prompt_session().prompt
         self._ask = ask or PromptSession[str]().prompt
         self._last: Generation | None = None
         self._interrupted = False
-        self._progress = Waiting(READING, self.console)
+        self._progress = reading(self.console)
+        self._asked_for = session
+        self._name: str | None = None
+        self._claim: IO[bytes] | None = None
+        self._saved: tuple[str, Generation | None] = ("", None)
+        self._saved_at = self._saving_took = 0.0
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, f"_{name}")
             for name in ("help", "clear", "undo", "retry", "system", "save", "load", "set", "stats", "experts")
         }
 
     def loop(self) -> None:
-        """Read and answer until the user leaves."""
+        """Read and answer until the user leaves.
+
+        Raises:
+            InputError: `session` cannot be one's name, or another chat has it.
+            SavedCacheError: it is damaged, or another model's.
+        """
+        if self._asked_for:
+            self._begin(self._asked_for)
         self._say(f"{self.llm.name} ({self.llm.recipe}), context {self.llm.context:,} tokens; /help lists commands")
+        if self._name:
+            self._say(f"session {self._name}{self._size() if self.conversation.messages else ' begins'}")
+        hangups = _Hangups(self.console)
+        try:
+            try:
+                self._talk()
+            finally:
+                hangups.ignore()
+        finally:
+            self._end()
+            hangups.restore()
+            if self._claim:
+                self._claim.close()
+
+    def _talk(self) -> None:
         hinted = False
         while True:
             try:
@@ -197,19 +127,27 @@ class Chat:
 
     def _obey_or_ask(self, text: str) -> None:
         """Neither an error nor Ctrl-C in a turn ends the conversation; a question without an answer is taken back."""
-        try:
+        with self._surviving():
             if text.startswith("/") and not text.startswith("//"):
                 self.command(text)
             elif text:
                 self.conversation.ask(text.removeprefix("/") if text.startswith("//") else text)
                 self.respond()
+        if self.conversation.unanswered:
+            self.conversation.undo()
+            self._say("the question is taken back; arrow up brings it again")
+        with self._surviving():
+            if self._unsaved and time.monotonic() - self._saved_at >= PATIENCE * self._saving_took:
+                self._write()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
         except (Dsv2Error, OSError, MemoryError) as error:
             self.console.print(f"error: {error}", style="red", markup=False)
         except KeyboardInterrupt:
             self._say("stopped")
-        if self.conversation.unanswered:
-            self.conversation.undo()
-            self._say("the question is taken back; arrow up brings it again")
 
     def command(self, text: str) -> None:
         """Obey a line that begins with a slash."""
@@ -234,7 +172,10 @@ class Chat:
         finally:
             if generation.text:
                 self.conversation.answer(generation.text)
-        self._stats("")
+        if generation.stats.context_used < generation.stats.prompt_tokens:
+            self._say(f"{describe_stop(generation.stats)}; they are kept: send it again to go on")
+        else:
+            self._stats("")
 
     def _show(self, generation: Generation) -> bool:
         """Print the answer as it comes; whether Ctrl-C stopped it."""
@@ -249,35 +190,47 @@ class Chat:
 
     def _offer_room(self, error: ContextLengthError) -> None:
         """The conversation has outgrown the context: let the user choose, and lose nothing unasked."""
+        alone = self.llm.count_tokens(self.conversation.prompt(self.conversation.messages[-1:]))
+        if alone >= error.context:
+            system = " with the system message" if self.conversation.system else ""
+            self._say(f"this question alone has {alone:,} tokens{system} and the context holds {error.context:,}")
+            return
         self._say(f"the conversation has {error.prompt_tokens:,} tokens and the context holds {error.context:,}")
-        try:
-            choice = self._ask("[d]rop the oldest turns, or [k]eep all and take this question back? ")
-        except (KeyboardInterrupt, EOFError):
-            choice = "k"
-        if choice.strip().lower().startswith("d") and self._make_room():
+        choice = self._choose("[d]rop the oldest turns, [s]ummarise them, or take this question [b]ack? ", "dsb")
+        if choice == "d":
+            dropped = drop_oldest(self.conversation, self.llm)
+            self._say(f"dropped {_turns(dropped)}, the oldest")
+        elif choice == "s":
+            self._summarise()
+        if choice != "b":
             self.respond()
 
-    def _make_room(self) -> bool:
-        """Forget whole turns until the prompt leaves room for an answer (an eighth of the context)."""
-        before, dropped = list(self.conversation.messages), 0
-        while self.llm.count_tokens(self.conversation.prompt()) > self.llm.context * 7 // 8:
-            if not self.conversation.drop_oldest():
-                self._say("this question alone is too long")
-                self.conversation.messages = before
-                return False
-            dropped += 1
-        self._say(f"dropped {dropped} turns")
-        return True
+    def _summarise(self) -> None:
+        """Ctrl-C and errors go to the caller, and the conversation is as it was."""
+        with self._progress, Waiting("writing a summary", self.console, "tokens") as writing:
+            options = {"progress": self._progress, **self.conversation.settings}
+            replaced = summarise_oldest(self.conversation, self.llm, writing, **options)
+        self._say(f"a summary stands for {_turns(replaced)}, the oldest: {self.conversation.messages[1]['content']}")
+
+    def _choose(self, question: str, letters: str) -> str:
+        """One of `letters`; the last where the user leaves the question."""
+        while True:
+            try:
+                choice = self._ask(question).strip().lower()[:1]
+            except (KeyboardInterrupt, EOFError):
+                return letters[-1]
+            if choice and choice in letters:
+                return choice
 
     def _say(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False)
+        self.console.print(text.translate(CONTROL), style="dim", markup=False)
 
     def _help(self, _: str) -> None:
         self.console.print(HELP, markup=False)
 
     def _clear(self, _: str) -> None:
         self.conversation.messages.clear()
-        self._say("cleared")
+        self._say(f"cleared; session {self._name} is as it was until the next answer" if self._name else "cleared")
 
     def _undo(self, _: str) -> None:
         question = self.conversation.undo()
@@ -302,12 +255,111 @@ class Chat:
         self._say(f"system: {self.conversation.system or '(none)'}")
 
     def _save(self, name: str) -> None:
-        self.conversation.save(_path(name), self.llm.name)
-        self._say(f"saved {len(self.conversation.messages)} messages")
+        """From now on the conversation is this session."""
+        name = name or self._name or ""
+        if not name:
+            raise InputError("name the session: /save NAME")
+        if (
+            name != self._name
+            and sessions.file(name).exists()
+            and self._choose(f"replace session {name}? [y/n] ", "yn") == "n"
+        ):
+            self._say("nothing is saved")
+            return
+        with self._claiming(name):
+            self._write()
+        self._say(f"saved session {name}{self._size()}")
 
     def _load(self, name: str) -> None:
-        self.conversation.load(_path(name))
-        self._say(f"loaded {len(self.conversation.messages)} messages")
+        """From now on the conversation is that of a session; this one is saved if it is one, else given up if asked."""
+        if not name:
+            sessions.show()
+            return
+        sessions.check([name])
+        if self._unsaved:
+            self._write()
+        elif (
+            not self._name
+            and self.conversation.messages
+            and self._choose("this conversation is not saved; give it up? [y/n] ", "yn") == "n"
+        ):
+            return
+        with self._claiming(name):
+            self._resume(name)
+        self._say(f"session {name}{self._size()}")
+
+    @contextmanager
+    def _claiming(self, name: str) -> Iterator[None]:
+        """Make `name` the chat's session, which no other chat may have meanwhile, unless the block fails."""
+        if name == self._name:
+            yield
+            return
+        claim, before = sessions.claim(name), self._name
+        self._name = name
+        try:
+            yield
+        except BaseException:
+            self._name = before
+            claim.close()
+            raise
+        if self._claim:
+            self._claim.close()
+        self._claim = claim
+
+    def _begin(self, name: str) -> None:
+        """Go on with a session if it is there, with the system message and the settings that were given."""
+        given = self.conversation
+        with self._claiming(name):
+            if sessions.file(name).exists():
+                self._resume(name)
+                self.conversation.settings |= given.settings
+                if given.system is not None:
+                    self.conversation.system = given.system
+
+    def _resume(self, name: str) -> None:
+        start = time.monotonic()
+        with Waiting("reading the session", self.console) as progress:
+            progress(0, sessions.file(name).stat().st_size)
+            self.conversation = sessions.load(name, self.llm)
+        self._note_saved(start)
+
+    def _write(self) -> None:
+        """Save the session. Ctrl-C and errors leave its file as it was."""
+        assert self._name
+        start = time.monotonic()
+        with Waiting("saving the session", self.console) as progress:
+            progress(0, self.llm.cache_nbytes)
+            sessions.save(self._name, self.llm, self.conversation)
+        self._note_saved(start)
+
+    def _note_saved(self, start: float) -> None:
+        self._saved = (self.conversation.to_text(self.llm.name), self._last)
+        self._saved_at = time.monotonic()
+        self._saving_took = self._saved_at - start
+
+    @property
+    def _unsaved(self) -> bool:
+        """Whether there is a session and it has something that its file has not."""
+        now = (self.conversation.to_text(self.llm.name), self._last)
+        return bool(self._name and self.conversation.messages and self._saved != now)
+
+    def _end(self) -> None:
+        """Save the session, if it is one. A terminal that is gone cannot be told."""
+        try:
+            if self._unsaved:
+                self._write()
+        except KeyboardInterrupt:
+            self._say(f"session {self._name} is not saved; its file is as it was")
+            raise
+        if self._name and self.conversation.messages:
+            again = f"dsv2 chat --session {quote(self._name)}"
+            with suppress(OSError):
+                self._say(f"saved session {self._name}{self._size()}; `{again}` goes on")
+
+    def _size(self) -> str:
+        """What the session holds: turns, and its file's bytes."""
+        assert self._name
+        return f": {_turns(self.conversation.turns)}, {human(sessions.file(self._name).stat().st_size)}"
 
     def _set(self, argument: str) -> None:
         if argument:
@@ -330,13 +382,41 @@ class Chat:
             self._say(line)
 
 
-def _path(name: str) -> Path:
-    if not name:
-        raise InputError("name a file")
-    return Path(name).expanduser()
+def _turns(count: int) -> str:
+    return f"{count:,} turn{'' if count == 1 else 's'}"
 
 
-def _session() -> PromptSession[str]:
+class _Hangups:
+    """SIGTERM, and SIGHUP of a terminal that was closed: the first raises SystemExit, later ones change nothing.
+
+    A closed terminal makes writing fail too, before or after the signal comes.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup
+        for number in self._before:
+            signal.signal(number, self._leave)
+
+    def ignore(self) -> None:
+        """Change nothing from now on."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def restore(self) -> None:
+        """What was before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _leave(self, number: int, _: object) -> None:
+        self.ignore()
+        if number == signal.SIGHUP:
+            self._console.file = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
+        raise SystemExit(128 + number)
+
+
+def _prompt_session() -> PromptSession[str]:
     commands = WordCompleter([line.split()[0] for line in HELP.splitlines() if line.startswith("/")], sentence=True)
     return PromptSession(
         history=_history(),
@@ -350,8 +430,7 @@ def _session() -> PromptSession[str]:
 
 def _history() -> History:
     """Kept between runs and readable by the user alone; in memory where it cannot be written."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(base) / "dsv2-local" / "history"
+    path = sessions.state() / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)

@@ -6,6 +6,9 @@ imported late, so that `dsv2 --help` stays quick.
 
 import sys
 import threading
+import time
+from collections import deque
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
     from dsv2_local.llm import LLM
 
 PROGRESS_AFTER = 1.0
-READING = "reading the prompt"
+BESIDE_BAR = 72
+"""Columns that text takes, with room to spare: "^C" at the end of a full line would begin another, never wiped."""
+RECENT = 9
+"""Calls over which the rate is taken: reading gets slower as the context grows."""
 
 
 def notice(text: str) -> None:
@@ -50,13 +56,14 @@ class Waiting:
     An instance is the `progress` that loading and generation call; leaving the context wipes it in any case.
     """
 
-    def __init__(self, what: str, console: "Console | None" = None) -> None:
-        """Show `what` is done on `console`; None: on stderr."""
-        self._what, self._console = what, console
+    def __init__(self, what: str, console: "Console | None" = None, unit: str | None = None) -> None:
+        """Show `what` is done on `console` (None: on stderr). `unit` is what is counted; None: bytes."""
+        self._what, self._console, self._unit = what, console, unit
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         self._timer: threading.Timer | None = None
         self._state = (0, 0)
+        self._steps = deque[tuple[float, int]](maxlen=RECENT)
 
     def __enter__(self) -> "Waiting":
         return self
@@ -70,6 +77,7 @@ class Waiting:
             return
         with self._lock:
             self._state = (done, total)
+            self._steps.append((time.monotonic(), done))
             if self._bar:
                 self._bar.update(self._bar.task_ids[0], completed=done, total=total)
             elif self._timer is None:
@@ -78,16 +86,33 @@ class Waiting:
                 self._timer.daemon = True
                 self._timer.start()
 
+    def figures(self) -> str:
+        """How many are done, how many a second lately and the time left at that rate; before, the time that it took."""
+        (done, total), now = self._state, time.monotonic()
+        (start, first), (last, _) = self._steps[0], self._steps[-1]
+        count = human if self._unit is None else lambda number: f"{number:,.0f}"
+        unit = "" if self._unit is None else f" {self._unit}"
+        if done == first:
+            return f"{count(done)}/{count(total)}{unit} · {_clock(now - start)}"
+        rate = (done - first) / (last - start)
+        left = (total - done) / rate - (now - last)
+        return f"{count(done)}/{count(total)} · {count(rate)}{unit}/s · {_clock(left)} left"
+
     def _show(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.text import Text
+
+        class Figures(ProgressColumn):
+            def render(_, task: Task) -> Text:  # noqa: N805 (self is the progress)
+                return Text(self.figures())
 
         with self._lock:
             console = self._console or Console(stderr=True)
             if self._timer is None or not console.is_terminal:
                 return
-            columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=console, transient=True)
+            bar = BarColumn(max(4, min(40, console.width - BESIDE_BAR)))
+            self._bar = Progress(TextColumn(self._what), bar, Figures(), console=console, transient=True)
             self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
             self._bar.start()
 
@@ -98,6 +123,16 @@ class Waiting:
             if self._bar:
                 self._bar.stop()
             self._timer = self._bar = None
+            self._steps.clear()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+def reading(console: "Console | None" = None) -> Waiting:
+    """The progress of reading a prompt."""
+    return Waiting("reading the prompt", console, "tokens")
 
 
 def describe(stats: "Stats", interrupted: bool = False) -> str:
@@ -116,6 +151,11 @@ def describe(stats: "Stats", interrupted: bool = False) -> str:
         full = stats.context_used >= stats.context
         parts.append("stopped: the context is full" if full else "stopped at max_tokens")
     return " · ".join(parts)
+
+
+def describe_stop(stats: "Stats") -> str:
+    """How much of a prompt was read before Ctrl-C came."""
+    return f"read {stats.context_used:,} of {stats.prompt_tokens:,} tokens"
 
 
 def describe_experts(llm: "LLM") -> list[str]:

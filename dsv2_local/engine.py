@@ -161,6 +161,7 @@ class Engine:
         start = time.perf_counter()
         self._begin(prompt[:-1], turn)  # one token at least must run, to have logits
         stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
+        stats.context_used = self.cache.length
         for hidden in self._prefill(prompt, progress):
             last = hidden[-1:]
             stats.context_used = self.cache.length

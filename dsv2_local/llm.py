@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local import measured, placement, saved
+from dsv2_local.cache import bytes_per_token
 from dsv2_local.config import ModelConfig
 from dsv2_local.engine import Engine, Stats, Step
 from dsv2_local.errors import CheckpointError, InputError, PlanError
@@ -136,15 +137,18 @@ class LLM:
         """
         self._placed.close()
 
-    def save_cache(self, path: Path) -> None:
-        """Write the cache to a file, so that what was read need not be read again; SavedCacheError if it cannot be."""
-        saved.save(path, self.engine.tokens, self.engine.cache, self._fingerprint)
+    def save_cache(self, path: Path, conversation: str = "") -> None:
+        """Write the cache to a file, so that what was read need not be read again; SavedCacheError if it cannot be.
+
+        `conversation` is any text to keep beside it; `saved.head` reads it.
+        """
+        saved.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
 
     def load_cache(self, path: Path) -> int:
         """Take the cache from a file; the number of tokens in it. A prompt that begins like them computes what differs.
 
         Raises:
-            SavedCacheError: the file cannot be read, is damaged, or is another model's.
+            SavedCacheError: the file cannot be read, is damaged, or is another model's; the cache is as it was then.
         """
         self.engine.set_aside()
         self.engine.resume(saved.load(path, self.engine.cache, self._fingerprint))
@@ -159,6 +163,11 @@ class LLM:
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.engine.context
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of what the cache holds now."""
+        return self.engine.cache.length * bytes_per_token(self.config, self.engine.cache.kind)
 
     @property
     def tokenizer(self) -> Tokenizer:

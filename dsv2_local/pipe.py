@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dsv2_local.console import READING, Waiting, describe, describe_experts, notice
+from dsv2_local import saved
+from dsv2_local.console import Waiting, describe, describe_experts, describe_stop, notice, reading
+from dsv2_local.engine import Stats
 from dsv2_local.errors import InputError
 from dsv2_local.llm import LLM, Chunk, Generation
 
@@ -75,15 +77,15 @@ def _text(data: bytes, where: str) -> str:
 def run(llm: LLM, request: Request, out: TextIO) -> None:
     """Answer `request` on `out`.
 
-    With a file for the cache, it is read if it is there. It is written if it was not, or if most of the prompt was new
-    to it and there is more of it: a short question by mistake does not cost a book.
+    With a file for the cache, it is read if it is there, and written as `_is_worth_keeping` says.
 
-    Ctrl-C ends the answer; what came is printed and KeyboardInterrupt goes on to the caller.
+    Ctrl-C ends the answer, or the reading of the prompt; what came is printed, with a file for the cache what was read
+    is kept, and KeyboardInterrupt goes on to the caller.
     """
     chunks: list[Chunk] = []
     interrupted = False
-    known = llm.load_cache(request.cache) if request.cache and request.cache.exists() else None
-    with Waiting(READING) as progress:
+    known = _load_cache(llm, request.cache) if request.cache and request.cache.exists() else 0
+    with reading() as progress:
         generation = _start(llm, request, progress)
         try:
             for chunk in generation:
@@ -93,11 +95,32 @@ def run(llm: LLM, request: Request, out: TextIO) -> None:
         except KeyboardInterrupt:
             interrupted = True
     _finish(llm, request, generation, chunks, interrupted, out)
-    read, reused = generation.stats.prompt_tokens, generation.stats.reused_tokens
-    if request.cache and (known is None or (2 * reused < read and read > known)):
-        llm.save_cache(request.cache)
+    stats = generation.stats
+    kept = request.cache if request.cache and _is_worth_keeping(stats, known) else None
+    if kept:
+        llm.save_cache(kept)
+    if interrupted and stats.context_used < stats.prompt_tokens and (kept or not request.cache):
+        rest = f"kept in {kept}: the same command goes on" if kept else "--cache FILE would keep them"
+        notice(f"{describe_stop(stats)}; {rest}")
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _load_cache(llm: LLM, path: Path) -> int:
+    """The number of tokens in the file. InputError where it is a chat's session, which a new cache would replace."""
+    if saved.head(path).conversation:
+        raise InputError(f"--cache {path} is a session of `dsv2 chat`; name another file")
+    return llm.load_cache(path)
+
+
+def _is_worth_keeping(stats: Stats, known: int) -> bool:
+    """Whether a file of `known` tokens should give way to what the cache holds now.
+
+    It should if most of that is new to it and there is more of it, so that a short question by mistake does not cost a
+    book; or if that goes on from all of it by a tenth or more, as it does when reading was stopped before.
+    """
+    read, reused = stats.context_used, stats.reused_tokens
+    return (2 * reused < read and read > known) or (reused >= known and 10 * (read - reused) > known)
 
 
 def _start(llm: LLM, request: Request, progress: Waiting) -> Generation:

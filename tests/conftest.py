@@ -31,8 +31,9 @@ def reference_kernels() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `dsv2 bench` measures while it is tested is not kept for the user's plans."""
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `dsv2 bench` measures while it is tested is not kept for the user's plans, nor are sessions for the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield

@@ -13,12 +13,14 @@ import pexpect
 import pytest
 from rich.console import Console
 
-from dsv2_local.chat import Chat, Conversation
+from dsv2_local.chat import Chat
+from dsv2_local.console import reading
 from dsv2_local.engine import Stats
 from dsv2_local.errors import CheckpointError, InputError
 from dsv2_local.llm import Chunk
 from dsv2_local.markdown import Markdown, MarkdownStream, finished_blocks
 from dsv2_local.sampling import SamplingParams
+from dsv2_local.saved import head
 from tests.models import heed_ctrl_c
 
 
@@ -57,6 +59,12 @@ class FakeLLM:
         self.asked.append([dict(message) for message in messages])
         self.options = options
         return FakeGeneration(self.answers.pop(0))
+
+
+class LargerLLM(FakeLLM):
+    """With room for a summary."""
+
+    context = 800
 
 
 def talk(llm: FakeLLM, *lines: Any, asked: tuple[str, ...] = ()) -> tuple[Chat, str]:
@@ -141,9 +149,9 @@ def test_system_and_settings_reach_the_model():
         ("/set temperature -1", "temperature must be at least 0"),
         ("/set max_tokens 0", "max_tokens must be at least 1"),
         ("/set temperature", "a name and a value"),
-        ("/load", "name a file"),
-        ("/load /no/such/file", "cannot be read"),
-        ("/save /no/such/file", "cannot be written"),
+        ("/load never-saved", "there is no session never-saved"),
+        ("/save", "name the session"),
+        ("/save a/b", "'a/b' cannot name a session"),
         ("/help", "Ctrl-C stops an answer"),
         ("/stats", "no answer yet"),
         ("/undo", "nothing to take back"),
@@ -161,49 +169,62 @@ def test_two_slashes_are_a_message():
     assert llm.asked[0][-1]["content"] == "/etc/passwd is what?"
 
 
-def test_save_and_load(tmp_path):
-    file = tmp_path / "talk.json"
-    chat, _ = talk(FakeLLM(["a"]), "/system S", "/set seed 4", "q", f"/save {file}", f"/save {file}")
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
-    again, _ = talk(FakeLLM(), f"/load {file}")
-    assert again.conversation == chat.conversation
-    other = tmp_path / "letter.txt"
-    other.write_text("dear diary")
-    _, shown = talk(FakeLLM(["a"]), "q", f"/save {other}", f"/load {other}")
-    assert shown.count("not a saved conversation") == 2
-    assert other.read_text() == "dear diary"
+FULL = ("x" * 40, "y" * 40, "z" * 30)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"messages": [{"role": "judge", "content": "x"}, {"role": "assistant", "content": "y"}]},
-        {"messages": [{"role": "user", "content": "x"}]},
-        {"messages": 3},
-        {"settings": {"temperature": "-5"}},
-    ],
-)
-def test_a_damaged_file_changes_nothing(tmp_path, change):
-    file = tmp_path / "talk.json"
-    Conversation("S").save(file, "fake")
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    conversation = Conversation("mine", {"seed": 1}, [{"role": "user", "content": "q"}])
-    with pytest.raises(InputError):
-        conversation.load(file)
-    assert conversation == Conversation("mine", {"seed": 1}, [{"role": "user", "content": "q"}])
-
-
-def test_a_full_context_offers_a_choice():
-    lines = ("x" * 40, "y" * 40, "z" * 30)
-    chat, shown = talk(FakeLLM(["a" * 10], ["b"], ["c"]), *lines, asked=("drop",))
+def test_a_full_context_offers_to_drop_the_oldest_turns():
+    chat, shown = talk(FakeLLM(["a" * 10], ["b"], ["c"]), "/system S", *FULL, asked=("what?", "Drop"))
     assert contents(chat) == ["y" * 40, "b", "z" * 30, "c"]
-    assert "121 tokens and the context holds 100" in shown
-    chat, _ = talk(FakeLLM(["a" * 10], ["b"], ["c"]), *lines, "short", asked=("keep",))
+    assert chat.conversation.system == "S"
+    assert "122 tokens and the context holds 100" in shown
+    assert "dropped 1 turn, the oldest" in shown
+    chat, _ = talk(FakeLLM(["a" * 10], ["b"], ["c"]), *FULL, "short", asked=("back",))
     assert contents(chat) == ["x" * 40, "a" * 10, "y" * 40, "b", "short", "c"]
-    chat, shown = talk(FakeLLM(["a"], ["b"]), "one", "w" * 200, "two", asked=("drop",))
-    assert "this question alone is too long" in shown
+
+
+def test_a_full_context_offers_a_summary():
+    llm = LargerLLM(["a" * 200], ["b"], [" the gist "], ["c"])
+    chat, shown = talk(llm, "x" * 300, "y" * 200, "z" * 300, asked=("s",))
+    assert contents(chat)[1:] == ["the gist", "y" * 200, "b", "z" * 300, "c"]
+    assert contents(chat)[0] == "[A summary by the model stands here for the oldest turns.]"
+    assert "the gist" in shown
+    for failure in (KeyboardInterrupt(), CheckpointError("the disk is gone"), ""):
+        llm = LargerLLM(["a" * 200], ["b"], [failure])
+        chat, shown = talk(llm, "x" * 300, "y" * 200, "z" * 300, asked=("s",))
+        assert contents(chat) == ["x" * 300, "a" * 200, "y" * 200, "b"]
+        assert "taken back" in shown
+
+
+def test_a_question_that_is_too_long_alone_is_no_choice():
+    chat, shown = talk(FakeLLM(["a"], ["b"]), "one", "w" * 200, "two")
+    assert "this question alone has 200 tokens and the context holds 100" in shown
     assert contents(chat) == ["one", "a", "two", "b"]
+
+
+def test_a_context_that_fills_up_is_told():
+    generation = FakeGeneration(["the end"])
+    generation.stats = Stats(context=100, context_used=100, finish_reason="length")
+    llm = FakeLLM()
+    llm.chat = lambda *_, **__: generation  # type: ignore[method-assign]
+    assert "the context is full" in talk(llm, "q")[1]
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dsv2_local.console.time.monotonic", lambda: now[0])
+    with reading(terminal()) as progress:
+        told = []
+        for step in range(14):  # 100 tokens a second of 40,000, of which 12,000 were there before; half from the sixth
+            now[0] = 10.0 * step + 10.0 * max(0, step - 6)
+            progress(12_000 + 1_000 * step, 40_000)
+            told.append(progress.figures())
+        now[0] += 20.0
+        told.append(progress.figures())
+    assert told[0] == "12,000/40,000 tokens · 0:00:00"
+    assert told[1] == "13,000/40,000 · 100 tokens/s · 0:04:30 left"
+    assert told[6] == "18,000/40,000 · 100 tokens/s · 0:03:40 left"
+    assert told[13] == "25,000/40,000 · 53 tokens/s · 0:04:41 left"  # 8,000 tokens in 150 s: the latest alone
+    assert told[14] == "25,000/40,000 · 53 tokens/s · 0:04:21 left"
 
 
 TEXT = """# Title
@@ -296,15 +317,15 @@ def test_in_a_terminal(dsv2, tmp_path):
     dsv2.expect("context [0-9]+/2,048")
     dsv2.send("/sav x\r")
     dsv2.expect("did you mean /save")
-    dsv2.send(f"/save {tmp_path}/talk.json\r")
-    dsv2.expect("saved 2 messages")
-    saved = json.loads((tmp_path / "talk.json").read_text())
-    assert saved["messages"][0]["content"] == "What is a river?"
+    dsv2.send("/save talk\r")
+    dsv2.expect("saved session talk: 1 turn")
+    file = tmp_path / "dsv2-local" / "sessions" / "talk.safetensors"
+    assert json.loads(head(file).conversation)["messages"][0]["content"] == "What is a river?"
     dsv2.send("\x1b[200~two\nlines\x1b[201~\r")  # a paste keeps its line ends and does not send
     dsv2.expect("context [0-9]+/2,048")
-    dsv2.send(f"/save {tmp_path}/talk.json\r")
-    dsv2.expect("saved 4 messages")
-    assert json.loads((tmp_path / "talk.json").read_text())["messages"][2]["content"] == "two\nlines"
+    dsv2.send("/save\r")
+    dsv2.expect("saved session talk: 2 turns")
+    assert json.loads(head(file).conversation)["messages"][2]["content"] == "two\nlines"
     dsv2.send("\x04")
     dsv2.expect(pexpect.EOF)
     dsv2.wait()

@@ -24,6 +24,7 @@ FLOORS = [
     {"engine", "placement", "saved"},
     {"llm"},
     {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}
+    | {"conversation", "shortening", "sessions"}
     | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report"}
     | {"bench.tracing", "bench"},
     {"cli"},
@@ -63,7 +64,7 @@ ORDERED = [
     ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
     ["quant.nf4", "quant.int8", "quant.quantize", "quant.convert"],
     ["quant.checkpoint", "quant.hub"],
-    ["console", "markdown", "pipe", "chat"],
+    ["console", "markdown", "conversation", "shortening", "sessions", "pipe", "chat"],
     ["console", "quantizing"],
     ["console", "planning"],
     ["offload.lru", "offload.trace"],

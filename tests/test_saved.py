@@ -53,15 +53,20 @@ def test_what_is_no_cache_of_this_model_is_refused_and_changes_nothing(tmp_path)
     tensors = load_file(path)
 
     def refused(match: str, other: llm.LLM = model) -> None:
+        held = other.engine.tokens
         with pytest.raises(SavedCacheError, match=match):
             other.load_cache(path)
+        assert other.engine.tokens == held
         assert answer(other, BOOK)[0] == expected
 
     refused("keeps latents as (bf16|fp32)", llm.load(cache="int8"))
     save_file(tensors, path, metadata | {"model": "other"})
     refused("another model")
-    save_file(tensors, path, metadata | {"format": "dsv2 cache 2"})
-    refused("no saved cache")
+    for kind, match in (("dsv2 cache 3", "newer version"), ("dsv2 cache x", "no saved cache"), ("", "no saved cache")):
+        save_file(tensors, path, metadata | {"format": kind})
+        refused(match)
+    save_file({**tensors, "tokens": tensors["tokens"].float()}, path, metadata)
+    refused("its tokens are")
     save_file({**tensors, "layer.001": tensors["layer.001"] + 1}, path, metadata)
     refused("checksum")
     save_file({**tensors, "layer.001": tensors["layer.001"][1:].clone()}, path, metadata)
@@ -74,6 +79,22 @@ def test_what_is_no_cache_of_this_model_is_refused_and_changes_nothing(tmp_path)
         refused("no saved cache|cannot be read")
     with pytest.raises(SavedCacheError, match="cannot be written"):
         model.save_cache(tmp_path / "none" / "book")
+
+
+def test_a_file_of_version_1_is_read_and_what_a_killed_save_left_goes(tmp_path):
+    path, model = tmp_path / "book [1]", llm.load()
+    answer(model, BOOK)
+    abandoned, current = tmp_path / ".book [1].abc", tmp_path / ".book [1].def"
+    for folder in (abandoned, current):
+        folder.mkdir()
+    os.utime(abandoned, (0, 0))
+    model.save_cache(path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [current.name, path.name]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "dsv2 cache 2"
+    save_file(load_file(path), path, metadata | {"format": "dsv2 cache 1"})
+    assert model.load_cache(path) == len(model.engine.tokens) > 0
 
 
 def test_a_script_reads_a_book_once(tmp_path):
