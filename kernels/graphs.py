@@ -6,6 +6,7 @@ graphs: whoever does it asks for the capture at work (`capturing`) and leaves it
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Graphs:
             self._begin()
             result = step()
             self._end()
+        except BaseException:
+            with suppress(RuntimeError):  # what was captured is of no use, but nothing works before it has ended
+                self._end()
+            raise
         finally:
             _AT_WORK.graphs = None
             torch.cuda.set_stream(before)

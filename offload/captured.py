@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.graphs import Graphs
+from dsv2_local.offload.device import Device
 from dsv2_local.offload.slots import Slots
 
 
@@ -48,18 +49,16 @@ class Buffers:
         on_host: the CPU's outputs there, fp32 [K, D].
     """
 
-    def __init__(self, x: Tensor, ids: Tensor) -> None:
+    def __init__(self, device: Device, x: Tensor, ids: Tensor) -> None:
+        """For tokens like x [1, D] with ids [1, K], on the device."""
         (_, K), (_, D) = ids.shape, x.shape
         self._sent = torch.full((3, K), -1, dtype=torch.int64, device=x.device)
         self.slots, self.rows = self._sent[:2], self._sent[2:]
         self.outputs = torch.zeros(2 * K, D, device=x.device)
         self.tokens = torch.zeros(K, dtype=torch.int64, device=x.device)
-        self.told = torch.full((3, K), -1, dtype=torch.int64).pin_memory()
-        self.ids, self.x = (
-            torch.empty(1, K, dtype=torch.int64).pin_memory(),
-            torch.empty_like(x, device="cpu").pin_memory(),
-        )
-        self.on_host = torch.empty(K, D).pin_memory()
+        self.told = device.page_locked((3, K), torch.int64)
+        self.ids, self.x = device.page_locked((1, K), torch.int64), device.page_locked((1, D), x.dtype)
+        self.on_host = device.page_locked((K, D), torch.float32)
 
     def send(self) -> None:
         """Copy what is told to the device."""
@@ -99,7 +98,7 @@ class CapturedExperts:
     def _start(self) -> None:
         """Wait for the router, and so for all work before: no slot is being read when copies begin."""
         lane, told = self._lane, self._buffers.told
-        torch.cuda.current_stream(self._x.device).synchronize()
+        lane.slots.device.synchronize()
         chosen: list[int] = self._buffers.ids[0].tolist()
         hits, fetched, on_host = lane.placed(self._layer, chosen)
         self._fetched, K = fetched, len(chosen)
@@ -114,7 +113,7 @@ class CapturedExperts:
     def _rest(self) -> None:
         lane, buffers = self._lane, self._buffers
         if self._fetched:
-            lane.slots.compute(_nothing, reads=self._fetched.values())
+            lane.slots.device.join(lane.slots.compute(_nothing, reads=self._fetched.values()))
         if places := self._on_host:
             experts, n, K = buffers.ids[0][places], len(places), len(buffers.on_host)
             lane.compute_on_host(self._layer, buffers.x, torch.zeros_like(experts), experts, buffers.on_host[:n])

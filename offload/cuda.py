@@ -50,6 +50,9 @@ class CudaDevice:
         except torch.OutOfMemoryError:
             raise DeviceMemoryError(self.name, nbytes, self.free) from None
 
+    def page_locked(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, pin_memory=True)
+
     def lock(self, memory: Tensor) -> bool:
         code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, REGISTER_PORTABLE)  # type: ignore[no-untyped-call]
         return int(code) == 0
@@ -69,6 +72,10 @@ class CudaDevice:
 
     def join(self, event: Event) -> None:
         """Nothing: the model computes on the stream that the work was given to."""
+
+    def synchronize(self) -> None:
+        with typed_errors():
+            torch.cuda.current_stream(self.where).synchronize()
 
     def close(self) -> None:
         torch.cuda.synchronize(self.where)

@@ -62,6 +62,10 @@ class Device(Protocol):
         """
         ...
 
+    def page_locked(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A little RAM that copies from and to the device need not wait for."""
+        ...
+
     def lock(self, memory: Tensor) -> bool:
         """Page-lock RAM, so that copies from it run at the link's full speed; whether the system allowed it."""
         ...
@@ -87,6 +91,10 @@ class Device(Protocol):
         Raises:
             DeviceError: it failed.
         """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all that the device was given to compute, by `compute` or by the caller itself."""
         ...
 
     def close(self) -> None:

@@ -116,7 +116,7 @@ class Lane:
         if self.mode is Mode.CPU:
             return lambda: self._alone(layer, x, ids, weights)
         if len(x) == 1 and x.is_cuda and self._buffers is None:  # a captured step may follow, which cannot make them
-            self._buffers = Buffers(x, ids)
+            self._buffers = Buffers(self._device, x, ids)
         streams = self._streams(layer, *ids.shape)
         if not streams and ids.numel() > PIECE:
             parts = [torch.split(whole, PIECE // ids.shape[1]) for whole in (x, ids, weights)]

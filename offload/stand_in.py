@@ -86,6 +86,9 @@ class StandIn:
         self.allocated += nbytes
         return torch.full((nbytes,), RUBBISH, dtype=torch.uint8)
 
+    def page_locked(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
     def lock(self, memory: Tensor) -> bool:
         self.hook("lock")
         return bool(_libc().mlock(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)) == 0)
@@ -121,6 +124,9 @@ class StandIn:
 
     def join(self, event: Event) -> None:
         event.wait()
+
+    def synchronize(self) -> None:
+        self.compute(lambda: None).wait()
 
     def close(self) -> None:
         for queue in self._queues.values():

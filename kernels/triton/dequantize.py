@@ -15,15 +15,13 @@ from torch import Tensor
 from dsv2_local.kernels.format import BLOCK, ROWS
 from dsv2_local.kernels.layout import NF4_LEVELS
 
-LEVELS = tl.constexpr(NF4_LEVELS)
 BLOCK_ = tl.constexpr(BLOCK)
 ROWS_ = tl.constexpr(ROWS)
 
-# How a code becomes a level: a read of 16 numbers in memory, a tree of selects, a shuffle among the lanes of a warp.
-# All are exact; which is fastest depends on the GPU, so that autotuning chooses. GATHER goes with one stage, since a
-# pipeline would stage the levels that it reads through shared memory.
-GATHER, SELECT, SHUFFLE = 0, 1, 2
-SELECT_, SHUFFLE_ = tl.constexpr(SELECT), tl.constexpr(SHUFFLE)
+# How a code becomes a level, exactly: a read of 16 numbers in memory, where little is read and in the interpreter, that
+# knows no shuffles; or a shuffle among the lanes of a warp, which was the fastest way on an H200 (docs/log.md).
+GATHER, SHUFFLE = 0, 1
+SHUFFLE_ = tl.constexpr(SHUFFLE)
 
 
 @cache
@@ -38,30 +36,10 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _level_of_2(code, FIRST: tl.constexpr):
-    return tl.where((code & 1) != 0, LEVELS[FIRST + 1], LEVELS[FIRST])
-
-
-@triton.jit
-def _level_of_4(code, FIRST: tl.constexpr):
-    return tl.where((code & 2) != 0, _level_of_2(code, FIRST + 2), _level_of_2(code, FIRST))
-
-
-@triton.jit
-def _level_of_8(code, FIRST: tl.constexpr):
-    return tl.where((code & 4) != 0, _level_of_4(code, FIRST + 4), _level_of_4(code, FIRST))
-
-
-@triton.jit
-def _selected_level(code):
-    return tl.where((code & 8) != 0, _level_of_8(code, 8), _level_of_8(code, 0))
-
-
-@triton.jit
-def _level(words, SHIFT: tl.constexpr, table, LOOKUP: tl.constexpr):
+def _level(words, SHIFT: tl.constexpr, table):
     """The level of the code at bit SHIFT."""
     code = (words >> SHIFT) & 15
-    return _selected_level(code) if LOOKUP == SELECT_ else tl.load(table + code)
+    return tl.load(table + code)
 
 
 @triton.jit
@@ -119,14 +97,14 @@ def unpack(words, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
         values = (_byte(words, 0), _byte(words, 1), _byte(words, 2), _byte(words, 3))
     else:
         values = (
-            _level(words, 0, table, LOOKUP),
-            _level(words, 8, table, LOOKUP),
-            _level(words, 16, table, LOOKUP),
-            _level(words, 24, table, LOOKUP),
-            _level(words, 4, table, LOOKUP),
-            _level(words, 12, table, LOOKUP),
-            _level(words, 20, table, LOOKUP),
-            _level(words, 28, table, LOOKUP),
+            _level(words, 0, table),
+            _level(words, 8, table),
+            _level(words, 16, table),
+            _level(words, 24, table),
+            _level(words, 4, table),
+            _level(words, 12, table),
+            _level(words, 20, table),
+            _level(words, 28, table),
         )
     return values
 

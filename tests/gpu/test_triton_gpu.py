@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 triton = pytest.importorskip("triton")
 
 from dsv2_local.kernels import triton as kernels  # noqa: E402 - may be missing
-from dsv2_local.kernels.triton.dequantize import GATHER, SELECT, SHUFFLE, level_table  # noqa: E402
+from dsv2_local.kernels.triton.dequantize import GATHER, SHUFFLE, level_table  # noqa: E402
 from tests import triton_checks as check  # noqa: E402
 from tests.test_triton import _all_codes  # noqa: E402
 
@@ -24,7 +24,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("lookup", [GATHER, SELECT, SHUFFLE])
+@pytest.mark.parametrize("lookup", [GATHER, SHUFFLE])
 def test_every_way_of_looking_up_a_level_is_exact(lookup):
     codes = torch.arange(32) % 16
     shifts = torch.tensor([0, 8, 16, 24, 4, 12, 20, 28])
