@@ -39,7 +39,9 @@ Model = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")]
 Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda (all GPUs), or some of them: cuda:0,cuda:1.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda (all GPUs), cuda:0,cuda:1, or auto: GPUs that are able, else the CPU.")
+]
 Experts = Annotated[str, typer.Option(help="Who computes routed experts: gpu, cpu, stream, hybrid or auto.")]
 Vram = Annotated[str | None, typer.Option(help="Of each GPU at most this much: 8GiB, or 8GiB,24GiB.")]
 CacheType = Annotated[

@@ -30,6 +30,7 @@ from dsv2_local.sampling import GenerationConfig
 from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
 
 CACHES = (Cache.BF16, Cache.INT8)
+COMPUTE_CAPABILITY = (8, 0)  # of GPUs: the least with bf16 on tensor cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -121,6 +122,8 @@ class LLM:
         )
         self.experts = self._placed.experts
         self._fingerprint = source.fingerprint or ""
+        self.notes = [*self.plan.notes, *self._placed.notes]
+        """What is slower than it could be, and what to do about it."""
         self.engine = Engine(self._placed.model, wish.context, self.plan.chunk, cache=cache)
         self.engine.warm_up()
 
@@ -153,11 +156,6 @@ class LLM:
         self.engine.set_aside()
         self.engine.resume(saved.load(path, self.engine.cache, self._fingerprint))
         return self.engine.cache.length
-
-    @property
-    def notes(self) -> list[str]:
-        """What is slower than it could be, and what to do about it."""
-        return self._placed.notes or self.plan.notes
 
     @property
     def context(self) -> int:
@@ -290,7 +288,8 @@ def load(
 
     Args:
         model: a directory, a hub repository that holds a converted checkpoint, or None for the bundled dsv2-nano.
-        device: "cpu", "cuda" (all GPUs), or some of them: "cuda:0,cuda:1"; "auto" is "cpu" in this version.
+        device: "cpu", "cuda" (all GPUs), or some of them: "cuda:0,cuda:1"; "auto": all GPUs where they can run the
+            kernels and what must lie there fits, else the CPU (`LLM.notes` tells).
         experts: who computes routed experts: "gpu", "cpu", "stream", "hybrid" or "auto" (`offload.plan.Mode`).
         vram: bytes of each GPU that may be used at most; None: all that are free.
         dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU, bfloat16 on GPUs.
@@ -313,24 +312,36 @@ def load(
     if cache not in CACHES:
         raise InputError(f"cache type {cache!r} is not one of {', '.join(CACHES)}")
     devices = _devices(device)
-    chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
-    return LLM(
-        directory, dtype=chosen, context=context, threads=threads, cache=Cache(cache), experts=Mode(experts),
-        devices=devices, vram=vram, progress=progress,
-    )  # fmt: skip
+
+    def loaded(devices: list[Device]) -> LLM:
+        chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
+        return LLM(
+            directory, dtype=chosen, context=context, threads=threads, cache=Cache(cache), experts=Mode(experts),
+            devices=devices, vram=vram, progress=progress,
+        )  # fmt: skip
+
+    try:
+        return loaded(devices)
+    except PlanError as error:
+        if not devices or device != "auto" or vram is not None or experts != Mode.AUTO:
+            raise
+        on_cpu = loaded([])
+        on_cpu.notes.append(f"the GPU is not used: {error}")
+        return on_cpu
 
 
 def _devices(names: str) -> list[Device]:
-    """The GPUs that were asked for.
+    """The GPUs that were asked for, or those that are there and able.
 
     Raises:
         InputError: a name that is none, or a GPU that is not there.
     """
-    if names in ("auto", "cpu"):
+    if names == "cpu" or (names == "auto" and not _able()):
         return []
     count = torch.cuda.device_count()
-    wanted = [f"cuda:{index}" for index in range(max(1, count))] if names == "cuda" else names.split(",")
+    every = names in ("auto", "cuda")
+    wanted = [f"cuda:{index}" for index in range(max(1, count))] if every else names.split(",")
     numbers = [re.fullmatch(r"cuda:(\d+)", name.strip()) for name in wanted]
     if not all(numbers) or len(set(wanted)) < len(wanted):
         raise InputError(f"device {names!r} is not cpu, cuda, or some of cuda:0,cuda:1")
@@ -341,6 +352,13 @@ def _devices(names: str) -> list[Device]:
     from dsv2_local.offload.cuda import CudaDevice
 
     return [CudaDevice(index) for index in indices]
+
+
+def _able() -> bool:
+    """Whether there are GPUs that can all run the kernels."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    able = (torch.cuda.get_device_capability(gpu) >= COMPUTE_CAPABILITY for gpu in gpus)
+    return bool(gpus) and ops.capturable(torch.device("cuda")) and all(able)
 
 
 def bundled_model() -> Path:

@@ -97,6 +97,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated():
     assert device.allocated == 0
 
 
+def test_a_gpu_that_is_too_small_is_left_out_unless_it_was_asked_for(expected, monkeypatch):
+    monkeypatch.setattr(llm, "_devices", lambda names: [StandIn(capacity=1000)])
+    model = llm.load(context=512)
+    assert model._placed.devices == []
+    assert model.notes[-1].startswith("the GPU is not used: it does not fit")
+    assert answer(model) == expected
+    for asked in ({"device": "cuda"}, {"vram": [1000]}, {"experts": "stream"}):
+        with pytest.raises(PlanError):
+            llm.load(context=512, **asked)
+
+
 def test_experts_that_were_used_begin_in_slots(expected):
     with loaded(on=devices(20)) as model:
         answer(model)
