@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Stats:
-    """The figures of one generation, kept current while it runs. Times are the model's own, in seconds."""
+    """The figures of one generation, kept current while it runs. Times, in seconds, are the model's and the sampler's."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -137,7 +137,10 @@ class Engine:
         stats.context = self.context
         logits = self._start(prompt, turn, stats, progress)
         while True:
+            start = time.perf_counter()
             token = sampler.choose(logits)
+            if stats.completion_tokens:  # the first is prefill's
+                stats.decode_seconds += time.perf_counter() - start
             stats.completion_tokens += 1
             stats.finish_reason = self._finish_reason(token, stats.completion_tokens, max_tokens, end_tokens)
             yield _step(token, logits, logprobs)

@@ -9,13 +9,24 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv2_local.config import id_tuple
 from dsv2_local.errors import ConfigError, InputError
+
+Ids: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+
+FLOORS = (
+    1e-3,
+    1e-6,
+    0.0,
+)  # of the likeliest token's probability: less likely ones are looked at only where they matter
 
 
 @dataclass(frozen=True)
@@ -98,19 +109,22 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def choose(self, logits: Tensor) -> int:
-        """The next token for fp32 logits [vocab]; `logits` is left as it was."""
+        """The next token for fp32 logits [vocab] in RAM; `logits` is left as it was."""
         logits = self._penalised(logits)
         if self.params.temperature == 0:
-            token = int(logits.argmax())
+            token = int(logits.numpy().argmax())  # torch's own takes ten times as long
         else:
-            # The largest becomes 0 first, so that no temperature, however small, overflows.
-            probabilities = truncate((logits - logits.max()) / self.params.temperature, self.params).softmax(0)
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            ids, probabilities = candidates(logits, self.params)
+            sums = probabilities.cumsum()
+            point = float(torch.rand(1, dtype=torch.float64, generator=self._generator)) * sums[-1]
+            token = int(ids[min(np.searchsorted(sums, point, side="right"), len(ids) - 1)])
         self._chosen[token] += 1
         return token
 
     def _penalised(self, logits: Tensor) -> Tensor:
         p = self.params
+        if p.repetition_penalty == 1 and not (p.presence_penalty or p.frequency_penalty or p.logit_bias):
+            return logits
         logits = logits.clone()
         chosen = torch.tensor(list(self._chosen), dtype=torch.int64)
         if p.repetition_penalty != 1:
@@ -127,17 +141,36 @@ class Sampler:
         return logits
 
 
-def truncate(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Set to -inf what top_k, top_p and min_p leave out; the likeliest token always stays. logits fp32 [vocab]."""
-    if params.top_k and params.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Ids, Floats]:
+    """The tokens that temperature, top_k, top_p and min_p leave of fp32 logits [vocab].
+
+    Sorting a vocabulary of 100,000 takes longer than a GPU takes for a token, so only the likeliest are sorted, as many
+    as are provably enough.
+
+    Returns:
+        Token ids, int64 [n], and their probabilities, fp64 [n], which add up to 1; the likeliest token is among them.
+    """
+    values = logits.numpy()
+    with np.errstate(over="ignore"):  # the largest becomes 0 first, so that a tiny temperature gives 0 and -inf
+        all_weights = np.exp((values - values.max()) / np.float32(params.temperature))
+    mass = float(all_weights.sum(dtype=np.float64))
+    if 0 < params.top_k < len(values):
+        ids = np.flatnonzero(values >= logits.topk(params.top_k).values[-1].item())  # equals of the last stay too
+        mass = float(all_weights[ids].sum(dtype=np.float64))
+    elif params.top_p < 1:
+        floors = (np.flatnonzero(all_weights >= floor) for floor in FLOORS)
+        ids = next(ids for ids in floors if all_weights[ids].sum(dtype=np.float64) >= params.top_p * mass)
+    elif params.min_p > 0:
+        ids = np.flatnonzero(all_weights >= params.min_p)
+    else:
+        return np.arange(len(values)), all_weights.astype(np.float64) / mass
+    weights = all_weights[ids].astype(np.float64)
     if params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(0)
+        order = np.argsort(-weights, kind="stable")
+        ids, weights = ids[order], weights[order]
         # A token is dropped when those before it already hold top_p of the mass.
-        dropped = order[probabilities.cumsum(0) - probabilities >= params.top_p]
-        logits = logits.index_fill(0, dropped, float("-inf"))
-    if params.min_p > 0:
-        floor = logits.max() + math.log(params.min_p)
-        logits = logits.masked_fill(logits < floor, float("-inf"))
-    return logits
+        count = max(1, int(np.searchsorted((weights.cumsum() - weights) / mass, params.top_p)))
+        ids, weights = ids[:count], weights[:count]
+    kept = weights >= params.min_p
+    ids, weights = ids[kept], weights[kept]
+    return ids, weights / weights.sum()

@@ -1,5 +1,7 @@
 """Sampling: each step against its definition, and transformers' own processors."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from transformers import (
@@ -9,12 +11,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dsv2_local import sampling
 from dsv2_local.errors import ConfigError, InputError
-from dsv2_local.sampling import GenerationConfig, Sampler, SamplingParams, truncate
+from dsv2_local.sampling import GenerationConfig, Sampler, SamplingParams
 
 
 def logits(seed: int = 0, size: int = 50) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def dense(values: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The probabilities of all tokens."""
+    ids, probabilities = sampling.candidates(values, params)
+    return torch.zeros(len(values), dtype=torch.float64).index_put((torch.tensor(ids),), torch.tensor(probabilities))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -26,14 +35,36 @@ def logits(seed: int = 0, size: int = 50) -> torch.Tensor:
         (SamplingParams(min_p=0.1), MinPLogitsWarper(0.1)),
     ],
 )
-def test_truncations_keep_what_transformers_keeps(params, theirs, seed):
-    values = logits(seed)
-    assert torch.equal(truncate(values, params), theirs(None, values[None])[0])
+@pytest.mark.parametrize("flat", [1, 20])
+def test_truncations_keep_what_transformers_keeps(params, theirs, seed, flat):
+    """Also where many tokens are about as likely, so that looking at a few is not enough, and where they are few."""
+    values = logits(seed, 2000) / flat if seed else logits(seed) * 3
+    values -= values.max()
+    expected = theirs(None, values[None])[0].softmax(0)
+    torch.testing.assert_close(dense(values, params), expected.double(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("floors", [(1.0, -1.0), (0.1, 1e-3, -1.0), (-1.0,)])
+def test_how_many_tokens_are_looked_at_changes_nothing(monkeypatch, floors):
+    monkeypatch.setattr(sampling, "FLOORS", floors)
+    values = logits(3, 3000)
+    values -= values.max()
+    warpers = {"top_k": TopKLogitsWarper(30), "top_p": TopPLogitsWarper(0.9), "min_p": MinPLogitsWarper(0.02)}
+    given = {"top_k": 30, "top_p": 0.9, "min_p": 0.02}
+    for size in range(4):
+        for names in combinations(warpers, size):
+            kept = values[None]
+            for name in names:
+                kept = warpers[name](None, kept)
+            ours = dense(values, SamplingParams(**{name: given[name] for name in names}))
+            torch.testing.assert_close(ours, kept[0].softmax(0).double(), atol=1e-6, rtol=1e-4)
 
 
 def test_truncations_always_keep_the_likeliest():
     params = SamplingParams(top_k=1, top_p=1e-9, min_p=1.0)
-    assert truncate(logits(), params).isfinite().nonzero().tolist() == [[int(logits().argmax())]]
+    values = logits() - logits().max()
+    ids, probabilities = sampling.candidates(values, params)
+    assert (ids.tolist(), probabilities.tolist()) == ([int(values.argmax())], [1.0])
 
 
 def test_repetition_penalty_counts_prompt_and_answer_as_transformers_does():
@@ -81,6 +112,16 @@ def test_seeds_repeat_and_differ():
 def test_a_tiny_temperature_is_greedy():
     values = logits() * 100
     assert Sampler(SamplingParams(temperature=1e-40, seed=0), []).choose(values) == int(values.argmax())
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.05}])
+def test_tokens_are_drawn_as_often_as_they_are_likely(params):
+    values = logits(1, 8)
+    sampler = Sampler(SamplingParams(seed=0, **params), [])
+    counts = torch.bincount(torch.tensor([sampler.choose(values) for _ in range(20_000)]), minlength=8)
+    expected = dense(values - values.max(), sampler.params)
+    assert not counts[expected == 0].any()
+    assert (counts / 20_000 - expected).abs().max() < 0.015
 
 
 def test_frequencies_follow_the_temperature():
