@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Stats:
-    """The figures of one generation, kept current while it runs. Times, in seconds, are the model's and the sampler's."""
+    """The figures of one generation, kept current while it runs. Seconds are the model's and the sampler's."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
