@@ -203,6 +203,8 @@ class Transformer:
 
     def rotation(self, position: int, tokens: int) -> Tensor:
         """What rotates the rope parts of `tokens` from `position` on: complex64 [tokens, P/2]."""
+        if tokens == 1:
+            return self.rope.at(position)
         return self.rope.rotation(torch.arange(position, position + tokens))
 
     def layers_of(self, ids: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:

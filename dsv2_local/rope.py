@@ -36,17 +36,29 @@ def _ramp(yarn: Yarn, dim: int, theta: float) -> Tensor:
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
 
 
+AT_ONCE = 256  # positions
+
+
 class Rope:
     """cos and sin of a model; `rotation(positions)` is computed once per step and shared by all layers."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = inverse_frequencies(config)
         self._scale = config.yarn.rotation_scale if config.yarn else 1.0
+        self._block, self._rows = -1, torch.empty(0)  # the positions that `at` was asked for last
 
     def rotation(self, positions: Tensor) -> Tensor:
         """Positions [T] -> complex64 [T, P/2], cos + i·sin, times YaRN's factor."""
         angles = positions.float()[:, None] * self._frequencies
         return torch.polar(torch.full_like(angles, self._scale), angles)
+
+    def at(self, position: int) -> Tensor:
+        """One position -> complex64 [1, P/2]; computed with its neighbours, which decoding asks for next."""
+        block, row = divmod(position, AT_ONCE)
+        if block != self._block:
+            self._rows = self.rotation(torch.arange(block * AT_ONCE, (block + 1) * AT_ONCE))
+            self._block = block
+        return self._rows[row : row + 1]
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
