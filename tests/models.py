@@ -22,9 +22,10 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def heed_ctrl_c() -> None:
-    """For `preexec_fn`: a test run in the background ignores SIGINT, and what it starts would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_signals() -> None:
+    """For `preexec_fn`: tests in the background ignore SIGINT, with nohup SIGHUP, and what they start inherits that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def yarn(mscale: float | None, all_dim: float | None, factor: float = 40.0, original: int = 4096) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dsv2_local.offload.store import ResidentExperts
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout
 from tests import test_floors
-from tests.models import TINY, heed_ctrl_c, save_random
+from tests.models import TINY, heed_signals, save_random
 from tests.test_cli import DSV2, dsv2, environment
 
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
@@ -394,7 +394,7 @@ def test_help_imports_no_torch():
 
 def test_ctrl_c_ends_quietly():
     with subprocess.Popen([*DSV2, "bench", "--decode", "100"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          stdin=subprocess.DEVNULL, env=environment(), preexec_fn=heed_ctrl_c) as process:  # fmt: skip
+                          stdin=subprocess.DEVNULL, env=environment(), preexec_fn=heed_signals) as process:  # fmt: skip
         assert process.stderr is not None
         assert b"bundled" in process.stderr.readline()
         process.send_signal(signal.SIGINT)

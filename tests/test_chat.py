@@ -21,7 +21,7 @@ from dsv2_local.llm import Chunk
 from dsv2_local.markdown import Markdown, MarkdownStream, finished_blocks
 from dsv2_local.sampling import SamplingParams
 from dsv2_local.saved import head
-from tests.models import heed_ctrl_c
+from tests.models import heed_signals
 
 
 class FakeGeneration:
@@ -305,7 +305,7 @@ def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
     command = ["-c", "from dsv2_local.cli import main; main()", "chat", "--temperature", "0"]
     child = pexpect.spawn(
         sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 140), echo=False,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=heed_signals,
     )  # fmt: skip
     child.expect("lists commands")
     yield child

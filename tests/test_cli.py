@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import heed_ctrl_c, save_random
+from tests.models import heed_signals, save_random
 
 DSV2 = [sys.executable, "-c", "from dsv2_local.cli import main; main()"]
 QUESTION = "What is a dog?"
@@ -133,7 +133,7 @@ def test_a_reader_that_leaves_is_no_error():
 def test_ctrl_c_keeps_what_came_and_ends_quietly():
     command = [*DSV2, "run", QUESTION, "--temperature", "100", "--seed", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                          env=environment(), preexec_fn=heed_ctrl_c) as process:  # fmt: skip
+                          env=environment(), preexec_fn=heed_signals) as process:  # fmt: skip
         assert process.stdout is not None
         first = process.stdout.read(1)
         process.send_signal(signal.SIGINT)

@@ -20,7 +20,7 @@ from dsv2_local.offload.plan import Machine, Mode, plan
 from dsv2_local.offload.schedule import OffloadedExperts
 from dsv2_local.offload.split import Costs
 from dsv2_local.offload.stand_in import StandIn
-from tests.models import heed_ctrl_c
+from tests.models import heed_signals
 
 EVEN = Costs(fetch=1.0, read=1.0, token=0.1)
 PROMPT = "A violin is a string instrument that is played with a bow. " * 6
@@ -242,7 +242,7 @@ def test_ctrl_c_amid_a_transfer_leaves_a_model_that_answers(tmp_path, expected):
         )
     )
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, timeout=120, preexec_fn=heed_ctrl_c,
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=120, preexec_fn=heed_signals,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )  # fmt: skip
     assert done.stdout.splitlines() == ["interrupted"] * 3 + ["True"], done.stderr

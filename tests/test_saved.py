@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2_local import llm
 from dsv2_local.errors import SavedCacheError
-from tests.models import heed_ctrl_c
+from tests.models import heed_signals
 from tests.test_cli import dsv2
 
 BOOK = "A violin is a string instrument that is played with a bow. " * 20
@@ -147,7 +147,7 @@ def test_killed_while_it_saves_the_old_file_stays(tmp_path):
         """
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_signals,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     ) as process:  # fmt: skip
         assert process.stdout is not None

@@ -22,7 +22,7 @@ from dsv2_local import llm, sessions
 from dsv2_local.chat import Chat
 from dsv2_local.conversation import Conversation
 from dsv2_local.errors import InputError, SavedCacheError
-from tests.models import heed_ctrl_c
+from tests.models import heed_signals
 from tests.test_cli import dsv2
 
 QUESTIONS = ("What is a violin?", "What is a river?", "Write me a poem.", "What is a dog?")
@@ -254,7 +254,7 @@ def test_killed_while_it_saves_the_old_session_stays(nano, state):
         """
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_signals,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -294,7 +294,7 @@ def spawn(*options: str, code: str = "") -> pexpect.spawn:
     environment.pop("DSV2_MODEL", None)
     return pexpect.spawn(
         sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 140), echo=False,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=heed_signals,
     )  # fmt: skip
 
 
@@ -399,7 +399,7 @@ def test_a_script_stopped_while_it_reads_keeps_what_was_read(tmp_path):
     def stopped(*more: str) -> tuple[int, str]:
         with subprocess.Popen(
             [sys.executable, "-c", f"{code}\nfrom dsv2_local.cli import main; main()", *arguments, *more],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_signals,
         ) as process:  # fmt: skip
             assert process.stdout is not None
             for _ in range(4):
