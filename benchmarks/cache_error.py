@@ -5,7 +5,7 @@
 Every case reads the text in a process of its own, and keeps the logits of the tokens that follow, at several lengths,
 in DIR; cases that are there already are not run again. "other" is bf16 with another text before the same tokens: what
 the context is worth at all. "fp32" is the torch reference, with no rounding of activations; there the finished cache is
-also rounded to bf16 and to 8 bits, which is the error of the latents alone. It takes several times as long.
+also rounded to bf16 and to 8 bits, which is the error of the latents alone. It takes many times as long.
 """
 
 import argparse
