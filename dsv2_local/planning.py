@@ -54,8 +54,6 @@ def run(request: Request, as_json: bool) -> None:
         _show(request, made)
     for note in made.notes:
         notice(note)
-    if made.gpus:
-        notice("the GPU's part is reckoned from the rates above: no GPU has run this version yet")
 
 
 def _wish(request: Request) -> Wish:

@@ -1,0 +1,155 @@
+"""How far 8-bit latents move the logits after a long text: V2-Lite's shape, few layers, random weights and tokens.
+
+    python benchmarks/cache_error.py DIR [--tokens 32768] [--layers 2] [--cases bf16,int8,other,fp32]
+
+Every case reads the text in a process of its own, and keeps the logits of the tokens that follow, at several lengths,
+in DIR; cases that are there already are not run again. "other" is bf16 with another text before the same tokens: what
+the context is worth at all. "fp32" is the torch reference, with no rounding of activations; there the finished cache is
+also rounded to bf16 and to 8 bits, which is the error of the latents alone. It takes many times as long.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dsv2_local import placement, released
+from dsv2_local.cache import LatentCache
+from dsv2_local.config import ModelConfig
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import Cache
+from dsv2_local.kernels.latents import quantize_latents
+from dsv2_local.model import LATENT_NORM_EPS, Transformer
+from dsv2_local.quant.schema import Recipe
+from dsv2_local.random_weights import build, first_layers
+
+CASES = ("bf16", "int8", "other", "fp32")
+PAIRS = (
+    ("int8", "bf16"), ("fp32 rounded to int8", "fp32"), ("fp32 rounded to bf16", "fp32"), ("bf16", "fp32"),
+    ("int8", "fp32"), ("other", "bf16"),
+)  # fmt: skip
+NEXT = 16  # tokens whose logits are compared, at each length
+CHUNK = 1024
+Logits = dict[str, dict[int, Tensor]]
+"""What was found: fp32 [NEXT, vocab] by what kept the latents, and by length."""
+
+
+def lengths(tokens: int) -> list[int]:
+    """Where to look: `tokens` and quarters of it, down to 512."""
+    return [length for power in range(8, -1, -1) if (length := tokens // 4**power) >= min(512, tokens)]
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> tuple[float, float, float]:
+    """‖got - wanted‖ / ‖wanted‖ of logits [T, vocab]: the mean over tokens, its standard error, the largest."""
+    errors = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
+    return float(errors.mean()), float(errors.std() / len(errors) ** 0.5), float(errors.max())
+
+
+def text(seed: int, tokens: int, vocab: int) -> Tensor:
+    """Random tokens: int64 [T]."""
+    return torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def run(case: str, layers: int, tokens: int, file: Path) -> None:
+    """One case; its logits go to `file`, whenever there are more."""
+    config = first_layers(released.read_config("deepseek-v2-lite"), layers)
+    made = build(config, Recipe.NF4)
+    ops.set_threads(None, made.layout.format)
+    source = placement.Source(config, made.weights, made.layout, made.records)
+    model = placement.in_ram(source, torch.float32).model
+    cache = LatentCache(config, tokens + NEXT, Cache.BF16 if case == "other" else Cache(case))
+    ids = text(1 if case == "other" else 0, tokens, config.vocab_size)
+    following = text(2, NEXT, config.vocab_size)
+    start = time.perf_counter()
+    found: Logits = defaultdict(dict)
+    for begin, end in pairwise([0, *lengths(tokens)]):
+        for at in range(begin, end, CHUNK):
+            read(model, ids[at : min(at + CHUNK, end)], cache)
+            print(f"{case}: {cache.length:,} tokens, {time.perf_counter() - start:,.0f} s", file=sys.stderr)
+        for kind in (Cache.BF16, Cache.INT8) if case == "fp32" else ():
+            copy = rounded(cache, config, kind)
+            found[f"fp32 rounded to {kind}"][end] = model.logits(model.forward(following, copy))
+        found[case][end] = model.logits(model.forward(following, cache))
+        cache.truncate(end)
+        torch.save(dict(found), file)
+
+
+@torch.inference_mode()
+def read(model: Transformer, ids: Tensor, cache: LatentCache) -> None:
+    """`Transformer.forward` for the sake of the cache alone: of the last layer only the latents are needed."""
+    cache.make_room(len(ids))
+    rotation = model.rotation(cache.length, len(ids))
+    x = model.through_layers(model.embed(ids), rotation, cache, layers=-1)
+    last, attention = model.layers[-1], model.layers[-1].self_attn
+    kv_a = ops.linear(ops.rms_norm(x, last.input_layernorm, last.eps), attention.kv_a_proj_with_mqa)
+    rows, sequence = cache.layers[-1], cache.sequences[-1]
+    ops.write_latents(rows, sequence, kv_a, attention.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+    cache.advance(len(ids))
+
+
+def rounded(cache: LatentCache, config: ModelConfig, kind: Cache) -> LatentCache:
+    """A copy of an fp32 cache that keeps its rows otherwise."""
+    copy = LatentCache(config, cache.length + NEXT, kind)
+    copy.make_room(cache.length)
+    for layer in range(config.num_hidden_layers):
+        rows = cache.rows(layer)
+        copy.put(layer, quantize_latents(rows, config.kv_lora_rank) if kind is Cache.INT8 else rows.bfloat16())
+    copy.advance(cache.length)
+    return copy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)  # in the process of a case
+    given = parser.parse_args()
+    files = {case: given.directory / f"{case}-{given.layers}-{given.tokens}.pt" for case in CASES}
+    if given.one:
+        return run(given.one, given.layers, given.tokens, files[given.one])
+    given.directory.mkdir(parents=True, exist_ok=True)
+    for case in given.cases.split(","):
+        if not (files[case].exists() and given.tokens in torch.load(files[case])[case]):
+            kernels = {"DSV2_KERNELS": "reference"} if case == "fp32" else {}
+            subprocess.run([sys.executable, *sys.argv, "--one", case], env=os.environ | kernels, check=True)
+    show(files, given.json)
+    return None
+
+
+def show(files: dict[str, Path], out: Path | None) -> None:
+    """A table of relative errors by length, in per cent."""
+    logits: Logits = {}
+    for file in files.values():
+        logits |= torch.load(file) if file.exists() else {}
+    pairs = [pair for pair in PAIRS if pair[0] in logits and pair[1] in logits]
+    table = Table("logits of", "against", "tokens", "error %", "±", "largest", "same first token")
+    figures = []
+    for got, wanted in pairs:
+        for length in sorted(logits[wanted].keys() & logits[got].keys()):
+            a, b = logits[got][length], logits[wanted][length]
+            mean, deviation, most = relative_error(a, b)
+            same = float((a.argmax(1) == b.argmax(1)).float().mean())
+            figures.append({"of": got, "against": wanted, "tokens": length, "error": mean, "se": deviation})
+            figures[-1] |= {"largest": most, "same_first": same}
+            cells = (f"{100 * value:.2f}" for value in (mean, deviation, most))
+            table.add_row(got, wanted, f"{length:,}", *cells, f"{same:.0%}")
+    Console(highlight=False, width=120).print(table)
+    if out:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the benchmarks of long contexts reckon themselves."""
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from dsv2_local import placement
+from dsv2_local.cache import LatentCache
+from dsv2_local.config import ModelConfig
+from dsv2_local.kernels.format import Cache
+from dsv2_local.kernels.latents import dequantize_latents
+from dsv2_local.quant.schema import Recipe
+from dsv2_local.random_weights import build
+from tests.models import TINY
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import cache_error
+import needle
+
+
+def test_an_answer_says_a_word_only_where_it_stands_alone():
+    assert needle.says("A Violin is a bowed instrument.", "violin")
+    assert needle.says("the king", "king")
+    assert not needle.says("A thing is a kind of making.", "king")
+
+
+def test_the_error_is_that_of_differences_of_pairs():
+    found = [needle.Found(10 + i, 40 + i, seen, seen - gain) for i, (seen, gain) in enumerate([(-9, 1), (-5, 3)])]
+    figure = needle.summary("tokens", "bf16", 8, found)
+    assert (figure.mean, figure.control, figure.difference) == (-7, -9, 2)
+    assert figure.se == pytest.approx(1.0)  # gains of 1 and 3: deviation √2, over √2
+    assert (figure.distance, figure.longest, figure.needles) == (10.5, 41, 2)
+
+
+def test_filling_is_whole_turns_until_the_distance_is_reached():
+    turns = needle.Turns.__new__(needle.Turns)
+    turns.ids = [[1, 2, 3], [4, 5]]
+    assert turns.reach(0, Random(0)) == []
+    for distance in range(1, 30):
+        assert distance <= len(turns.reach(distance, Random(distance))) < distance + 3
+
+
+def test_lengths_are_quarters_of_the_whole():
+    assert cache_error.lengths(32_768) == [512, 2048, 8192, 32_768]
+    assert cache_error.lengths(100) == [100]
+
+
+@pytest.fixture
+def tiny(reference_kernels):
+    config = ModelConfig.from_dict({**TINY, "model_type": "deepseek_v2"})
+    made = build(config, Recipe.NF4)
+    source = placement.Source(config, made.weights, made.layout, made.records)
+    return placement.in_ram(source, torch.float32).model
+
+
+def test_reading_for_the_cache_alone_leaves_what_forward_leaves(tiny):
+    ids = torch.arange(70)
+    whole, alone = (LatentCache(tiny.config, 128, Cache.FP32) for _ in range(2))
+    tiny.forward(ids, whole)
+    cache_error.read(tiny, ids, alone)
+    assert alone.length == whole.length == 70
+    for layer in range(tiny.config.num_hidden_layers):
+        assert torch.equal(alone.rows(layer), whole.rows(layer))
+
+
+@pytest.mark.parametrize(("kind", "error"), [(Cache.BF16, 0.003), (Cache.INT8, 0.007)])
+def test_a_rounded_cache_has_the_same_rows_but_for_rounding(tiny, kind, error):
+    cache = LatentCache(tiny.config, 128, Cache.FP32)
+    cache_error.read(tiny, torch.arange(70), cache)
+    copy = cache_error.rounded(cache, tiny.config, kind)
+    assert copy.length == 70
+    for layer in range(tiny.config.num_hidden_layers):
+        rows, rank = copy.rows(layer), tiny.config.kv_lora_rank
+        got = dequantize_latents(rows, rank) if kind is Cache.INT8 else rows.float()
+        wanted = cache.rows(layer)
+        assert 0 < (got - wanted).norm() < error * wanted.norm()
