@@ -325,8 +325,14 @@ def _load(model: str | None, vram: str | None, cache_type: str, **options: Any) 
     if model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
     limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
-    with Waiting("bringing experts to page-locked RAM") as progress:
-        loaded = llm.load(model, vram=limits, cache=cache_type, progress=progress, **options)
+    experts, kernels = (
+        Waiting("bringing experts to page-locked RAM"),
+        Waiting("preparing the GPU's kernels", unit="steps"),
+    )
+    with experts as progress, kernels as preparing:
+        loaded = llm.load(
+            model, vram=limits, cache=cache_type, progress=progress, preparing=preparing, **options
+        )  # fmt: skip
     for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
         if warning:
             notice(warning)

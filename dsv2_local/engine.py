@@ -82,10 +82,11 @@ class Engine:
         self._turn: object = None  # whose sequence is in the cache
         self._guess: _Guess | None = None
 
-    def warm_up(self) -> None:
+    def warm_up(self, progress: Progress = lambda done, of: None) -> None:
         """Do before the first prompt what would make it wait: compile kernels for GPUs."""
         if isinstance(self._step, GraphStep):
-            self._step.warm_up()
+            with typed_errors():
+                self._step.warm_up(progress)
 
     @property
     def context(self) -> int:

@@ -1,5 +1,7 @@
 """The decode step on GPUs: launched as graphs, with one wait for the device, for the logits."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,15 +61,16 @@ class GraphStep:
         return self._host_logits
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Compile and tune the kernels, and capture the step, before the first prompt; the cache is empty then.
 
         Kernels are kept on disk, so that only the first time on a machine takes long. Prompts run through one layer of
-        each kind, which is enough to compile for.
+        each kind, which is enough to compile for. `progress` is called with the prompts done and all of them.
         """
         cache, moe = self.cache, self.model.config.moe_layers
         layers = 1 + next(iter(moe), 0)  # the first of each kind among them
-        for tokens in PROMPTS:
+        for done, tokens in enumerate(PROMPTS):
+            progress(done, len(PROMPTS))
             if tokens < cache.context:
                 cache.make_room(tokens)
                 x = self.model.embed(torch.zeros(tokens, dtype=torch.int64))
@@ -75,6 +78,7 @@ class GraphStep:
         for _ in range(2):
             self.run(0)
         cache.clear()
+        progress(len(PROMPTS), len(PROMPTS))
 
     def _launch(self) -> Tensor:
         return self.model.head(self.model.through_layers(*self._inputs, self.cache))[0]

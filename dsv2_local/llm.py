@@ -96,6 +96,7 @@ class LLM:
         vram: Sequence[int] | None = None,
         costs: Costs | None = None,
         progress: Progress = lambda done, of: None,
+        preparing: Progress = lambda done, of: None,
     ) -> None:
         """See `load`; `devices` are the GPUs to use, `costs` what `placement.on_devices` takes."""
         checkpoint = Checkpoint(directory)
@@ -125,7 +126,7 @@ class LLM:
         self.notes = [*self.plan.notes, *self._placed.notes]
         """What is slower than it could be, and what to do about it."""
         self.engine = Engine(self._placed.model, wish.context, self.plan.chunk, cache=cache)
-        self.engine.warm_up()
+        self.engine.warm_up(preparing)
 
     def __enter__(self) -> "LLM":
         return self
@@ -283,6 +284,7 @@ def load(
     cache: str = Cache.BF16,
     threads: int | None = None,
     progress: Progress = lambda done, of: None,
+    preparing: Progress = lambda done, of: None,
 ) -> LLM:
     """Load a converted checkpoint.
 
@@ -297,6 +299,7 @@ def load(
         cache: how latents are kept, "bf16" (without the native kernels: as the activations) or "int8", in 57 % of that.
         threads: of the CPU kernels; None: one for each physical core that this process may use.
         progress: called with the bytes of experts that were brought to page-locked RAM, and of those that will be.
+        preparing: called with the steps done and all steps of compiling for GPUs, half a minute the first time.
 
     Raises:
         CheckpointError: not a converted checkpoint, or a damaged one.
@@ -318,7 +321,7 @@ def load(
         chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
         return LLM(
             directory, dtype=chosen, context=context, threads=threads, cache=Cache(cache), experts=Mode(experts),
-            devices=devices, vram=vram, progress=progress,
+            devices=devices, vram=vram, progress=progress, preparing=preparing,
         )  # fmt: skip
 
     try:
