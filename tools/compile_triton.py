@@ -23,7 +23,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from dsv2_local.kernels import triton as kernels
-from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.format import ExpertLayout, Format, latent_nbytes
 from dsv2_local.kernels.layout import Matrix, planes
 
 # Of some GPUs by compute capability: multiprocessors, bytes of shared memory that a program may have.
@@ -106,16 +106,19 @@ def call_attention(quick: bool) -> None:
         w_uk, w_uv = zeros(Format.INT8, H * C, N), zeros(Format.INT8, H * V, C)
         for tokens, absorb in ((1, True), (200, False)):
             rotation, sequence = torch.zeros(tokens, P // 2, dtype=torch.complex64), torch.zeros(65, dtype=torch.int64)
-            q, latents = activations(tokens, H, N + P), activations(64, 64, C + P)
-            kernels.attention(q, rotation, latents, sequence, w_uk, w_uv, 0.1, absorb)
+            q, bytes_ = activations(tokens, H, N + P), latent_nbytes(C, P)
+            for latents in (activations(64, 64, C + P), torch.zeros(64, 64, bytes_, dtype=torch.uint8)):
+                kernels.attention(q, rotation, latents, sequence, w_uk, w_uv, 0.1, absorb)
 
 
 def call_rows() -> None:
     x, rotation = activations(4, 2048), torch.zeros(4, 32, dtype=torch.complex64)
     kernels.rms_norm(x, torch.ones(2048), 1e-6)
-    kernels.write_latents(
-        activations(2, 64, 576), torch.zeros(3, dtype=torch.int64), x[:, :576], x[0, :512], 1e-6, rotation
-    )
+    kernels.add_rms_norm(x, x, torch.ones(2048), 1e-6)
+    for latents in (activations(2, 64, 576), torch.zeros(2, 64, latent_nbytes(512, 64), dtype=torch.uint8)):
+        kernels.write_latents(
+            latents, torch.zeros(3, dtype=torch.int64), x[:, :576], x[0, :512], 1e-6, rotation
+        )  # fmt: skip
     for groups, method in ((1, "greedy"), (8, "group_limited_greedy")):
         config: Any = SimpleNamespace(
             num_experts_per_tok=6, topk_method=method, n_group=groups, topk_group=3, norm_topk_prob=False,
@@ -132,7 +135,7 @@ def main() -> None:
     triton.runtime.driver.set_active(NoGpu(given.capability))
     compile_instead_of_launching(given.quick)
     launch = {"EARLY": True, "launch_pdl": True} if given.capability >= 90 else {"EARLY": False}
-    for module in ("linear", "experts", "rows", "attention"):
+    for module in ("linear", "experts", "rows", "latents", "attention"):
         part: Any = sys.modules[f"dsv2_local.kernels.triton.{module}"]
         part.processors, part.shared_memory = (lambda device, is_=is_: is_ for is_ in GPUS[given.capability])
         part.early = lambda device: launch
