@@ -74,7 +74,10 @@ def test_a_replay_is_the_step_to_the_last_bit(dtype):
         graphs = GraphStep(model.engine.model, model.engine.cache)
         for token, logits in zip(tokens, launched, strict=True):
             assert torch.equal(graphs.run(token), logits)
-        model.engine.cache.truncate(10)  # a turn taken back
+        model.engine.cache.truncate(10)  # a turn taken back, and prompts whose memory is not the graphs'
+        for length in (2, 3, 5, 7, 9):
+            model.engine.model.forward(torch.arange(length), model.engine.cache)
+        model.engine.cache.truncate(10)
         for token, logits in zip(tokens[10:], launched[10:], strict=True):
             assert torch.equal(graphs.run(token), logits)
 
