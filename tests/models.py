@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,17 @@ def heed_signals() -> None:
     """For `preexec_fn`: tests in the background ignore SIGINT, with nohup SIGHUP, and what they start inherits that."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+def kill_half_way(script: str) -> None:
+    """Run Python until it prints "half way", and kill it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_signals,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"half way\n"
+        process.send_signal(signal.SIGKILL)
 
 
 def yarn(mscale: float | None, all_dim: float | None, factor: float = 40.0, original: int = 4096) -> dict[str, Any]:

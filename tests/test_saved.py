@@ -2,12 +2,8 @@
 
 import json
 import os
-import signal
 import stat
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -15,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2_local import llm
 from dsv2_local.errors import SavedCacheError
-from tests.models import heed_signals
+from tests.models import kill_half_way
 from tests.test_cli import dsv2
 
 BOOK = "A violin is a string instrument that is played with a bow. " * 20
@@ -146,12 +142,6 @@ def test_killed_while_it_saves_the_old_file_stays(tmp_path):
         model.save_cache(pathlib.Path({str(path)!r}))
         """
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_signals,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"half way\n"
-        process.send_signal(signal.SIGKILL)
+    kill_half_way(script)
     assert path.read_bytes() == before
     assert model.load_cache(path) > 0

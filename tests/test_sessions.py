@@ -22,7 +22,7 @@ from dsv2_local import llm, sessions
 from dsv2_local.chat import Chat
 from dsv2_local.conversation import Conversation
 from dsv2_local.errors import InputError, SavedCacheError
-from tests.models import heed_signals
+from tests.models import heed_signals, kill_half_way
 from tests.test_cli import dsv2
 
 QUESTIONS = ("What is a violin?", "What is a river?", "Write me a poem.", "What is a dog?")
@@ -253,13 +253,7 @@ def test_killed_while_it_saves_the_old_session_stays(nano, state):
         Chat(llm.load(), None, {}, Console(stderr=True), lambda _: next(lines), str, session="s").loop()
         """
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_signals,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"half way\n"
-        process.send_signal(signal.SIGKILL)
+    kill_half_way(script)
     assert path.read_bytes() == before
     assert sessions.load("s", nano) == chat.conversation
 

@@ -32,9 +32,7 @@ Candidates = Callable[..., list[triton.Config]]
 """Configurations, arguments by position and by name -> the configurations to try."""
 
 
-def tuned(
-    configs: list[triton.Config], key: list[str], candidates: Candidates = lambda configs, *_, **__: configs
-) -> Any:
+def tuned(configs: list[triton.Config], key: list[str], candidates: Candidates) -> Any:
     """`triton.autotune` among the candidates for a shape, remembered on disk; interpreted, the first of them."""
 
     def chosen(*given: Any, **more: Any) -> list[triton.Config]:
