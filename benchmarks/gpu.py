@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv2_local.config import ModelConfig
-    from dsv2_local.offload.device import Device
+    from dsv2_local.offload.device import Device, Event
     from dsv2_local.offload.plan import Mode, Plan
     from dsv2_local.placement import Source
 
@@ -156,7 +156,16 @@ def planned(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tin
     limit = 24 * GIB if isinstance(limit, str) else limit
     context = 16 if tiny else LONG_PROMPT + ANSWER if long else 4096 + ANSWER
     wish = Wish(source.config, Recipe.NF4, context, Cache.FP32 if interpret else Cache.BF16, mode)
-    device: Device = StandIn(capacity=GIB) if interpret else CudaDevice(0)
+
+    class InTurn(StandIn):
+        """Whose work is done before the caller goes on: Triton's interpreter bears one thread at a time."""
+
+        def compute(self, work: Callable[[], None], after: Sequence["Event"] = ()) -> "Event":
+            event = super().compute(work, after)
+            event.wait()
+            return event
+
+    device: Device = InTurn(capacity=GIB) if interpret else CudaDevice(0)
     room = device.free + CONTEXT_BYTES
     if isinstance(limit, float) or (tiny and limit):
         whole = plan(replace(wish, experts=Mode.STREAM), Machine((1 << 50,), 1 << 50))
