@@ -29,13 +29,14 @@ namespace {
 
 // Bytes of weights that a thread takes at a time: long enough to read at full speed, short enough to share evenly.
 constexpr int64_t ITEM_BYTES = 1 << 16;
-Claim claim_of(int64_t tokens) { return tokens > 1 ? Claim::QUARTER : Claim::WHOLE; }
+constexpr int64_t FEW = 8;  // tokens up to which memory, not arithmetic, is what a product waits for
+Claim claim_of(int64_t tokens) { return tokens > FEW ? Claim::QUARTER : Claim::WHOLE; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Groups of rows an item should have: whole tiles of panels, about ITEM_BYTES for one token.
 int64_t item_groups(const Matrix& m, int64_t tokens) {
     const int64_t unit = 2 * TILE_PANELS * PANEL_GROUPS;
-    if (tokens > 1) return unit;
+    if (tokens > FEW) return unit;
     return std::max<int64_t>(1, ITEM_BYTES / (m.blocks() * m.tile_bytes()) / unit) * unit;
 }
 
@@ -96,7 +97,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
     parallel_ranges(int64_t(items.size()), claim_of(tokens), [&](int64_t i, int64_t to) {
         for (int64_t next; i < to; i = next) {
             next = i + 1;
-            while (next < to && items[i].count == 1 && items[next].expert == items[i].expert) next++;
+            while (next < to && items[i].count <= FEW && items[next].expert == items[i].expert) next++;
             hidden_blocks(items[i], next - i);
         }
     });
