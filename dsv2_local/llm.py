@@ -123,7 +123,7 @@ class LLM:
         )
         self.experts = self._placed.experts
         self._fingerprint = source.fingerprint or ""
-        self.notes = [*self.plan.notes, *self._placed.notes]
+        self.notes = [*filter(None, [ops.gpu_notice(where)]), *self.plan.notes, *self._placed.notes]
         """What is slower than it could be, and what to do about it."""
         self.engine = Engine(self._placed.model, wish.context, self.plan.chunk, cache=cache)
         self.engine.warm_up(preparing)

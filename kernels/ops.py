@@ -1,14 +1,13 @@
 """The one place that chooses an implementation of each kernel; the model calls these and nothing below.
 
-On a GPU that is Triton, on the CPU the native library where it was compiled and knows the format, else the torch
-reference.
+On a GPU that is Triton, without it bitsandbytes, on the CPU the native library where it was compiled and knows the
+format, else the torch reference.
 """
 
 import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import cast
 
 import torch
@@ -24,12 +23,17 @@ from dsv2_local.numa import spread_memory
 
 __all__ = [
     "add", "add_rms_norm", "attention", "cache_kind", "capturable", "combine", "embedding", "expert_outputs",
-    "experts", "linear", "recording", "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "use", "variant",
-    "write_latents",
+    "experts", "gpu_notice", "linear", "recording", "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "use",
+    "variant", "write_latents",
 ]  # fmt: skip
 
 RAM = torch.device("cpu")
 _REFERENCE = cast(cpu.Kernels, reference)
+_MODULES = {
+    cpu.REFERENCE: "dsv2_local.kernels.reference",
+    cpu.TRITON: "dsv2_local.kernels.triton",
+    cpu.BITSANDBYTES: "dsv2_local.kernels.bnb",
+}
 
 
 def variant() -> str:
@@ -44,6 +48,21 @@ def slow_notice() -> str | None:
     return (
         "the native CPU kernels were not compiled, so plain torch computes, 50 times slower; install a C++ compiler "
         "(Debian: apt install g++) and this package again"
+    )
+
+
+def gpu_notice(where: torch.device) -> str | None:
+    """One line on what computes on this device, where that is a GPU and Triton is missing."""
+    if where.type != "cuda" or _installed() == cpu.TRITON:
+        return None
+    if _installed() == cpu.BITSANDBYTES:
+        return (
+            "Triton is not installed, so bitsandbytes' 4-bit kernels and plain torch compute on the GPU, slower; "
+            "pip install 'triton>=3.5'"
+        )
+    return (
+        "Triton is not installed, so plain torch computes on the GPU, far slower; pip install 'triton>=3.5', or "
+        "bitsandbytes where there is no Triton"
     )
 
 
@@ -70,8 +89,8 @@ def use(where: torch.device) -> None:
 
 
 def capturable(where: torch.device) -> bool:
-    """Whether steps on this device can be captured in graphs: the reference asks the device for numbers."""
-    return where.type == "cuda" and _triton() is not None
+    """Whether steps on this device can be captured in graphs: all but Triton's kernels ask the device for numbers."""
+    return where.type == "cuda" and _on_gpus() == cpu.TRITON
 
 
 def cache_kind(kv_b: Format, dtype: torch.dtype, asked: Cache, where: torch.device = RAM) -> Cache:
@@ -92,19 +111,32 @@ def recording() -> Recording | None:
 def _kernels(x: Tensor, format: Format | None = None) -> cpu.Kernels:
     """Who computes on x with weights of this format (None: with none), or a module that has the same functions.
 
-    `kernels.triton` on a GPU; in RAM `kernels.cpu`, where it was compiled and knows the format; else `reference`.
+    On a GPU the module that `_on_gpus` names; in RAM `kernels.cpu`, where it was compiled and knows the format; else
+    `reference`, or what $DSV2_KERNELS names.
     """
-    native = cpu.kernels() if x.is_cpu else None
-    if native and (format is None or format in cpu.FORMATS):
-        return native
-    gpu = None if x.is_cpu and (native or cpu.asked() != cpu.TRITON) else _triton()
-    return cast(cpu.Kernels, gpu) if gpu else _REFERENCE
+    if not x.is_cpu:
+        return _module(_on_gpus())
+    native = cpu.kernels()
+    if native is None:
+        return _module(cpu.asked() or cpu.REFERENCE)
+    return native if format is None or format in cpu.FORMATS else _REFERENCE
+
+
+def _on_gpus() -> str:
+    """The name of the kernels for GPUs; bitsandbytes' can be asked for, since Triton mostly comes with torch."""
+    return cpu.BITSANDBYTES if cpu.asked() == cpu.BITSANDBYTES else _installed()
 
 
 @cache
-def _triton() -> ModuleType | None:
-    """The GPU's kernels, imported when there is need of them; None where Triton is not installed."""
-    return import_module("dsv2_local.kernels.triton") if find_spec("triton") else None
+def _installed() -> str:
+    """The best kernels for GPUs that are installed."""
+    return next((name for name in (cpu.TRITON, cpu.BITSANDBYTES) if find_spec(name)), cpu.REFERENCE)
+
+
+@cache
+def _module(name: str) -> cpu.Kernels:
+    """The module of these kernels, imported when there is need of it."""
+    return cast(cpu.Kernels, import_module(_MODULES[name]))
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:

@@ -3,7 +3,10 @@
 Shapes: `T` tokens (queries), `S` tokens in the cache, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim,
 `V` v_head_dim, `C` kv_lora_rank, `D` hidden_size, `E` experts, `K` experts per token, `R` rows, `B` blocks.
 Activations are float32 or bfloat16 (never float16: DeepSeek-V2 overflows it); products keep the type of `x`.
+What is made of products with weights takes another `linear` than the one here (`kernels.bnb`).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of a cache's rows
 # Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
 ATTENTION_WORKSPACE = 1 << 25
 
+Linear = Callable[[Tensor, Matrix], Tensor]
 
 _LEVELS = torch.tensor(NF4_LEVELS)
 
@@ -56,12 +60,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
-def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
+def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, linear: Linear = linear) -> Tensor:
     """down(silu(gate(x)) · up(x)) for x [T, D] -> [T, D]."""
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
-def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
+def experts(
+    x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor, linear: Linear = linear
+) -> Tensor:
     """The routed half of a mixture: Σₖ weights[t, k] · expert[ids[t, k]](x[t]).
 
     Args:
@@ -75,13 +81,19 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(ids).tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        out = swiglu(x[token], *expert_matrices(layout, records[expert]))
+        out = swiglu(x[token], *expert_matrices(layout, records[expert]), linear)
         y.index_add_(0, token, out.float() * weights[token, slot, None])
     return y.to(x.dtype)
 
 
 def expert_outputs(
-    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+    x: Tensor,
+    records: Tensor,
+    layout: ExpertLayout,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    linear: Linear = linear,
 ) -> None:
     """What single experts make of single tokens: out[i] = expert in records[slots[i]] of x[tokens[i]].
 
@@ -93,7 +105,7 @@ def expert_outputs(
     """
     for slot in torch.unique(slots[slots >= 0]).tolist():
         (pairs,) = (slots == slot).nonzero(as_tuple=True)
-        out[pairs] = swiglu(x[tokens[pairs]], *expert_matrices(layout, records[slot])).float()
+        out[pairs] = swiglu(x[tokens[pairs]], *expert_matrices(layout, records[slot]), linear).float()
 
 
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:

@@ -32,7 +32,7 @@ VARIANTS = {
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set(),
 }
-REFERENCE, TRITON = "reference", "triton"
+REFERENCE, TRITON, BITSANDBYTES = "reference", "triton", "bitsandbytes"
 VARIABLE = "DSV2_KERNELS"
 
 FORMATS = {Format.NF4: 0, Format.INT8: 1}
@@ -240,19 +240,19 @@ def usable() -> list[str]:
 
 
 def asked() -> str | None:
-    """The kernels that $DSV2_KERNELS names; "triton": the GPU's, for tests that interpret them on the CPU."""
+    """The kernels that $DSV2_KERNELS names; "triton" and "bitsandbytes": those of GPUs, for tests on the CPU."""
     return os.environ.get(VARIABLE) or None
 
 
 @cache
 def kernels() -> Kernels | None:
-    """The variant to use: the one that $DSV2_KERNELS names, else the best; None for the torch reference and for Triton.
+    """The variant to use: the one that $DSV2_KERNELS names, else the best; None for torch's and for GPUs'.
 
     Raises:
         InputError: the variable names a variant that is not compiled or that this CPU cannot run.
     """
     wanted, found = asked(), usable()
-    if wanted in (REFERENCE, TRITON) or (wanted is None and not found):
+    if wanted in (REFERENCE, TRITON, BITSANDBYTES) or (wanted is None and not found):
         return None
     if wanted is not None and wanted not in found:
         raise InputError(f"{VARIABLE}={wanted} is not available here; use one of {', '.join([*found, REFERENCE])}")

@@ -64,6 +64,13 @@ def test_the_references_tokens(expected):
         assert answer(model) == expected  # from the cache, and all replays
 
 
+def test_the_references_tokens_by_bitsandbytes(expected):
+    pytest.importorskip("bitsandbytes")
+    with kernels(cpu.BITSANDBYTES), loaded(Mode.GPU) as model:
+        assert not isinstance(model.engine._step, GraphStep)
+        assert answer(model) == expected
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_replay_is_the_step_to_the_last_bit(dtype):
     with loaded(Mode.GPU, dtype=dtype) as model:
