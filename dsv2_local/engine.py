@@ -6,7 +6,7 @@ room, so that a prompt that begins like one of them computes only what differs.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from dsv2_local.lookup import Lookup
 from dsv2_local.model import Transformer
 from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
-from dsv2_local.sampling import Sampler, SamplingParams
+from dsv2_local.sampling import Outcome, Sampler, SamplingParams
 
 Progress = Callable[[int, int], None]
 
@@ -69,6 +69,20 @@ class _Guess:
     right: int = 0
 
 
+class _Early:
+    """A step that was begun before its token was told, and so in the consumer's time."""
+
+    def __init__(self, wait: Callable[[], tuple[Outcome, float]]) -> None:
+        self.outcome = wait
+        """Waits for it: what it says, and the seconds it took."""
+
+    def keep(self) -> None:
+        """Wait for it, and have all that may be asked of it before another step begins."""
+        outcome, seconds = self.outcome()
+        logits = outcome.logits().clone()
+        self.outcome = lambda: (replace(outcome, logits=lambda: logits), seconds)
+
+
 class Engine:
     """A model with its cache. Generations may take turns; each goes on where it was."""
 
@@ -81,6 +95,7 @@ class Engine:
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._turn: object = None  # whose sequence is in the cache
         self._guess: _Guess | None = None
+        self._early: _Early | None = None
 
     def warm_up(self, progress: Progress = lambda done, of: None) -> None:
         """Do before the first prompt what would make it wait: compile kernels for GPUs."""
@@ -136,21 +151,24 @@ class Engine:
         turn, text = object(), [*prompt]
         sampler, lookup = Sampler(params, prompt), Lookup(prompt)
         stats.context = self.context
-        logits = self._start(prompt, turn, stats, progress)
+        outcome = _known(self._start(prompt, turn, stats, progress))
         while True:
             start = time.perf_counter()
-            token = sampler.choose(logits)
+            token = sampler.choose(outcome)
             if stats.completion_tokens:  # the first is prefill's
                 stats.decode_seconds += time.perf_counter() - start
             stats.completion_tokens += 1
             stats.finish_reason = self._finish_reason(token, stats.completion_tokens, max_tokens, end_tokens)
-            yield _step(token, logits, logprobs)
+            step = _step(token, outcome, logprobs)
+            early = None if stats.finish_reason else self._begin_early(token, params)
+            yield step
             if stats.finish_reason:
                 return
             if turn is not self._turn:
-                self._return(text, turn, stats)
+                self._return([*text, token] if early else text, turn, stats)
             lookup.push(token)
-            logits = self._decode(token, stats, lookup)
+            outcome = self._finish(early, stats) if early else self._decode(token, params, stats, lookup)
+            stats.context_used = self.cache.length
             text.append(token)
 
     def _check(self, ids: list[int]) -> None:
@@ -175,8 +193,10 @@ class Engine:
 
     def _begin(self, tokens: list[int], turn: object) -> None:
         """Set the sequence aside for another, which has what is kept of `tokens`."""
+        if self._early:
+            self._early.keep()
         self.set_aside()
-        self._turn, self._guess = turn, None
+        self._turn, self._guess, self._early = turn, None, None
         self._tokens = tokens[: self.cache.begin(tokens)]
 
     def _return(self, text: list[int], turn: object, stats: Stats) -> None:
@@ -196,18 +216,32 @@ class Engine:
         if progress:
             progress(len(ids), len(ids))
 
-    def _decode(self, token: int, stats: Stats, lookup: Lookup) -> Tensor:
-        start = time.perf_counter()
-        logits = self._guessed(token, lookup)
-        if logits is None:
-            logits = self._compute(token, lookup)
-        stats.decode_seconds += time.perf_counter() - start
-        stats.context_used = self.cache.length
-        stats.guessed_tokens, stats.right_guesses = lookup.guessed, lookup.right
-        return logits
+    def _begin_early(self, token: int, params: SamplingParams) -> "_Early | None":
+        """Begin the step of `token` where a GPU does it meanwhile."""
+        if not isinstance(self._step, GraphStep) or not self._step.ahead:
+            return None
+        self._note([token])
+        with typed_errors():
+            self._early = _Early(self._step.begin(token, params))
+        return self._early
 
-    def _guessed(self, token: int, lookup: Lookup) -> Tensor | None:
-        """The logits after `token`, if it was guessed."""
+    def _finish(self, early: "_Early", stats: Stats) -> Outcome:
+        if early is self._early:
+            self._early = None
+        with typed_errors():
+            outcome, seconds = early.outcome()
+        stats.decode_seconds += seconds
+        return outcome
+
+    def _decode(self, token: int, params: SamplingParams, stats: Stats, lookup: Lookup) -> Outcome:
+        start = time.perf_counter()
+        outcome = self._guessed(token, lookup) or self._compute(token, params, lookup)
+        stats.decode_seconds += time.perf_counter() - start
+        stats.guessed_tokens, stats.right_guesses = lookup.guessed, lookup.right
+        return outcome
+
+    def _guessed(self, token: int, lookup: Lookup) -> Outcome | None:
+        """What comes after `token`, if it was guessed."""
         guess = self._guess
         if guess is None:
             return None
@@ -216,13 +250,13 @@ class Engine:
             self._note([token])
             self.cache.advance(1)  # its latents are there already
             guess.right += 1
-            return guess.logits[guess.right]
+            return _known(guess.logits[guess.right])
         lookup.took(guess.seconds, len(guess.tokens), right)
         self._guess = None
         return None
 
-    def _compute(self, token: int, lookup: Lookup) -> Tensor:
-        """The logits after `token`, and of those after it that can be guessed.
+    def _compute(self, token: int, params: SamplingParams, lookup: Lookup) -> Outcome:
+        """What comes after `token`, and after those that can be guessed.
 
         Only where a step is all native is one of several tokens the same as one after the other, to the last bit.
         """
@@ -233,12 +267,15 @@ class Engine:
             logits = self.model.logits(self._run([token, *tokens]))
             self.cache.truncate(length + 1)
             self._guess = _Guess(tokens, logits, time.perf_counter() - start)
-            return logits[0]
+            return _known(logits[0])
         self._note([token])
         with typed_errors():
-            logits = self._step.run(token)
+            if isinstance(self._step, GraphStep):
+                outcome, _ = self._step.begin(token, params)()
+            else:
+                outcome = _known(self._step.run(token))
         lookup.took(time.perf_counter() - start, 0, 0)
-        return logits
+        return outcome
 
     def _run(self, ids: list[int]) -> Tensor:
         self._note(ids)
@@ -256,9 +293,14 @@ class Engine:
         return "length" if full or (max_tokens is not None and count >= max_tokens) else None
 
 
-def _step(token: int, logits: Tensor, logprobs: int | None) -> Step:
+def _known(logits: Tensor) -> Outcome:
+    return Outcome(lambda: logits)
+
+
+def _step(token: int, outcome: Outcome, logprobs: int | None) -> Step:
     if logprobs is None:
         return Step(token)
+    logits = outcome.logits()
     all_logprobs = logits.log_softmax(0)
     values, ids = all_logprobs.topk(min(logprobs, len(logits)))
     return Step(token, float(all_logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,4 +1,4 @@
-"""The decode step on GPUs: launched as graphs, with one wait for the device, for the logits."""
+"""The decode step on GPUs: launched as graphs, with one wait for the device, for the likeliest tokens."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,10 @@ from torch import Tensor
 
 from dsv2_local.cache import LatentCache
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import LIKELY
 from dsv2_local.kernels.graphs import Graphs
 from dsv2_local.model import DecodeStep, Transformer
+from dsv2_local.sampling import Likely, Outcome, SamplingParams, likely_limits
 
 PROMPTS = (3, 12, 48, 200, 1000)  # tokens: one length for each set of kernels that some length needs
 
@@ -28,16 +30,36 @@ class GraphStep:
         self.model, self.cache = model, cache
         self._graphs: Graphs | None = None
         self._ids = torch.empty(1, dtype=torch.int64)
-        where = model.layers[0].where
         x, rotation = model.embed(torch.zeros(1, dtype=torch.int64)), model.rotation(0, 1)
         self._host_inputs = x.pin_memory(), rotation.pin_memory()
+        where = model.layers[0].where
         self._inputs = x.to(where), rotation.to(where)
-        self._logits = torch.empty(0)  # where a replay leaves them
-        self._host_logits = torch.empty(model.config.vocab_size, pin_memory=True)
+        where = model.layers[-1].where
+        self._params = SamplingParams()
+        self._limits = torch.tensor(likely_limits(self._params)).to(where)
+        self._logits, self._likely = torch.empty(0), torch.empty(0)  # where a replay leaves them
+        self._host_likely = torch.empty(3 + 2 * LIKELY, dtype=torch.int32, pin_memory=True)
+        self._span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether `begin` returns long before the GPU is done: what needs Python in between is done by then."""
+        return self._graphs is not None and self._graphs.whole
+
+    def run(self, token: int) -> Tensor:
+        """Add `token` to the cache -> fp32 logits [vocab_size].
+
+        Raises:
+            ContextLengthError: the cache is full.
+        """
+        return self.begin(token, self._params)()[0].logits()
 
     @torch.inference_mode()
-    def run(self, token: int) -> Tensor:
-        """Add `token` to the cache -> fp32 logits [vocab_size], which the next run overwrites.
+    def begin(self, token: int, params: SamplingParams) -> Callable[[], tuple[Outcome, float]]:
+        """Add `token` to the cache; the function that is returned waits for the outcome and the seconds it took.
+
+        It is called once. All logits can be asked for until the next step begins, and the likeliest tokens are told as
+        far as `params` need them.
 
         Raises:
             ContextLengthError: the cache is full.
@@ -47,18 +69,31 @@ class GraphStep:
         x, rotation = self._host_inputs
         x.copy_(self.model.embed(self._ids))
         rotation.copy_(self.model.rotation(self.cache.length, 1))
+        if params != self._params:
+            self._params = params
+            self._limits.copy_(torch.tensor(likely_limits(params)))
+        stream = torch.cuda.current_stream(self._limits.device)
+        begun, done = self._span
+        begun.record(stream)
         for device_input, host_input in zip(self._inputs, self._host_inputs, strict=True):
             device_input.copy_(host_input, non_blocking=True)
         if self._graphs:
             self._graphs.replay()
-            self._host_logits.copy_(self._logits)
+            logits, likely = self._logits, self._likely
         else:
-            self._host_logits.copy_(self._launch())
-            graphs = Graphs()
-            self._logits = graphs.capture(self._launch)
-            self._graphs = graphs
+            likely = self._launch()
+            logits = self._logits
+        self._host_likely.copy_(likely, non_blocking=True)
+        done.record(stream)
+        if not self._graphs:
+            self._capture()
         self.cache.advance(1)
-        return self._host_logits
+
+        def outcome() -> tuple[Outcome, float]:
+            done.synchronize()
+            return Outcome(logits.cpu, Likely.unpack(self._host_likely.numpy())), begun.elapsed_time(done) / 1000
+
+        return outcome
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
@@ -80,8 +115,15 @@ class GraphStep:
         cache.clear()
         progress(len(PROMPTS), len(PROMPTS))
 
+    def _capture(self) -> None:
+        graphs = Graphs()
+        self._likely = graphs.capture(self._launch)
+        self._graphs = graphs
+
     def _launch(self) -> Tensor:
-        return self.model.head(self.model.through_layers(*self._inputs, self.cache))[0]
+        """The step but for its inputs; leaves the logits, and returns the likeliest tokens."""
+        self._logits = self.model.head(self.model.through_layers(*self._inputs, self.cache))[0]
+        return ops.likely(self._logits, self._limits)
 
 
 def decode_step(model: Transformer, cache: LatentCache) -> DecodeStep | GraphStep:

@@ -324,14 +324,16 @@ def load(
             devices=devices, vram=vram, progress=progress, preparing=preparing,
         )  # fmt: skip
 
+    reason = _passed_over() if device == "auto" else None
     try:
-        return loaded(devices)
+        made = loaded(devices)
     except PlanError as error:
         if not devices or device != "auto" or vram is not None or experts != Mode.AUTO:
             raise
-        on_cpu = loaded([])
-        on_cpu.notes.append(f"the GPU is not used: {error}")
-        return on_cpu
+        made, reason = loaded([]), str(error)
+    if reason:
+        made.notes.append(f"the GPU is not used: {reason}")
+    return made
 
 
 def _devices(names: str) -> list[Device]:
@@ -340,7 +342,7 @@ def _devices(names: str) -> list[Device]:
     Raises:
         InputError: a name that is none, or a GPU that is not there.
     """
-    if names == "cpu" or (names == "auto" and not _able()):
+    if names == "cpu" or (names == "auto" and (not torch.cuda.is_available() or _passed_over())):
         return []
     count = torch.cuda.device_count()
     every = names in ("auto", "cuda")
@@ -357,11 +359,14 @@ def _devices(names: str) -> list[Device]:
     return [CudaDevice(index) for index in indices]
 
 
-def _able() -> bool:
-    """Whether there are GPUs that can all run the kernels."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
-    able = (torch.cuda.get_device_capability(gpu) >= COMPUTE_CAPABILITY for gpu in gpus)
-    return bool(gpus) and ops.capturable(torch.device("cuda")) and all(able)
+def _passed_over() -> str | None:
+    """Why GPUs that are there are not used unasked; None where they are used, or there are none."""
+    if not torch.cuda.is_available():
+        return None
+    least = min(torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count()))
+    if least < COMPUTE_CAPABILITY:
+        return f"its compute capability is {least[0]}.{least[1]}, and the kernels are made for 8.0 and later"
+    return None if ops.capturable(torch.device("cuda")) else "Triton is not installed"
 
 
 def bundled_model() -> Path:

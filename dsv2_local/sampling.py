@@ -7,7 +7,9 @@ top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,15 +20,13 @@ from torch import Tensor
 
 from dsv2_local.config import id_tuple
 from dsv2_local.errors import ConfigError, InputError
+from dsv2_local.kernels.format import LIKELY
 
 Ids: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
-FLOORS = (
-    1e-3,
-    1e-6,
-    0.0,
-)  # of the likeliest token's probability: less likely ones are looked at only where they matter
+# Of the likeliest token's probability: less likely ones are looked at only where they matter, and fetched from a GPU.
+FLOORS, FETCHED_FLOOR = (1e-3, 1e-6, 0.0), 1e-4
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,48 @@ def _default_params(raw: dict[str, Any]) -> SamplingParams:
     return SamplingParams().override(**{name: raw.get(name) for name in names})
 
 
+@dataclass(frozen=True)
+class Likely:
+    """The likeliest tokens of a distribution, or all.
+
+    Attributes:
+        ids: int64 [n], ascending.
+        values: their logits, fp32 [n].
+        mass: Σ exp((logit - largest) / temperature) over all tokens; None where `values` has them all.
+        floor: every token at least this many times as likely as the likeliest is among them.
+    """
+
+    ids: Ids
+    values: NDArray[np.float32]
+    mass: float | None = None
+    floor: float = 0.0
+
+    @classmethod
+    def unpack(cls, packed: NDArray[np.int32]) -> "Likely | None":
+        """From what `kernels.ops.likely` tells, with limits of `likely_limits`; None if there are too many, or none."""
+        count = int(packed[0])
+        if not 0 < count <= LIKELY:
+            return None
+        ids, values = packed[3 : 3 + count], packed[3 + LIKELY : 3 + LIKELY + count].view(np.float32)
+        order = ids.argsort()
+        return cls(ids[order].astype(np.int64), values[order], float(packed[2:3].view(np.float32)[0]), FETCHED_FLOOR)
+
+
+def likely_limits(params: SamplingParams) -> tuple[float, float]:
+    """The limits that `kernels.ops.likely` takes."""
+    if params.temperature == 0:
+        return 1.0, 0.0
+    return min(1 / params.temperature, 3e38), -math.log(FETCHED_FLOOR) * params.temperature
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step says of the next token: its logits, fp32 [vocab], for the asking, and the likeliest if at hand."""
+
+    logits: Callable[[], Tensor]
+    likely: Likely | None = None
+
+
 class Sampler:
     """Chooses tokens one after the other, remembering what it has chosen."""
 
@@ -108,24 +150,39 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token for fp32 logits [vocab] in RAM; `logits` is left as it was."""
-        logits = self._penalised(logits)
-        if self.params.temperature == 0:
-            token = int(logits.numpy().argmax())  # torch's own takes ten times as long
-        else:
-            ids, probabilities = candidates(logits, self.params)
-            sums = probabilities.cumsum()
-            point = float(torch.rand(1, dtype=torch.float64, generator=self._generator)) * sums[-1]
-            token = int(ids[min(np.searchsorted(sums, point, side="right"), len(ids) - 1)])
+    def choose(self, outcome: Outcome) -> int:
+        """The next token; logits are left as they were."""
+        token = None
+        if outcome.likely and not self._penalises:
+            token = self._among(outcome.likely)
+        if token is None:
+            values = self._penalised(outcome.logits()).numpy()
+            token = self._among(Likely(_all_ids(len(values)), values))
+        assert token is not None
         self._chosen[token] += 1
         return token
 
-    def _penalised(self, logits: Tensor) -> Tensor:
+    def _among(self, likely: Likely) -> int | None:
+        """The next token; None where these are not enough to tell."""
+        if self.params.temperature == 0:
+            return int(likely.ids[likely.values.argmax()])
+        kept = candidates(likely, self.params)
+        if kept is None:
+            return None
+        ids, probabilities = kept
+        sums = probabilities.cumsum()
+        point = float(torch.rand(1, dtype=torch.float64, generator=self._generator)) * sums[-1]
+        return int(ids[min(np.searchsorted(sums, point, side="right"), len(ids) - 1)])
+
+    @property
+    def _penalises(self) -> bool:
         p = self.params
-        if p.repetition_penalty == 1 and not (p.presence_penalty or p.frequency_penalty or p.logit_bias):
+        return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty or p.logit_bias)
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        if not self._penalises:
             return logits
-        logits = logits.clone()
+        p, logits = self.params, logits.clone()
         chosen = torch.tensor(list(self._chosen), dtype=torch.int64)
         if p.repetition_penalty != 1:
             seen = torch.unique(torch.cat((self._seen, chosen)))
@@ -141,30 +198,45 @@ class Sampler:
         return logits
 
 
-def candidates(logits: Tensor, params: SamplingParams) -> tuple[Ids, Floats]:
-    """The tokens that temperature, top_k, top_p and min_p leave of fp32 logits [vocab].
+@cache
+def _all_ids(vocab: int) -> Ids:
+    return np.arange(vocab)
+
+
+def candidates(likely: Likely, params: SamplingParams) -> tuple[Ids, Floats] | None:
+    """The tokens that temperature, top_k, top_p and min_p leave.
 
     Sorting a vocabulary of 100,000 takes longer than a GPU takes for a token, so only the likeliest are sorted, as many
     as are provably enough.
 
     Returns:
         Token ids, int64 [n], and their probabilities, fp64 [n], which add up to 1; the likeliest token is among them.
+        None where tokens matter that `likely` does not have.
     """
-    values = logits.numpy()
+    values, whole = likely.values, likely.mass is None
     with np.errstate(over="ignore"):  # the largest becomes 0 first, so that a tiny temperature gives 0 and -inf
         all_weights = np.exp((values - values.max()) / np.float32(params.temperature))
-    mass = float(all_weights.sum(dtype=np.float64))
-    if 0 < params.top_k < len(values):
-        ids = np.flatnonzero(values >= logits.topk(params.top_k).values[-1].item())  # equals of the last stay too
-        mass = float(all_weights[ids].sum(dtype=np.float64))
+    mass = float(all_weights.sum(dtype=np.float64)) if likely.mass is None else likely.mass
+    if params.top_k and not (whole and params.top_k >= len(values)):
+        if params.top_k > len(values):
+            return None
+        least = torch.from_numpy(values).topk(params.top_k).values[-1].item()
+        at = np.flatnonzero(values >= least)  # equals of the last stay too
+        mass = float(all_weights[at].sum(dtype=np.float64))
     elif params.top_p < 1:
         floors = (np.flatnonzero(all_weights >= floor) for floor in FLOORS)
-        ids = next(ids for ids in floors if all_weights[ids].sum(dtype=np.float64) >= params.top_p * mass)
-    elif params.min_p > 0:
-        ids = np.flatnonzero(all_weights >= params.min_p)
+        enough = (at for at in floors if all_weights[at].sum(dtype=np.float64) >= params.top_p * mass)
+        found = next(enough, None)
+        if found is None:
+            return None
+        at = found
+    elif params.min_p > likely.floor:
+        at = np.flatnonzero(all_weights >= params.min_p)
+    elif whole:
+        return likely.ids, all_weights.astype(np.float64) / mass
     else:
-        return np.arange(len(values)), all_weights.astype(np.float64) / mass
-    weights = all_weights[ids].astype(np.float64)
+        return None
+    ids, weights = likely.ids[at], all_weights[at].astype(np.float64)
     if params.top_p < 1:
         order = np.argsort(-weights, kind="stable")
         ids, weights = ids[order], weights[order]

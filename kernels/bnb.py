@@ -23,6 +23,7 @@ from dsv2_local.kernels.reference import (
     attention,
     combine,
     embedding,
+    likely,
     rms_norm,
     route,
     write_latents,
@@ -30,8 +31,8 @@ from dsv2_local.kernels.reference import (
 
 __all__ = [
     "CACHES",
-    "add", "add_rms_norm", "attention", "combine", "embedding", "expert_outputs", "experts", "linear", "rearranged",
-    "rms_norm", "route", "swiglu", "write_latents",
+    "add", "add_rms_norm", "attention", "combine", "embedding", "expert_outputs", "experts", "likely", "linear",
+    "rearranged", "rms_norm", "route", "swiglu", "write_latents",
 ]  # fmt: skip
 
 

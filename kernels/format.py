@@ -78,3 +78,7 @@ class ExpertLayout:
     def nbytes(self) -> int:
         """Bytes of one record."""
         return sum(matrix_nbytes(self.format, *shape) for shape in self.shapes.values())
+
+
+LIKELY = 2048
+"""The most tokens that `ops.likely` tells of a distribution."""

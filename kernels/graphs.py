@@ -39,6 +39,8 @@ class Graphs:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pools: dict[int, Any] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
+        self.whole = True
+        """Whether a replay is launched without waiting for the device: no work stands between graphs."""
 
     def capture(self, step: Callable[[], Tensor]) -> Tensor:
         """Capture what `step` launches on the current device; returns its result, which each replay fills.
@@ -62,6 +64,7 @@ class Graphs:
 
     def between(self, work: Callable[[], object]) -> None:
         """Have every replay call `work` here, after all that was captured so far and before the rest is launched."""
+        self.whole = False
         self._end()
         self._parts.append(work)
         self._begin()

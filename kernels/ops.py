@@ -23,8 +23,8 @@ from dsv2_local.numa import spread_memory
 
 __all__ = [
     "add", "add_rms_norm", "attention", "cache_kind", "capturable", "combine", "embedding", "expert_outputs",
-    "experts", "gpu_notice", "linear", "recording", "rms_norm", "route", "set_threads", "slow_notice", "swiglu", "use",
-    "variant", "write_latents",
+    "experts", "gpu_notice", "likely", "linear", "recording", "rms_norm", "route", "set_threads", "slow_notice",
+    "swiglu", "use", "variant", "write_latents",
 ]  # fmt: skip
 
 RAM = torch.device("cpu")
@@ -184,6 +184,11 @@ def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tens
 def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + other, and its norm; see `reference.add_rms_norm`."""
     return _kernels(x).add_rms_norm(x, other, weight, eps)
+
+
+def likely(logits: Tensor, limits: Tensor) -> Tensor:
+    """The likeliest tokens of a distribution on a GPU; see `reference.likely`."""
+    return _kernels(logits).likely(logits, limits)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

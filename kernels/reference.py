@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from dsv2_local.config import ModelConfig
-from dsv2_local.kernels.format import BLOCK, ROWS, ExpertLayout, Format
+from dsv2_local.kernels.format import BLOCK, LIKELY, ROWS, ExpertLayout, Format
 from dsv2_local.kernels.latents import read_rows, write_rows
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, unpack_int8, unpack_nf4
 from dsv2_local.rope import rotate
@@ -141,6 +141,31 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
     if config.norm_topk_prob and config.num_experts_per_tok > 1:
         return ids, weights / (weights.sum(1, keepdim=True) + 1e-20)
     return ids, weights * config.routed_scaling_factor
+
+
+def likely(logits: Tensor, limits: Tensor) -> Tensor:
+    """What sampling needs to know of a distribution, in a few kilobytes.
+
+    Args:
+        logits: fp32 [V].
+        limits: fp32 [2]: one over the temperature, and how far below the largest a logit may lie to be told.
+
+    Returns:
+        int32 [3 + 2 * LIKELY]: how many tokens lie within the limit; the bits of the largest logit and of
+        Σ exp((logit - largest) / temperature) over all tokens; token ids, and the bits of their logits. Tokens are in
+        any order. If there are more than LIKELY, any of them are told; if a logit is no number, the number of them
+        may be 0.
+    """
+    inverse_temperature, margin = limits
+    largest = logits.max()
+    (ids,) = (logits >= largest - margin).nonzero(as_tuple=True)
+    mass = ((logits - largest) * inverse_temperature).exp().sum()
+    out = torch.zeros(3 + 2 * LIKELY, dtype=torch.int32, device=logits.device)
+    out[0], out[1:3] = len(ids), torch.stack((largest, mass)).view(torch.int32)
+    told = ids[:LIKELY]
+    out[3 : 3 + len(told)] = told
+    out[3 + LIKELY : 3 + LIKELY + len(told)] = logits[told].view(torch.int32)
+    return out
 
 
 def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

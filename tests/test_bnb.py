@@ -164,13 +164,24 @@ def test_a_model_on_gpus_has_the_notice_once(monkeypatch):
         assert model.notes.count("slow on cpu") == 1
 
 
-@pytest.mark.parametrize(("missing", "able"), [((), True), (("triton",), False)])
-def test_auto_takes_gpus_with_triton_alone(monkeypatch, without, missing, able):
+TOO_OLD = "its compute capability is 7.5"
+
+
+@pytest.mark.parametrize(
+    ("missing", "capability", "reason"),
+    [((), (8, 0), None), (("triton",), (9, 0), "Triton is not installed"), ((), (7, 5), TOO_OLD)],
+)
+def test_auto_passes_over_gpus_that_triton_cannot_use_and_says_so(monkeypatch, without, missing, capability, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
     without(*missing)
-    assert llm._able() == able
+    assert (llm._passed_over() or "").startswith(reason or "")
+    if reason:
+        (note,) = llm.load().notes
+        assert note.startswith(f"the GPU is not used: {reason}")
+    else:
+        assert llm._passed_over() is None
 
 
 def test_the_cpu_needs_no_bitsandbytes():

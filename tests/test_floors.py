@@ -14,7 +14,7 @@ FLOORS = [
     {"kernels.format", "kernels.layout", "kernels.latents", "pages", "cache", "rope", "kernels.reference"}
     | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops", "kernels.graphs", "kernels.triton.tuning"}
     | {"kernels.triton.dequantize", "kernels.triton.linear", "kernels.triton.experts", "kernels.triton.rows"}
-    | {"kernels.triton.latents", "kernels.triton.attention", "kernels.triton", "kernels.bnb"},
+    | {"kernels.triton.likely", "kernels.triton.latents", "kernels.triton.attention", "kernels.triton", "kernels.bnb"},
     {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
     | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
     {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
@@ -47,7 +47,7 @@ ORDERED = [
         "kernels.ops",
     ],
     ["kernels.format", "kernels.latents", "pages", "cache"],
-    ["model", "graph_step"],
+    ["sampling", "model", "graph_step"],
     [
         "kernels.format",
         "kernels.layout",
@@ -56,6 +56,7 @@ ORDERED = [
         "kernels.triton.linear",
         "kernels.triton.experts",
         "kernels.triton.rows",
+        "kernels.triton.likely",
         "kernels.triton.latents",
         "kernels.triton.attention",
         "kernels.triton",

@@ -13,16 +13,26 @@ from transformers import (
 
 from dsv2_local import sampling
 from dsv2_local.errors import ConfigError, InputError
-from dsv2_local.sampling import GenerationConfig, Sampler, SamplingParams
+from dsv2_local.kernels import reference
+from dsv2_local.kernels.format import LIKELY
+from dsv2_local.sampling import GenerationConfig, Likely, Outcome, Sampler, SamplingParams, likely_limits
 
 
 def logits(seed: int = 0, size: int = 50) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def every(values: torch.Tensor) -> Likely:
+    return Likely(torch.arange(len(values)).numpy(), values.numpy())
+
+
+def known(values: torch.Tensor) -> Outcome:
+    return Outcome(lambda: values)
+
+
 def dense(values: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """The probabilities of all tokens."""
-    ids, probabilities = sampling.candidates(values, params)
+    ids, probabilities = sampling.candidates(every(values), params)
     return torch.zeros(len(values), dtype=torch.float64).index_put((torch.tensor(ids),), torch.tensor(probabilities))
 
 
@@ -63,14 +73,14 @@ def test_how_many_tokens_are_looked_at_changes_nothing(monkeypatch, floors):
 def test_truncations_always_keep_the_likeliest():
     params = SamplingParams(top_k=1, top_p=1e-9, min_p=1.0)
     values = logits() - logits().max()
-    ids, probabilities = sampling.candidates(values, params)
+    ids, probabilities = sampling.candidates(every(values), params)
     assert (ids.tolist(), probabilities.tolist()) == ([int(values.argmax())], [1.0])
 
 
 def test_repetition_penalty_counts_prompt_and_answer_as_transformers_does():
     values = logits()
     sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1.3), [3, 4, 3])
-    first = sampler.choose(values)
+    first = sampler.choose(known(values))
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[3, 4, first]]), values[None].clone())[0]
     torch.testing.assert_close(sampler._penalised(values), expected)
 
@@ -78,31 +88,31 @@ def test_repetition_penalty_counts_prompt_and_answer_as_transformers_does():
 def test_presence_and_frequency_count_the_answer_alone():
     values = torch.tensor([5.0, 4.0, 3.0])
     sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), [0, 0, 1])
-    assert [sampler.choose(values) for _ in range(3)] == [0, 0, 0]
+    assert [sampler.choose(known(values)) for _ in range(3)] == [0, 0, 0]
     assert sampler._penalised(values).tolist() == [5 - 0.5 - 0.75, 4, 3]
 
 
 def test_bias_can_force_and_forbid_a_token():
     values = logits()
-    assert Sampler(SamplingParams(temperature=0, logit_bias={9: 100.0}), []).choose(values) == 9
+    assert Sampler(SamplingParams(temperature=0, logit_bias={9: 100.0}), []).choose(known(values)) == 9
     best = int(values.argmax())
-    assert Sampler(SamplingParams(temperature=0, logit_bias={best: -100.0}), []).choose(values) != best
+    assert Sampler(SamplingParams(temperature=0, logit_bias={best: -100.0}), []).choose(known(values)) != best
     with pytest.raises(InputError, match="token 50"):
-        Sampler(SamplingParams(logit_bias={50: 1.0}), []).choose(values)
+        Sampler(SamplingParams(logit_bias={50: 1.0}), []).choose(known(values))
 
 
 def test_greedy_is_the_maximum_and_leaves_the_logits_alone():
     values = logits()
     before = values.clone()
     sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5), [1])
-    assert sampler.choose(values) == int(values.argmax())
+    assert sampler.choose(known(values)) == int(values.argmax())
     assert torch.equal(values, before)
 
 
 def test_seeds_repeat_and_differ():
     def draw(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=2.0, seed=seed), [])
-        return [sampler.choose(logits()) for _ in range(20)]
+        return [sampler.choose(known(logits())) for _ in range(20)]
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -111,14 +121,61 @@ def test_seeds_repeat_and_differ():
 
 def test_a_tiny_temperature_is_greedy():
     values = logits() * 100
-    assert Sampler(SamplingParams(temperature=1e-40, seed=0), []).choose(values) == int(values.argmax())
+    assert Sampler(SamplingParams(temperature=1e-40, seed=0), []).choose(known(values)) == int(values.argmax())
+
+
+def fetched(values: torch.Tensor, params: SamplingParams) -> Outcome:
+    """As a GPU would tell it; all logits are not to be asked for where the likeliest are enough."""
+    told = reference.likely(values, torch.tensor(likely_limits(params)))
+    return Outcome(lambda: pytest.fail("all logits were fetched"), Likely.unpack(told.numpy()))
+
+
+ENOUGH = [
+    {"temperature": 0}, {"temperature": 1e-40, "top_k": 1}, {"top_p": 0.9}, {"top_p": 0.95, "temperature": 0.3},
+    {"top_k": 30}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8, "min_p": 0.01, "temperature": 1.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("params", ENOUGH)
+def test_the_likeliest_tokens_are_enough_to_choose_the_same(params):
+    params = SamplingParams(**params, seed=5)
+    fast, slow = Sampler(params, []), Sampler(params, [])
+    for seed in range(60):
+        values = logits(seed, 20_000)
+        values[100:400] += 12
+        assert fast.choose(fetched(values, params)) == slow.choose(known(values))
+
+
+@pytest.mark.parametrize(
+    ("params", "flat"),
+    [
+        ({}, 1), ({"min_p": 1e-6}, 1), ({"top_p": 0.99}, 10), ({"top_k": 500, "temperature": 0.1}, 1),
+        ({"top_p": 0.9, "logit_bias": {7: 2.0}}, 1), ({"temperature": 0, "repetition_penalty": 1.2}, 1),
+    ],
+)  # fmt: skip
+def test_all_logits_are_fetched_where_the_likeliest_tokens_are_not_enough(params, flat):
+    params = SamplingParams(**params, seed=5)
+    fast, slow = Sampler(params, [3]), Sampler(params, [3])
+    for seed in range(20):
+        values, asked = logits(seed, 20_000) / flat, []
+        outcome = Outcome(lambda values=values, asked=asked: asked.append(1) or values, fetched(values, params).likely)
+        assert fast.choose(outcome) == slow.choose(known(values))
+        assert asked
+
+
+def test_too_many_equals_and_no_numbers_are_not_told():
+    plain = SamplingParams(temperature=0)
+    assert fetched(torch.zeros(LIKELY + 1), plain).likely is None
+    assert fetched(torch.zeros(LIKELY), plain).likely.ids.tolist() == [*range(LIKELY)]
+    assert fetched(torch.full((9,), float("nan")), plain).likely is None
+    assert Sampler(plain, []).choose(fetched(torch.tensor([1.0, 5.0, 5.0]), plain)) == 1
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.05}])
 def test_tokens_are_drawn_as_often_as_they_are_likely(params):
     values = logits(1, 8)
     sampler = Sampler(SamplingParams(seed=0, **params), [])
-    counts = torch.bincount(torch.tensor([sampler.choose(values) for _ in range(20_000)]), minlength=8)
+    counts = torch.bincount(torch.tensor([sampler.choose(known(values)) for _ in range(20_000)]), minlength=8)
     expected = dense(values - values.max(), sampler.params)
     assert not counts[expected == 0].any()
     assert (counts / 20_000 - expected).abs().max() < 0.015
@@ -127,7 +184,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(params):
 def test_frequencies_follow_the_temperature():
     values = torch.tensor([1.0, 0.0])
     sampler = Sampler(SamplingParams(temperature=0.5, seed=0), [])
-    share = sum(sampler.choose(values) == 0 for _ in range(4000)) / 4000
+    share = sum(sampler.choose(known(values)) == 0 for _ in range(4000)) / 4000
     assert share == pytest.approx(1 / (1 + torch.e**-2), abs=0.02)
 
 

@@ -163,3 +163,8 @@ def test_all_kernels_compile_for_a_gpu():
     done = subprocess.run([sys.executable, tool, "--quick"], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stream" in done.stdout
+
+
+@pytest.mark.parametrize(("vocab", "temperature", "margin"), [(100, 1.0, 0.0), (5000, 0.7, 6.0), (5000, 2.0, 60.0)])
+def test_likely(vocab, temperature, margin):
+    check.likely(DEVICE, vocab, temperature, margin)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.kernels import reference, triton
-from dsv2_local.kernels.format import Cache, ExpertLayout, Format
+from dsv2_local.kernels.format import LIKELY, Cache, ExpertLayout, Format
 from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.quant import int8, nf4
@@ -167,3 +167,17 @@ def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -
     exact_ids, exact_weights = reference.route(x, gate, config)
     assert torch.equal(ids.cpu(), exact_ids)
     assert off(weights, exact_weights) < 1e-5
+
+
+def likely(device: str, vocab: int, temperature: float, margin: float) -> None:
+    logits, limits = torch.randn(vocab) * 3, torch.tensor([1 / temperature, margin])
+    ours = triton.likely(logits.to(device), limits.to(device)).cpu()
+    exact = reference.likely(logits, limits)
+    assert ours[:2].tolist() == exact[:2].tolist()
+    torch.testing.assert_close(ours[2:3].view(torch.float32), exact[2:3].view(torch.float32), rtol=1e-5, atol=0)
+    count = min(int(ours[0]), LIKELY)
+    ids, values = ours[3 : 3 + count], ours[3 + LIKELY : 3 + LIKELY + count].view(torch.float32)
+    assert torch.equal(values, logits[ids])
+    assert len(ids.unique()) == count
+    if int(ours[0]) <= LIKELY:
+        assert sorted(ids.tolist()) == sorted(exact[3 : 3 + count].tolist())

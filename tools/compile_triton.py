@@ -125,6 +125,7 @@ def call_rows() -> None:
             routed_scaling_factor=16.0,
         )  # fmt: skip
         kernels.route(x, torch.zeros(160, 2048), config)
+    kernels.likely(torch.zeros(102_400), torch.zeros(2))
 
 
 def main() -> None:
@@ -135,7 +136,7 @@ def main() -> None:
     triton.runtime.driver.set_active(NoGpu(given.capability))
     compile_instead_of_launching(given.quick)
     launch = {"EARLY": True, "launch_pdl": True} if given.capability >= 90 else {"EARLY": False}
-    for module in ("linear", "experts", "rows", "latents", "attention"):
+    for module in ("linear", "experts", "rows", "likely", "latents", "attention"):
         part: Any = sys.modules[f"dsv2_local.kernels.triton.{module}"]
         part.processors, part.shared_memory = (lambda device, is_=is_: is_ for is_ in GPUS[given.capability])
         part.early = lambda device: launch

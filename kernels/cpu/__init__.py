@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv2_local.config import ModelConfig
 from dsv2_local.errors import InputError
+from dsv2_local.kernels import reference
 from dsv2_local.kernels.cpu.recording import AtWork, Recording
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
@@ -90,6 +91,7 @@ class Kernels:
     """One variant of the library, loaded, with its pool of threads."""
 
     CACHES = tuple(CACHES)
+    likely = staticmethod(reference.likely)  # in RAM nobody asks: all logits are at hand
 
     def __init__(self, variant: str, path: Path) -> None:
         library = ctypes.CDLL(str(path))

@@ -12,6 +12,7 @@ from dsv2_local.model import DecodeStep
 from dsv2_local.offload.plan import CONTEXT_BYTES, Machine, Mode, plan
 from dsv2_local.offload.schedule import OffloadedExperts
 from dsv2_local.offload.split import Costs
+from dsv2_local.sampling import Likely
 from tests.conftest import kernels
 
 if not torch.cuda.is_available():
@@ -110,3 +111,17 @@ def test_streamed_experts_change_no_bit():
             logits.append(torch.stack([step.run(token).clone() for token in range(100, 130)]))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1, "top_p": 0.9}, {"seed": 1, "temperature": 1.0}])
+def test_tokens_are_chosen_as_from_all_logits(monkeypatch, options):
+    """The step is begun before its token is told, and the likeliest tokens are narrowed down on the device."""
+
+    def tokens() -> list[int | None]:
+        with loaded(Mode.GPU, dtype=FP32) as model:
+            assert model.engine._step.ahead
+            return [chunk.token_id for chunk in model.generate(PROMPT, max_tokens=40, **options)]
+
+    narrowed = tokens()
+    monkeypatch.setattr(Likely, "unpack", lambda packed: None)
+    assert tokens() == narrowed

@@ -127,3 +127,8 @@ def test_a_captured_step_is_replayed_at_the_next_position():
     torch.cuda.synchronize()
     for ours, exact in zip(captured, step(), strict=True):
         assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize(("temperature", "margin"), [(1.0, 0.0), (0.7, 5.0), (2.0, 60.0)])
+def test_likely(temperature, margin):
+    check.likely("cuda", 102_400, temperature, margin)

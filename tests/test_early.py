@@ -1,0 +1,105 @@
+"""Steps that are begun before their token is told, as on GPUs; here a step that is done at once takes their place."""
+
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
+
+import pytest
+import torch
+
+from dsv2_local import llm
+from dsv2_local.cache import LatentCache
+from dsv2_local.graph_step import GraphStep
+from dsv2_local.kernels import reference
+from dsv2_local.llm import LLM
+from dsv2_local.lookup import Lookup
+from dsv2_local.model import DecodeStep, Transformer
+from dsv2_local.sampling import Likely, Outcome, SamplingParams, likely_limits
+
+PROMPT = "The bow of a violin is made of wood and hair. "
+
+
+class AtOnce(GraphStep):
+    """Tells the likeliest tokens, and has its logits overwritten by the next step."""
+
+    def __init__(self, model: Transformer, cache: LatentCache) -> None:
+        self.begun: list[int] = []
+        self._step = DecodeStep(model, cache)
+        self._logits = torch.empty(model.config.vocab_size)
+
+    ahead = True
+
+    def begin(self, token: int, params: SamplingParams) -> Callable[[], tuple[Outcome, float]]:
+        self.begun.append(token)
+        self._logits.copy_(self._step.run(token))
+        told = Likely.unpack(reference.likely(self._logits, torch.tensor(likely_limits(params))).numpy())
+        return lambda: (Outcome(lambda: self._logits, told), 0.25)
+
+
+@pytest.fixture
+def plain(monkeypatch) -> LLM:
+    monkeypatch.setattr(Lookup, "guess", lambda self: [])  # whose answers would be the same
+    return llm.load(context=512)
+
+
+@pytest.fixture
+def early() -> LLM:
+    model = llm.load(context=512)
+    model.engine._step = AtOnce(model.engine.model, model.engine.cache)
+    return model
+
+
+def generation(model: LLM, prompt: str = PROMPT, tokens: int = 30, **options: object) -> llm.Generation:
+    never_end = dict.fromkeys(model._end_tokens, -100.0) if "logit_bias" not in options else {}
+    return model.generate(prompt, **{"max_tokens": tokens, "logit_bias": never_end, **options})
+
+
+def told(chunks: Iterable[llm.Chunk]) -> list[tuple[object, ...]]:
+    return [(chunk.token_id, chunk.logprob, chunk.top_logprobs) for chunk in chunks]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0, "logit_bias": {}}, {"temperature": 0, "logprobs": 3}, {"seed": 1, "temperature": 1.0},
+        {"seed": 1, "top_p": 0.9, "logit_bias": {}}, {"seed": 1, "top_k": 5, "logit_bias": {}, "logprobs": 2},
+    ],
+)  # fmt: skip
+def test_answers_are_the_same_to_the_last_bit(plain, early, options):
+    assert told(generation(early, **options)) == told(generation(plain, **options))
+
+
+def test_a_step_is_begun_before_its_token_is_told_and_none_after_the_last(early):
+    chunks = generation(early, tokens=5)
+    tokens = []
+    for chunk in chunks:
+        tokens.append(chunk.token_id)
+        assert early.engine._step.begun == tokens[:4]
+    assert len(tokens) == 5
+    assert chunks.stats.decode_seconds >= 4 * 0.25
+    assert chunks.stats.context_used == early.engine.cache.length == chunks.stats.prompt_tokens + 4
+
+
+def test_generations_that_take_turns_compute_no_step_twice(plain, early):
+    prompts = [PROMPT, "What is a harp?", PROMPT + "It"]
+    alone = [told(generation(plain, prompt, seed=2, logprobs=2)) for prompt in prompts]
+    running = [generation(early, prompt, seed=2, logprobs=2) for prompt in prompts]
+    columns = zip(*zip_longest(*running), strict=True)
+    assert [told(column) for column in columns] == alone
+    assert len(early.engine._step.begun) == 3 * 29
+
+
+def test_an_answer_broken_off_leaves_a_sound_cache(plain, early):
+    expected = told(generation(plain, temperature=0))
+    chunks = generation(early, temperature=0)
+    first = [next(chunks).token_id for _ in range(7)]
+    chunks.close()
+    assert early.engine.tokens == [*early.tokenizer.encode(PROMPT), *first]
+    assert early.engine.cache.length == len(early.engine.tokens)
+    assert [token for token, *_ in told(generation(early, temperature=0))] == [token for token, *_ in expected]
+
+
+def test_a_full_context_ends_the_answer(early):
+    chunks = generation(early, tokens=1000)
+    answer = told(chunks)
+    assert len(answer) == 512 - chunks.stats.prompt_tokens + 1
+    assert chunks.stats.finish_reason == "length"
