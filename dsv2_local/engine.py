@@ -7,6 +7,7 @@ room, so that a prompt that begins like one of them computes only what differs.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from dsv2_local.errors import ContextLengthError, InputError
 from dsv2_local.graph_step import GraphStep, decode_step
 from dsv2_local.kernels.format import Cache
-from dsv2_local.lookup import Lookup
+from dsv2_local.lookup import GRAM, Lookup
 from dsv2_local.model import Transformer
 from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
@@ -59,28 +60,26 @@ class Step:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass
 class _Guess:
-    """Tokens that may come, the logits before and after each [n + 1, vocab], and how many came so far."""
+    """Tokens that may come, what comes after each of them and before, and how many came so far."""
 
-    tokens: list[int]
-    logits: Tensor
-    seconds: float
-    right: int = 0
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.right = tokens, 0
+        self.outcomes: list[Outcome] = []
+        self.seconds = 0.0
 
 
-class _Early:
-    """A step that was begun before its token was told, and so in the consumer's time."""
+class _Pending:
+    """What comes after a token, perhaps not yet computed."""
 
-    def __init__(self, wait: Callable[[], tuple[Outcome, float]]) -> None:
+    def __init__(self, wait: Callable[[], Outcome]) -> None:
         self.outcome = wait
-        """Waits for it: what it says, and the seconds it took."""
 
     def keep(self) -> None:
-        """Wait for it, and have all that may be asked of it before another step begins."""
-        outcome, seconds = self.outcome()
+        """Have all that may be asked of it before another step begins."""
+        outcome = self.outcome()
         logits = outcome.logits().clone()
-        self.outcome = lambda: (replace(outcome, logits=lambda: logits), seconds)
+        self.outcome = lambda: replace(outcome, logits=lambda: logits)
 
 
 class Engine:
@@ -95,7 +94,7 @@ class Engine:
         self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
         self._turn: object = None  # whose sequence is in the cache
         self._guess: _Guess | None = None
-        self._early: _Early | None = None
+        self._early: _Pending | None = None  # of the present turn, begun before its token was told
 
     def warm_up(self, progress: Progress = lambda done, of: None) -> None:
         """Do before the first prompt what would make it wait: compile kernels for GPUs."""
@@ -151,7 +150,7 @@ class Engine:
         turn, text = object(), [*prompt]
         sampler, lookup = Sampler(params, prompt), Lookup(prompt)
         stats.context = self.context
-        outcome = _known(self._start(prompt, turn, stats, progress))
+        outcome = Outcome.known(self._start(prompt, turn, stats, progress))
         while True:
             start = time.perf_counter()
             token = sampler.choose(outcome)
@@ -160,14 +159,16 @@ class Engine:
             stats.completion_tokens += 1
             stats.finish_reason = self._finish_reason(token, stats.completion_tokens, max_tokens, end_tokens)
             step = _step(token, outcome, logprobs)
-            early = None if stats.finish_reason else self._begin_early(token, params)
+            lookup.push(token)
+            early = self._step.ahead and not stats.finish_reason
+            pending = self._early = self._next(token, params, stats, lookup) if early else None
             yield step
             if stats.finish_reason:
                 return
             if turn is not self._turn:
-                self._return([*text, token] if early else text, turn, stats)
-            lookup.push(token)
-            outcome = self._finish(early, stats) if early else self._decode(token, params, stats, lookup)
+                self._return([*text, token] if pending else text, turn, stats)
+            outcome = (pending or self._next(token, params, stats, lookup)).outcome()
+            self._early = None
             stats.context_used = self.cache.length
             text.append(token)
 
@@ -216,66 +217,38 @@ class Engine:
         if progress:
             progress(len(ids), len(ids))
 
-    def _begin_early(self, token: int, params: SamplingParams) -> "_Early | None":
-        """Begin the step of `token` where a GPU does it meanwhile."""
-        if not isinstance(self._step, GraphStep) or not self._step.ahead:
-            return None
-        self._note([token])
-        with typed_errors():
-            self._early = _Early(self._step.begin(token, params))
-        return self._early
-
-    def _finish(self, early: "_Early", stats: Stats) -> Outcome:
-        if early is self._early:
-            self._early = None
-        with typed_errors():
-            outcome, seconds = early.outcome()
-        stats.decode_seconds += seconds
-        return outcome
-
-    def _decode(self, token: int, params: SamplingParams, stats: Stats, lookup: Lookup) -> Outcome:
-        start = time.perf_counter()
-        outcome = self._guessed(token, lookup) or self._compute(token, params, lookup)
-        stats.decode_seconds += time.perf_counter() - start
-        stats.guessed_tokens, stats.right_guesses = lookup.guessed, lookup.right
-        return outcome
-
-    def _guessed(self, token: int, lookup: Lookup) -> Outcome | None:
-        """What comes after `token`, if it was guessed."""
+    def _next(self, token: int, params: SamplingParams, stats: Stats, lookup: Lookup) -> _Pending:
+        """Begin what tells what comes after `token`, if it is not known, and after those that can be guessed."""
         guess = self._guess
-        if guess is None:
-            return None
-        right = guess.right
-        if right < len(guess.tokens) and guess.tokens[right] == token:
+        if guess and token in guess.tokens[guess.right : guess.right + 1]:
             self._note([token])
             self.cache.advance(1)  # its latents are there already
             guess.right += 1
-            return _known(guess.logits[guess.right])
-        lookup.took(guess.seconds, len(guess.tokens), right)
-        self._guess = None
-        return None
-
-    def _compute(self, token: int, params: SamplingParams, lookup: Lookup) -> Outcome:
-        """What comes after `token`, and after those that can be guessed.
-
-        Only where a step is all native is one of several tokens the same as one after the other, to the last bit.
-        """
-        room = self.context - self.cache.length - 1
-        tokens = lookup.guess()[:room] if self._step.recording else []
-        start, length = time.perf_counter(), self.cache.length
-        if tokens:
-            logits = self.model.logits(self._run([token, *tokens]))
-            self.cache.truncate(length + 1)
-            self._guess = _Guess(tokens, logits, time.perf_counter() - start)
-            return _known(logits[0])
-        self._note([token])
+            return _Pending(partial(guess.outcomes.__getitem__, guess.right))
+        if guess:
+            lookup.took(guess.seconds, len(guess.tokens), guess.right)
+            stats.guessed_tokens, stats.right_guesses = lookup.guessed, lookup.right
+        length = self.cache.length
+        tokens = self._guessed(lookup, self.context - length - 1)
+        self._note([token, *tokens])
         with typed_errors():
-            if isinstance(self._step, GraphStep):
-                outcome, _ = self._step.begin(token, params)()
-            else:
-                outcome = _known(self._step.run(token))
-        lookup.took(time.perf_counter() - start, 0, 0)
-        return outcome
+            wait = self._step.begin([token, *tokens], params)
+        if tokens:
+            self.cache.truncate(length + 1)
+        self._guess = guess = _Guess(tokens)
+
+        def outcome() -> Outcome:
+            with typed_errors():
+                guess.outcomes, guess.seconds = wait()
+            stats.decode_seconds += guess.seconds
+            return guess.outcomes[0]
+
+        return _Pending(outcome)
+
+    def _guessed(self, lookup: Lookup, room: int) -> list[int]:
+        """Tokens that may come next, as many as a step takes beside its own."""
+        most = min(self._step.guesses, room)
+        return lookup.guess(most) if most >= GRAM else []
 
     def _run(self, ids: list[int]) -> Tensor:
         self._note(ids)
@@ -291,10 +264,6 @@ class Engine:
             return "stop"
         full = self.cache.length >= self.context
         return "length" if full or (max_tokens is not None and count >= max_tokens) else None
-
-
-def _known(logits: Tensor) -> Outcome:
-    return Outcome(lambda: logits)
 
 
 def _step(token: int, outcome: Outcome, logprobs: int | None) -> Step:

@@ -46,11 +46,14 @@ class Lookup:
             self._next, self._agreed = self._ends.get(gram), GRAM
         self._ends[gram] = len(self._tokens)
 
-    def guess(self) -> list[int]:
-        """The next tokens, a power of two of them, if this has happened before and guessing so many pays."""
+    def guess(self, most: int = GUESSES) -> list[int]:
+        """The next tokens, a power of two of them, if this has happened before and guessing so many pays.
+
+        `most` is at least `GRAM`.
+        """
         if self._next is None:
             return []
-        count = min(GUESSES, 1 << (self._agreed.bit_length() - 1))
+        count = 1 << (min(most, self._agreed).bit_length() - 1)
         if not self._pays(count):
             return []
         period = len(self._tokens) - self._next  # of a text that repeats its very end

@@ -9,6 +9,7 @@ Names are those of the checkpoint. The mathematics is that of arXiv 2405.04434 a
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol, cast
 
 import torch
@@ -20,7 +21,9 @@ from dsv2_local.kernels import graphs, ops
 from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.format import Cache
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.lookup import GUESSES
 from dsv2_local.rope import Rope
+from dsv2_local.sampling import Outcome, Outcomes, SamplingParams
 
 # The two norms inside the attention ignore rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -242,7 +245,10 @@ class DecodeStep:
 
     Attributes:
         recording: the calls; None before the first run, and for good where they cannot be replayed.
+        ahead: False; a step is over when `begin` returns.
     """
+
+    ahead = False
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self.model, self.cache = model, cache
@@ -251,6 +257,28 @@ class DecodeStep:
         self._ids = torch.empty(1, dtype=torch.int64)
         self._rotation = torch.empty_like(model.rotation(0, 1))
         self._logits = torch.empty(0)  # where a replay leaves them
+
+    @property
+    def guesses(self) -> int:
+        """How many tokens `begin` takes beside the first.
+
+        Only where a step is all native is one of several tokens the same as one after the other, to the last bit.
+        """
+        return GUESSES if self.recording else 0
+
+    def begin(self, tokens: list[int], params: SamplingParams) -> Outcomes:
+        """Add tokens to the cache; the function that is returned tells what comes after each, and the seconds it took.
+
+        Raises:
+            ContextLengthError: the cache is full.
+        """
+        start = perf_counter()
+        if len(tokens) == 1:
+            logits = self.run(tokens[0])[None]
+        else:
+            logits = self.model.logits(self.model.forward(torch.tensor(tokens), self.cache))
+        outcomes, seconds = [Outcome.known(row) for row in logits], perf_counter() - start
+        return lambda: (outcomes, seconds)
 
     @torch.inference_mode()
     def run(self, token: int) -> Tensor:

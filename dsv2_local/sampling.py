@@ -136,6 +136,15 @@ class Outcome:
     logits: Callable[[], Tensor]
     likely: Likely | None = None
 
+    @classmethod
+    def known(cls, logits: Tensor) -> "Outcome":
+        """What is in RAM."""
+        return cls(lambda: logits)
+
+
+Outcomes = Callable[[], tuple[list[Outcome], float]]
+"""Waits for a step: what comes after each of its tokens, and the seconds it took."""
+
 
 class Sampler:
     """Chooses tokens one after the other, remembering what it has chosen."""

@@ -187,7 +187,7 @@ def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 def likely(logits: Tensor, limits: Tensor) -> Tensor:
-    """The likeliest tokens of a distribution on a GPU; see `reference.likely`."""
+    """The likeliest tokens of distributions on a GPU; see `reference.likely`."""
     return _kernels(logits).likely(logits, limits)
 
 

@@ -144,27 +144,28 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
 
 
 def likely(logits: Tensor, limits: Tensor) -> Tensor:
-    """What sampling needs to know of a distribution, in a few kilobytes.
+    """What sampling needs to know of distributions, a few kilobytes of each.
 
     Args:
-        logits: fp32 [V].
+        logits: fp32 [T, V].
         limits: fp32 [2]: one over the temperature, and how far below the largest a logit may lie to be told.
 
     Returns:
-        int32 [3 + 2 * LIKELY]: how many tokens lie within the limit; the bits of the largest logit and of
+        int32 [T, 3 + 2 * LIKELY]: how many tokens lie within the limit; the bits of the largest logit and of
         Σ exp((logit - largest) / temperature) over all tokens; token ids, and the bits of their logits. Tokens are in
         any order. If there are more than LIKELY, any of them are told; if a logit is no number, the number of them
         may be 0.
     """
     inverse_temperature, margin = limits
-    largest = logits.max()
-    (ids,) = (logits >= largest - margin).nonzero(as_tuple=True)
-    mass = ((logits - largest) * inverse_temperature).exp().sum()
-    out = torch.zeros(3 + 2 * LIKELY, dtype=torch.int32, device=logits.device)
-    out[0], out[1:3] = len(ids), torch.stack((largest, mass)).view(torch.int32)
-    told = ids[:LIKELY]
-    out[3 : 3 + len(told)] = told
-    out[3 + LIKELY : 3 + LIKELY + len(told)] = logits[told].view(torch.int32)
+    out = torch.zeros(len(logits), 3 + 2 * LIKELY, dtype=torch.int32, device=logits.device)
+    for row, told in zip(logits, out, strict=True):
+        largest = row.max()
+        (ids,) = (row >= largest - margin).nonzero(as_tuple=True)
+        mass = ((row - largest) * inverse_temperature).exp().sum()
+        told[0], told[1:3] = len(ids), torch.stack((largest, mass)).view(torch.int32)
+        ids = ids[:LIKELY]
+        told[3 : 3 + len(ids)] = ids
+        told[3 + LIKELY : 3 + LIKELY + len(ids)] = row[ids].view(torch.int32)
     return out
 
 

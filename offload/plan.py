@@ -32,6 +32,7 @@ CPU_CHUNK, GPU_CHUNK, STREAM_CHUNK = 512, 4096, 8192
 PIECE = 4096  # pairs of a token and a routed expert whose outputs are kept at a time beside a cache of experts
 KEY_BLOCK = 4096  # cached positions whose keys and values are rebuilt at a time
 ACTIVATION_BYTES = {"cpu": 4, "gpu": 2}
+CAPTURED_BYTES = 32 * MIB  # what decode steps that are captured keep for themselves
 CONTEXT_STEP, MOST_GIB = 1024, 4096  # of the remedies that are tried
 
 # Shares of a memory's bandwidth that kernels reach; docs/log.md has the CPU's, the GPU's is a target.
@@ -264,7 +265,8 @@ class _Sizes:
         attention = (tokens + positions) * heads * (c.qk_head_dim + c.v_head_dim)
         experts = 2 * tokens * max(c.num_experts_per_tok * c.moe_intermediate_size, c.intermediate_size)
         outputs = 4 * PIECE * c.hidden_size if staged else 0
-        return size * (hidden + attention + experts) + outputs + 4 * c.vocab_size
+        captured = CAPTURED_BYTES if where == "gpu" else 0
+        return size * (hidden + attention + experts) + outputs + captured + 4 * c.vocab_size
 
     def staging(self) -> int:
         """Three buffers, each a layer's experts or as many of them as `STAGING_BYTES` hold."""

@@ -1,6 +1,6 @@
 """Steps that are begun before their token is told, as on GPUs; here a step that is done at once takes their place."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import zip_longest
 
 import pytest
@@ -8,36 +8,45 @@ import torch
 
 from dsv2_local import llm
 from dsv2_local.cache import LatentCache
-from dsv2_local.graph_step import GraphStep
+from dsv2_local.graph_step import GUESSES, GraphStep
 from dsv2_local.kernels import reference
 from dsv2_local.llm import LLM
 from dsv2_local.lookup import Lookup
 from dsv2_local.model import DecodeStep, Transformer
-from dsv2_local.sampling import Likely, Outcome, SamplingParams, likely_limits
+from dsv2_local.sampling import Likely, Outcome, Outcomes, SamplingParams, likely_limits
 
 PROMPT = "The bow of a violin is made of wood and hair. "
 
 
 class AtOnce(GraphStep):
-    """Tells the likeliest tokens, and has its logits overwritten by the next step."""
+    """Tells the likeliest tokens, and has its logits overwritten by the next step of as many tokens."""
+
+    ahead = True
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self.begun: list[int] = []
         self._step = DecodeStep(model, cache)
-        self._logits = torch.empty(model.config.vocab_size)
+        self._logits = {tokens: torch.empty(tokens, model.config.vocab_size) for tokens in (1, 1 + GUESSES)}
 
-    ahead = True
+    @property
+    def guesses(self) -> int:
+        return GUESSES if self._step.guesses else 0
 
-    def begin(self, token: int, params: SamplingParams) -> Callable[[], tuple[Outcome, float]]:
-        self.begun.append(token)
-        self._logits.copy_(self._step.run(token))
-        told = Likely.unpack(reference.likely(self._logits, torch.tensor(likely_limits(params))).numpy())
-        return lambda: (Outcome(lambda: self._logits, told), 0.25)
+    def run(self, token: int) -> torch.Tensor:
+        return self._step.run(token)
+
+    def begin(self, tokens: list[int], params: SamplingParams) -> Outcomes:
+        self.begun.append(tokens[0])
+        made, _ = self._step.begin(tokens, params)()
+        logits = self._logits[len(tokens)]
+        logits.copy_(torch.stack([outcome.logits() for outcome in made]))
+        told = map(Likely.unpack, reference.likely(logits, torch.tensor(likely_limits(params))).numpy())
+        outcomes = [Outcome(lambda row=row: row, likely) for row, likely in zip(logits, told, strict=True)]
+        return lambda: (outcomes, 0.25)
 
 
 @pytest.fixture
-def plain(monkeypatch) -> LLM:
-    monkeypatch.setattr(Lookup, "guess", lambda self: [])  # whose answers would be the same
+def plain() -> LLM:
     return llm.load(context=512)
 
 
@@ -66,6 +75,25 @@ def told(chunks: Iterable[llm.Chunk]) -> list[tuple[object, ...]]:
 )  # fmt: skip
 def test_answers_are_the_same_to_the_last_bit(plain, early, options):
     assert told(generation(early, **options)) == told(generation(plain, **options))
+
+
+def test_guesses_of_the_length_that_is_captured_are_checked_in_one_step(plain, early, monkeypatch):
+    options = {"temperature": 0, "logprobs": 1}
+    expected = told(generation(plain, **options))
+    prompt, answer = len(plain.tokenizer.encode(PROMPT)), [token for token, *_ in expected]
+
+    def guess(lookup: Lookup, most: int) -> list[int]:
+        done = len(lookup._tokens) - prompt
+        right = answer[done : done + done % (most + 1)]
+        return [*right, 5, 5, 5, 5][:most]
+
+    monkeypatch.setattr(Lookup, "guess", guess)
+    early.engine._step.run(0)  # so that it is recorded
+    early.engine.cache.clear()
+    chunks = generation(early, **options)
+    assert told(chunks) == expected
+    assert 0 < chunks.stats.right_guesses < chunks.stats.guessed_tokens
+    assert len(early.engine._step.begun) < 29
 
 
 def test_a_step_is_begun_before_its_token_is_told_and_none_after_the_last(early):

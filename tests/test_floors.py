@@ -47,7 +47,7 @@ ORDERED = [
         "kernels.ops",
     ],
     ["kernels.format", "kernels.latents", "pages", "cache"],
-    ["sampling", "model", "graph_step"],
+    ["sampling", "lookup", "model", "graph_step"],
     [
         "kernels.format",
         "kernels.layout",

@@ -26,16 +26,16 @@ def test_answers_are_the_same_to_the_last_bit(monkeypatch, options, kept):
     model = llm.load(cache=kept)
     options = {"seed": 5, **options}
     with monkeypatch.context() as patched:
-        patched.setattr(Lookup, "guess", lambda self: [])
+        patched.setattr(Lookup, "guess", lambda self, most: [])
         plain, stats = steps(model, **options)
     assert stats.guessed_tokens == 0
     answer, draw = [token for token, *_ in plain], random.Random(1)
 
-    def guess(lookup: Lookup) -> list[int]:
+    def guess(lookup: Lookup, most: int) -> list[int]:
         """Right for a while, then wrong."""
         done = len(lookup._tokens) - prompt
         right = answer[done : done + draw.choice([0, 1, 2, 4, 8, 32])]
-        return [*right, draw.randrange(1000)][: draw.choice([0, 1, 4, 8, GUESSES])]
+        return [*right, draw.randrange(1000)][: draw.choice([0, 1, 4, 8, most])]
 
     prompt = len(model.tokenizer.encode(TEXT))
     monkeypatch.setattr(Lookup, "guess", guess)
@@ -48,7 +48,7 @@ def test_a_full_context_and_an_answer_broken_off_leave_what_was_said(monkeypatch
     model = llm.load(context=200)
     answer = [token for token, *_ in steps(model, temperature=0)[0]]
     prompt = len(model.tokenizer.encode(TEXT))
-    monkeypatch.setattr(Lookup, "guess", lambda self: answer[len(self._tokens) - prompt :][:4] or [5, 5, 5])
+    monkeypatch.setattr(Lookup, "guess", lambda self, most: answer[len(self._tokens) - prompt :][:4] or [5, 5, 5])
     never_end = dict.fromkeys(model._end_tokens, -100.0)
     whole = model.generate(TEXT, temperature=0, logit_bias=never_end)
     assert len([*whole]) == 200 - prompt + 1

@@ -170,14 +170,14 @@ def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -
 
 
 def likely(device: str, vocab: int, temperature: float, margin: float) -> None:
-    logits, limits = torch.randn(vocab) * 3, torch.tensor([1 / temperature, margin])
-    ours = triton.likely(logits.to(device), limits.to(device)).cpu()
-    exact = reference.likely(logits, limits)
-    assert ours[:2].tolist() == exact[:2].tolist()
-    torch.testing.assert_close(ours[2:3].view(torch.float32), exact[2:3].view(torch.float32), rtol=1e-5, atol=0)
-    count = min(int(ours[0]), LIKELY)
-    ids, values = ours[3 : 3 + count], ours[3 + LIKELY : 3 + LIKELY + count].view(torch.float32)
-    assert torch.equal(values, logits[ids])
-    assert len(ids.unique()) == count
-    if int(ours[0]) <= LIKELY:
-        assert sorted(ids.tolist()) == sorted(exact[3 : 3 + count].tolist())
+    logits, limits = torch.randn(3, vocab) * 3, torch.tensor([1 / temperature, margin])
+    ours, exact = triton.likely(logits.to(device), limits.to(device)).cpu(), reference.likely(logits, limits)
+    assert torch.equal(ours[:, :2], exact[:, :2])
+    torch.testing.assert_close(ours[:, 2:3].view(torch.float32), exact[:, 2:3].view(torch.float32), rtol=1e-5, atol=0)
+    for row, told, wanted in zip(logits, ours, exact, strict=True):
+        count = min(int(told[0]), LIKELY)
+        ids, values = told[3 : 3 + count], told[3 + LIKELY : 3 + LIKELY + count].view(torch.float32)
+        assert torch.equal(values, row[ids])
+        assert len(ids.unique()) == count
+        if int(told[0]) <= LIKELY:
+            assert sorted(ids.tolist()) == sorted(wanted[3 : 3 + count].tolist())

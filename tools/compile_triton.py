@@ -125,7 +125,7 @@ def call_rows() -> None:
             routed_scaling_factor=16.0,
         )  # fmt: skip
         kernels.route(x, torch.zeros(160, 2048), config)
-    kernels.likely(torch.zeros(102_400), torch.zeros(2))
+    kernels.likely(torch.zeros(1, 102_400), torch.zeros(2))
 
 
 def main() -> None:

@@ -8,18 +8,19 @@ import torch
 from dsv2_local import llm
 from dsv2_local.kernels import cpu
 from dsv2_local.llm import LLM, bundled_model
+from dsv2_local.lookup import Lookup
 from dsv2_local.model import DecodeStep
 from dsv2_local.offload.plan import CONTEXT_BYTES, Machine, Mode, plan
 from dsv2_local.offload.schedule import OffloadedExperts
 from dsv2_local.offload.split import Costs
-from dsv2_local.sampling import Likely
+from dsv2_local.sampling import Likely, SamplingParams
 from tests.conftest import kernels
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsv2_local.graph_step import GraphStep
+from dsv2_local.graph_step import GUESSES, GraphStep
 from dsv2_local.offload.cuda import CudaDevice
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -125,3 +126,38 @@ def test_tokens_are_chosen_as_from_all_logits(monkeypatch, options):
     narrowed = tokens()
     monkeypatch.setattr(Likely, "unpack", lambda packed: None)
     assert tokens() == narrowed
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_several_tokens_in_a_step_are_several_steps_up_to_rounding(dtype):
+    with loaded(Mode.GPU, dtype=dtype) as model:
+        step, cache = model.engine._step, model.engine.cache
+        assert step.guesses == GUESSES
+        tokens, params = list(range(100, 130)), SamplingParams(temperature=0)
+        expected = torch.stack([step.run(token) for token in tokens])
+        for begin in range(0, len(tokens), 1 + GUESSES):
+            cache.truncate(begin)
+            outcomes, seconds = step.begin(tokens[begin : begin + 1 + GUESSES], params)()
+            assert seconds > 0
+            for outcome, logits in zip(outcomes, expected[begin:], strict=False):
+                assert (outcome.logits() - logits).norm() < (1e-4 if dtype == FP32 else 3e-2) * logits.norm()
+                assert outcome.likely.ids.tolist() == [int(outcome.logits().argmax())]
+        assert cache.length == len(tokens)
+
+
+def test_guesses_are_checked_in_steps_of_several_tokens(monkeypatch):
+    def tokens(guess) -> tuple[list[int | None], int]:
+        monkeypatch.setattr(Lookup, "guess", guess)
+        with loaded(Mode.GPU, dtype=FP32) as model:
+            chunks = model.generate(
+                PROMPT, max_tokens=40, temperature=0, logit_bias=dict.fromkeys(model._end_tokens, -100.0)
+            )
+            prompt.append(len(model.tokenizer.encode(PROMPT)))
+            return [chunk.token_id for chunk in chunks], chunks.stats.right_guesses
+
+    prompt: list[int] = []
+    answer, _ = tokens(lambda self, most: [])
+    right = lambda self, most: [*answer[len(self._tokens) - prompt[0] :], 5, 5, 5, 5][:most]  # noqa: E731
+    again, guessed = tokens(right)
+    assert again == answer
+    assert guessed >= 20
