@@ -197,6 +197,21 @@ def test_attention_ignores_what_lies_after_it_in_the_cache(native):
         assert native.attention(q, rotation, cache, sequence, w_uk, w_uv, 0.1, absorb).isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [12, 40])
+def test_attention_of_a_token_does_not_depend_on_its_company(native, tokens):
+    H, N, P, C, V = 16, 32, 16, 64, 48
+    w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
+    q, cached = torch.randn(tokens, H, N + P), 500
+    cache, sequence = paged(torch.randn(cached + tokens, C + P).bfloat16(), cached)
+    rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
+    whole = native.attention(q, rotation, cache, sequence, w_uk, w_uv, 0.1, True)
+    for start, end in ((0, 1), (3, 8), (tokens - 1, tokens)):
+        sequence[0] = cached + start
+        part = native.attention(q[start:end], rotation[start:end], cache, sequence, w_uk, w_uv, 0.1, True)
+        assert torch.equal(part, whole[start:end]) or native.variant == "portable"
+        assert off(part, whole[start:end]) < 1e-6
+
+
 def test_sharp_attention(native):
     """Scores in the hundreds: the softmax must neither overflow nor lose the position that it should find."""
     H, N, P, C, V = SHAPES[1]

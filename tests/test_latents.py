@@ -199,9 +199,10 @@ def test_attention_ignores_what_lies_after_it_in_the_cache(native):
         assert torch.equal(case.run(native, absorb), result)
 
 
-def test_a_token_does_not_depend_on_its_company(native):
+@pytest.mark.parametrize("tokens", [12, 40])
+def test_a_token_does_not_depend_on_its_company(native, tokens):
     """Chunks of prefill give what one token after the other gives, as over a bf16 cache."""
-    case = Case(16, 32, 16, 64, 48, 12, 500)
+    case = Case(16, 32, 16, 64, 48, tokens, 500)
     whole = case.run(native, True)
     for start, end in ((0, 1), (3, 8), (11, 12)):
         part = case.tokens(start, end).run(native, True)

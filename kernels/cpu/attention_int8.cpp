@@ -203,34 +203,6 @@ void score(const Queries& q, const Chunk& chunk, float (*scores)[ROWS]) {
     }
 }
 
-// Scores to exponentials below their maximum, zero from limits[row] on and past n; returns what a row's earlier sum and its
-// new one are to be multiplied with.
-void soften(float (*scores)[ROWS], int64_t n, const int32_t* limits, Running<ROWS>& state, float* keep, float* add) {
-    for (int v = 0; v < VECS; v++) {
-        const int at = v * LANES;
-        const Int limit = load_int(limits + at);
-        Vec largest = splat(-INFINITY), total{};
-        for (int64_t s = 0; s < n; s++) {
-            const Vec seen = splat_int(int32_t(s)) < limit ? load(scores[s] + at) : splat(-INFINITY);
-            store(scores[s] + at, seen);
-            largest = maximum(largest, seen);
-        }
-        const Vec base = largest > -INFINITY ? largest : Vec{};  // a row that sees none of these
-        for (int64_t s = 0; s < n; s++) {
-            const Vec p = exponential(load(scores[s] + at) - base);
-            store(scores[s] + at, p);
-            total += p;
-        }
-        const Vec old = load(state.maximum + at), joint = maximum(largest, old), below = joint > -INFINITY ? joint : Vec{};
-        const Vec kept = exponential(old - below), added = exponential(largest - below);
-        store(state.maximum + at, joint);
-        store(state.total + at, load(state.total + at) * kept + total * added);
-        store(keep + at, kept);
-        store(add + at, added);
-    }
-    if (n % 2) std::memset(scores[n], 0, sizeof *scores);
-}
-
 // What a step of a row's weights is in block b, so that the largest there can be is WEIGHT_LEVELS: from the positions that
 // the row sees alone, since its result must not depend on which other rows there are.
 void find_units(const Chunk& chunk, int64_t b, const int32_t* limits, float* units) {
@@ -258,8 +230,8 @@ void pack_weights(const float (*p)[ROWS], const Chunk& chunk, int64_t b, const f
     }
 }
 
-// out[row][c] = out[row][c] · keep[row] + Σ_s p[s][row] · add[row] · latents[s][c].
-void mix(const float (*p)[ROWS], const Chunk& chunk, const int32_t* limits, const float* keep, const float* add, float* out) {
+// out[row][c] = Σ_s p[s][row] · latents[s][c].
+void mix(const float (*p)[ROWS], const Chunk& chunk, const int32_t* limits, float* out) {
     alignas(64) int32_t weights[CHUNK / 2][ROWS];
     alignas(64) float units[ROWS];
     const int64_t width = chunk.blocks * BLOCK;
@@ -281,10 +253,7 @@ void mix(const float (*p)[ROWS], const Chunk& chunk, const int32_t* limits, cons
                 for (int r = 0; r < MIXED; r++) {
                     Vec columns[2] = {to_float(sums[r][0]), to_float(sums[r][1])};
                     in_order(columns);
-                    for (int v = 0; v < 2; v++) {
-                        float* to = out + (row + r) * width + c + v * LANES;
-                        store(to, fma(columns[v], splat(units[row + r] * add[row + r]), load(to) * keep[row + r]));
-                    }
+                    for (int v = 0; v < 2; v++) store(out + (row + r) * width + c + v * LANES, columns[v] * units[row + r]);
                 }
             }
         }
@@ -318,15 +287,18 @@ void absorbed_int8(const Shape& shape, const float* latent, const float* rope, f
         }
         queries.put_rope(row % ROWS, rope + row * P, P);
     });
-    absorbed<ROWS>(shape, width, mixed, [&](int64_t pass, int64_t s, int64_t n, float* out, Running<ROWS>& state) {
+    absorbed<ROWS>(shape, width, mixed, [&](int64_t pass, int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
         thread_local Scratch scratch;
-        alignas(64) float weights[CHUNK][ROWS], keep[ROWS], add[ROWS];
-        alignas(64) int32_t limits[ROWS];
+        alignas(64) float weights[CHUNK][ROWS];
         const Chunk chunk(scratch, latents, s, n);
-        for (int r = 0; r < ROWS; r++) limits[r] = int32_t(std::clamp<int64_t>(shape.seen_by(pass * ROWS + r) - s, 0, n));
-        score(queries_of(pass), chunk, weights);
-        soften(weights, n, limits, state, keep, add);
-        mix(weights, chunk, limits, keep, add, out);
+        for (; pass < end; pass++, out += ROWS * width, parts++) {
+            int32_t limits[ROWS];
+            find_limits(shape, pass, s, n, limits);
+            score(queries_of(pass), chunk, weights);
+            soften(weights, n, limits, *parts);
+            if (n % 2) std::memset(weights[n], 0, sizeof *weights);  // of a partner
+            mix(weights, chunk, limits, out);
+        }
     });
 }
 

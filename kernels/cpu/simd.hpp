@@ -112,6 +112,21 @@ inline void in_order(Vec (&v)[2]) {
 #endif
 }
 
+#if !DSV2_AVX512
+// Two registers whose lanes alternate, to the order of columns.
+inline void zip(Vec (&v)[2]) {
+#if DSV2_AVX2
+    const __m256 a = (__m256)v[0], b = (__m256)v[1];
+    v[0] = (Vec)_mm256_unpacklo_ps(a, b);
+    v[1] = (Vec)_mm256_unpackhi_ps(a, b);
+    in_order(v);
+#else
+    const Vec a = v[0], b = v[1];
+    for (int i = 0; i < 2 * LANES; i++) v[i / LANES][i % LANES] = i % 2 ? b[i / 2] : a[i / 2];
+#endif
+}
+#endif
+
 inline float max_lane(Vec v) {
     float lanes[LANES];
     store(lanes, v);
