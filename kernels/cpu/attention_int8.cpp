@@ -13,11 +13,11 @@ namespace {
 
 constexpr int ROWS = 16, VECS = ROWS / LANES;  // rows of queries that share a pass over the cache
 constexpr int TILE = DSV2_AVX512 ? 8 : 4;      // positions whose scores are made at a time
+constexpr int BATCH = 16;                      // positions whose codes are widened at a time
 constexpr int MIXED = DSV2_AVX512 ? 8 : 4;     // rows whose sums are made at a time, two registers of columns each
 constexpr int PAIR = STEP / LANES;             // numbers of a rope key that meet a lane in one instruction
-// Columns that lie together, position after position, so that sums find them in the first cache; and positions of a strip,
-// two more than there can be, so that strips do not fall on the same lines of the caches.
-constexpr int64_t STRIP = 2 * LANES, STRIP_ROWS = CHUNK + 2;
+constexpr int STRIP = 2 * LANES, STRIPS = BLOCK / STRIP;  // columns whose sums are made at a time
+constexpr int64_t SPAN = 128;                  // positions of which a block of columns stays in the first cache
 constexpr float WEIGHT_LEVELS = 32767;
 
 // Codes of a latent, and of a query, as the product of scores takes them: QUAD numbers in a lane.
@@ -71,24 +71,14 @@ inline Int add_quads(Int sum, Int latents, Int queries) {
 #endif
 }
 
-// Codes of two positions, a strip of each, as pairs of 16 bits in two registers, in the order that `in_order` ends.
-inline void interleave(const Code* a, const Code* b, Int (&pairs)[2]) {
-#if DSV2_AVX512
-    const auto widen = [](const Code* p) {
-        const __m256i signs = _mm256_set1_epi8(char(OFFSET));
-        return _mm512_cvtepi8_epi16(_mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), signs));
-    };
-    const __m512i first = widen(a), second = widen(b);
-    pairs[0] = (Int)_mm512_unpacklo_epi16(first, second);
-    pairs[1] = (Int)_mm512_unpackhi_epi16(first, second);
-#elif DSV2_AVX2
-    const __m256i first = _mm256_loadu_si256((const __m256i*)a), second = _mm256_loadu_si256((const __m256i*)b);
-    pairs[0] = (Int)_mm256_unpacklo_epi16(first, second);
-    pairs[1] = (Int)_mm256_unpackhi_epi16(first, second);
+// 16 codes of each of two positions as pairs of 16 bits, two codes of a column together.
+inline void store_pairs(const uint8_t* a, const uint8_t* b, int32_t* to) {
+#if DSV2_AVX512 || DSV2_AVX2
+    const __m128i first = _mm_loadu_si128((const __m128i*)a), second = _mm_loadu_si128((const __m128i*)b);
+    _mm256_storeu_si256((__m256i*)to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second)));
+    _mm256_storeu_si256((__m256i*)(to + 8), _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second)));
 #else
-    for (int v = 0; v < 2; v++)
-        for (int lane = 0; lane < LANES; lane++)
-            pairs[v][lane] = uint16_t(a[v * LANES + lane]) | int32_t(uint32_t(uint16_t(b[v * LANES + lane])) << 16);
+    for (int i = 0; i < 16; i++) to[i] = uint16_t(int8_t(a[i])) | int32_t(uint32_t(int8_t(b[i])) << 16);
 #endif
 }
 
@@ -117,30 +107,27 @@ struct Queries {
     }
 };
 
-// A chunk of the cache, ready to be multiplied.
-struct Chunk {
-    int64_t n, blocks, P;
-    Code* codes;    // [blocks, BLOCK / STRIP, STRIP_ROWS, STRIP], zero past the latent
-    float* scales;  // [CHUNK, blocks]
-    Query* keys;    // [CHUNK, P]
+// A batch of positions, ready to be multiplied with queries.
+struct Batch {
+    int64_t width, P;  // of whole blocks, and of the rope key
+    Code* codes;       // [BATCH, width], zero past the latent
+    Query* keys;       // [BATCH, P]
 
-    Chunk(Scratch& scratch, const Latents& latents, int64_t from, int64_t count)
-        : n(count), blocks(latents.blocks()), P(latents.P) {
-        const int64_t count_codes = STRIP_ROWS * blocks * BLOCK, floats = CHUNK * blocks;
-        const int64_t bytes = count_codes * int64_t(sizeof(Code)) + floats * 4 + CHUNK * P * int64_t(sizeof(Query));
-        codes = reinterpret_cast<Code*>(scratch.reserve<uint8_t>(bytes));
-        scales = reinterpret_cast<float*>(codes + count_codes);
-        keys = reinterpret_cast<Query*>(scales + floats);
-        for (int64_t s = 0; s < n; s++) {
-            const uint8_t *row = latents.row(from + s), *key = latents.rope_key(from + s);
-            for (int64_t c = 0; c < blocks * BLOCK; c += STRIP) widen(row + c, latents.C - c, codes + place(s, c));
-            for (int64_t b = 0; b < blocks; b++) scales[s * blocks + b] = latents.scale(from + s, b);
-            put_key(key, keys + s * P);
-        }
-        for (int64_t c = 0; n % 2 && c < blocks * BLOCK; c += STRIP) widen(nullptr, 0, codes + place(n, c));  // a partner of weight 0
+    Batch(Scratch& scratch, const Latents& latents) : width(latents.blocks() * BLOCK), P(latents.P) {
+        codes = scratch.reserve<Code>(BATCH * width + BATCH * P * int64_t(sizeof(Query) / sizeof(Code)));
+        keys = reinterpret_cast<Query*>(codes + BATCH * width);
     }
-
-    static int64_t place(int64_t s, int64_t c) { return (c / STRIP * STRIP_ROWS + s) * STRIP + c % STRIP; }
+    void put(const Latents& latents, const uint8_t* row, int64_t t) {
+        const int64_t whole = latents.C / STRIP * STRIP;
+        Code* to = codes + t * width;
+        for (int64_t c = 0; c < whole; c += STRIP) widen(row + c, to + c);
+        if (whole < width) {
+            uint8_t tail[BLOCK + STRIP] = {};
+            std::memcpy(tail, row + whole, latents.C - whole);
+            for (int64_t c = whole; c < width; c += STRIP) widen(tail + c - whole, to + c);
+        }
+        put_key(row + latents.rope_at(), keys + t * P);
+    }
 
   private:
     void put_key(const uint8_t* key, Query* to) const {
@@ -152,110 +139,154 @@ struct Chunk {
         for (; d < P; d++) to[d] = load_half(key + 2 * d);
 #endif
     }
-    // The first `count` codes of a strip, and zeros.
-    static void widen(const uint8_t* from, int64_t count, Code* to) {
-        int8_t narrow[STRIP] = {};  // a copy, which cannot overlap with `to`
-        if (count >= STRIP) std::memcpy(narrow, from, STRIP);
-        else if (count > 0) std::memcpy(narrow, from, count);
-        for (int64_t i = 0; i < STRIP; i++) to[i] = Code(narrow[i] + OFFSET);
+    static void widen(const uint8_t* from, Code* to) {
+        int8_t narrow[STRIP];  // a copy, which cannot overlap with `to`
+        std::memcpy(narrow, from, STRIP);
+        for (int i = 0; i < STRIP; i++) to[i] = Code(narrow[i] + OFFSET);
     }
 };
 
-// scores[s][row] = queries[row] · latents[s].
-void score(const Queries& q, const Chunk& chunk, float (*scores)[ROWS]) {
-    for (int64_t s = 0; s < chunk.n; s += TILE) {
-        int64_t at[TILE];
-        const Code* rows[TILE];
-        for (int t = 0; t < TILE; t++) {
-            at[t] = std::min(s + t, chunk.n - 1);
-            rows[t] = chunk.codes + chunk.place(at[t], 0);
-        }
-        Vec totals[TILE][VECS] = {};
-        for (int64_t b = 0; b < chunk.blocks; b++) {
-            Int sums[TILE][VECS];
-            for (int t = 0; t < TILE; t++)
-                for (int v = 0; v < VECS; v++) sums[t][v] = load_int(q.starts + b * ROWS + v * LANES);
-            for (int64_t c = b * BLOCK; c < (b + 1) * BLOCK; c += QUAD) {
-                Int queries[VECS];
-                for (int v = 0; v < VECS; v++) queries[v] = load_int(q.codes + c * ROWS + v * LANES * QUAD);
-                const int64_t place = chunk.place(0, c);
-                for (int t = 0; t < TILE; t++) {
-                    const Int latent = spread(rows[t] + place);
-                    for (int v = 0; v < VECS; v++) sums[t][v] = add_quads(sums[t][v], latent, queries[v]);
-                }
-            }
-            for (int v = 0; v < VECS; v++) {
-                const Vec scales = load(q.scales + b * ROWS + v * LANES);
-                for (int t = 0; t < TILE; t++) {
-                    const Vec both = scales * chunk.scales[at[t] * chunk.blocks + b];
-                    totals[t][v] = fma(to_float(sums[t][v]), both, totals[t][v]);
-                }
-            }
-        }
-        for (int64_t d = 0; d < chunk.P; d += PAIR)
+// scores[t][row] = queries[row] · batch[first + t] for a tile, whose scales are [TILE, stride].
+void score(const Queries& q, const Batch& batch, int64_t first, const float* scales, int64_t stride, float (*scores)[ROWS]) {
+    const int64_t blocks = batch.width / BLOCK;
+    const Code* codes = batch.codes + first * batch.width;
+    const Query* keys = batch.keys + first * batch.P;
+    Vec totals[TILE][VECS] = {};
+    for (int64_t b = 0; b < blocks; b++) {
+        Int sums[TILE][VECS];
+        for (int t = 0; t < TILE; t++)
+            for (int v = 0; v < VECS; v++) sums[t][v] = load_int(q.starts + b * ROWS + v * LANES);
+        for (int64_t c = b * BLOCK; c < (b + 1) * BLOCK; c += QUAD) {
+            Int queries[VECS];
+            for (int v = 0; v < VECS; v++) queries[v] = load_int(q.codes + c * ROWS + v * LANES * QUAD);
             for (int t = 0; t < TILE; t++) {
-                const Packed key = spread_key(chunk.keys + at[t] * chunk.P + d);
-                for (int v = 0; v < VECS; v++)
-                    totals[t][v] = dot_add(totals[t][v], load_query(q.rope + d * ROWS + v * LANES * PAIR), key);
+                const Int latent = spread(codes + t * batch.width + c);
+                for (int v = 0; v < VECS; v++) sums[t][v] = add_quads(sums[t][v], latent, queries[v]);
             }
-        for (int t = 0; t < TILE && s + t < chunk.n; t++)
-            for (int v = 0; v < VECS; v++) store(scores[s + t] + v * LANES, totals[t][v]);
+        }
+        for (int v = 0; v < VECS; v++) {
+            const Vec query_scales = load(q.scales + b * ROWS + v * LANES);
+            for (int t = 0; t < TILE; t++)
+                totals[t][v] = fma(to_float(sums[t][v]), query_scales * scales[t * stride + b], totals[t][v]);
+        }
     }
+    for (int64_t d = 0; d < batch.P; d += PAIR)
+        for (int t = 0; t < TILE; t++) {
+            const Packed key = spread_key(keys + t * batch.P + d);
+            for (int v = 0; v < VECS; v++)
+                totals[t][v] = dot_add(totals[t][v], load_query(q.rope + d * ROWS + v * LANES * PAIR), key);
+        }
+    for (int t = 0; t < TILE; t++)
+        for (int v = 0; v < VECS; v++) store(scores[t] + v * LANES, totals[t][v]);
 }
 
-// What a step of a row's weights is in block b, so that the largest there can be is WEIGHT_LEVELS: from the positions that
-// the row sees alone, since its result must not depend on which other rows there are.
-void find_units(const Chunk& chunk, int64_t b, const int32_t* limits, float* units) {
-    for (int row = 0; row < ROWS; row++) {
-        if (row && limits[row] == limits[row - 1]) {
-            units[row] = units[row - 1];
-            continue;
+// What a step of a row's weights is in each block, units[block][row], so that the largest there can be is WEIGHT_LEVELS: from
+// the positions that the row sees alone, since its result must not depend on which other rows there are.
+void find_units(const float* scales, int64_t stride, const int32_t* limits, float (*units)[ROWS]) {
+    for (int row = 0; row < ROWS; row++)
+        for (int64_t b = 0; b < stride; b += LANES) {
+            Vec largest{};
+            const bool known = row && limits[row] == limits[row - 1];
+            for (int64_t s = 0; s < limits[row] && !known; s++) largest = maximum(load(scales + s * stride + b), largest);
+            for (int i = 0; i < LANES; i++) units[b + i][row] = known ? units[b + i][row - 1] : largest[i] / WEIGHT_LEVELS;
         }
-        float largest = 0;
-        for (int64_t s = 0; s < limits[row]; s++) largest = std::max(largest, chunk.scales[s * chunk.blocks + b]);
-        units[row] = largest / WEIGHT_LEVELS;
-    }
 }
 
 // A block's weights as pairs of 16-bit numbers: weights[s / 2][row] of p[s][row] · scales[s] / units[row].
-void pack_weights(const float (*p)[ROWS], const Chunk& chunk, int64_t b, const float* units, int32_t (*weights)[ROWS]) {
+void pack_weights(const float (*p)[ROWS], const float* scales, int64_t stride, int64_t n, const float* units,
+                  int32_t (*weights)[ROWS]) {
     for (int at = 0; at < ROWS; at += LANES) {
         const Vec unit = load(units + at), inverse = unit > 0.0f ? 1.0f / unit : Vec{};
-        for (int64_t s = 0; s < chunk.n; s += 2) {
-            const int64_t next = std::min(s + 1, chunk.n - 1);
-            const Vec first = inverse * chunk.scales[s * chunk.blocks + b], second = inverse * chunk.scales[next * chunk.blocks + b];
+        for (int64_t s = 0; s < n; s += 2) {
+            const int64_t next = std::min(s + 1, n - 1);
+            const Vec first = inverse * scales[s * stride], second = inverse * scales[next * stride];
             const Int low = round_to_int(load(p[s] + at) * first), high = round_to_int(load(p[s + 1] + at) * second);
             store_int(weights[s / 2] + at, low | high << 16);
         }
     }
 }
 
-// out[row][c] = Σ_s p[s][row] · latents[s][c].
-void mix(const float (*p)[ROWS], const Chunk& chunk, const int32_t* limits, float* out) {
-    alignas(64) int32_t weights[CHUNK / 2][ROWS];
-    alignas(64) float units[ROWS];
-    const int64_t width = chunk.blocks * BLOCK;
-    for (int64_t b = 0; b < chunk.blocks; b++) {
-        find_units(chunk, b, limits, units);
-        pack_weights(p, chunk, b, units, weights);
-        for (int64_t c = b * BLOCK; c < (b + 1) * BLOCK; c += STRIP) {
-            const Code* strip = chunk.codes + chunk.place(0, c);
-            for (int row = 0; row < ROWS; row += MIXED) {
-                Int sums[MIXED][2] = {};
-                for (int64_t s = 0; s < chunk.n; s += 2) {
-                    Int pairs[2];
-                    interleave(strip + s * STRIP, strip + (s + 1) * STRIP, pairs);
-                    for (int r = 0; r < MIXED; r++) {
-                        const Int weight = spread(&weights[s / 2][row + r]);
-                        for (int v = 0; v < 2; v++) sums[r][v] = add_pairs(sums[r][v], weight, pairs[v]);
-                    }
-                }
-                for (int r = 0; r < MIXED; r++) {
-                    Vec columns[2] = {to_float(sums[r][0]), to_float(sums[r][1])};
-                    in_order(columns);
-                    for (int v = 0; v < 2; v++) store(out + (row + r) * width + c + v * LANES, columns[v] * units[row + r]);
-                }
+// Columns of block b of n positions: pairs[strip][s / 2][column], zeros past the latent.
+void interleave(const Latents& latents, const uint8_t* const* rows, int64_t n, int64_t b, int32_t (*pairs)[SPAN / 2][STRIP]) {
+    const int64_t columns = std::min<int64_t>(BLOCK, latents.C - b * BLOCK);
+    uint8_t copies[2][BLOCK] = {};
+    for (int64_t s = 0; s < n; s += 2) {
+        const uint8_t* both[2] = {rows[s] + b * BLOCK, rows[std::min(s + 1, n - 1)] + b * BLOCK};
+        for (int i = 0; i < 2 && columns < BLOCK; i++) {
+            std::memcpy(copies[i], both[i], columns);
+            both[i] = copies[i];
+        }
+        __builtin_prefetch(both[0] + BLOCK);
+        __builtin_prefetch(both[1] + BLOCK);
+        for (int c = 0; c < BLOCK; c += 16) store_pairs(both[0] + c, both[1] + c, pairs[c / STRIP][s / 2] + c % STRIP);
+    }
+}
+
+// out[row][c] += unit · Σ_s weights[s][row] · pairs[s][c] for a strip, `count` pairs of positions.
+void mix(const int32_t (*weights)[ROWS], const int32_t (*pairs)[STRIP], int64_t count, const float* units, float* out,
+         int64_t width) {
+    for (int row = 0; row < ROWS; row += MIXED) {
+        Int sums[MIXED][2] = {};
+        for (int64_t s = 0; s < count; s++) {
+            const Int columns[2] = {load_int(pairs[s]), load_int(pairs[s] + LANES)};
+            for (int r = 0; r < MIXED; r++) {
+                const Int weight = spread(&weights[s][row + r]);
+                for (int v = 0; v < 2; v++) sums[r][v] = add_pairs(sums[r][v], weight, columns[v]);
             }
+        }
+        for (int r = 0; r < MIXED; r++)
+            for (int v = 0; v < 2; v++) {
+                float* to = out + (row + r) * width + v * LANES;
+                store(to, fma(to_float(sums[r][v]), splat(units[row + r]), load(to)));
+            }
+    }
+}
+
+// A thread's: a chunk of the cache, and the passes of rows over it.
+struct Work {
+    const uint8_t* rows[CHUNK];  // of the cache; past the chunk's end the last one
+    alignas(64) float weights[TOGETHER][CHUNK][ROWS];
+    alignas(64) int32_t packed[TOGETHER][CHUNK / 2][ROWS], pairs[STRIPS][SPAN / 2][STRIP], limits[TOGETHER][ROWS];
+};
+
+// Scores of `count` passes as weights, and the chunk's scales [CHUNK, stride]. What a batch is made of is fetched while the one
+// before it is multiplied.
+template <class QueriesOf>
+void score_chunk(const Latents& latents, int64_t n, int64_t count, const QueriesOf& queries_of, float* scales, int64_t stride,
+                 Work& work) {
+    thread_local Scratch scratch;
+    Batch batch(scratch, latents);
+    for (int64_t s = 0; s < n; s += BATCH) {
+        for (int64_t t = s; t < s + BATCH; t++) {
+            batch.put(latents, work.rows[t], t - s);
+            for (int64_t b = 0; b < stride; b++)
+                scales[t * stride + b] = b < latents.blocks() ? load_half(work.rows[t] + latents.C + 2 * b) : 0;
+        }
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t t = 0; t < BATCH; t += TILE) {
+                for (int64_t ahead = s + BATCH + t; i == 0 && ahead < std::min(s + BATCH + t + TILE, n); ahead++)
+                    for (int64_t at = 0; at < latents.row_bytes(); at += 64) __builtin_prefetch(work.rows[ahead] + at);
+                score(queries_of(i), batch, t, scales + (s + t) * stride, stride, work.weights[i] + s + t);
+            }
+    }
+}
+
+// out[pass][row] += the sums of `count` passes.
+void mix_chunk(const Latents& latents, int64_t n, int64_t count, const float* scales, int64_t stride, Work& work, float* out) {
+    thread_local Scratch scratch;
+    const int64_t blocks = latents.blocks(), width = blocks * BLOCK;
+    float(*units)[ROWS] = reinterpret_cast<float(*)[ROWS]>(scratch.reserve<float>(count * stride * ROWS));
+    for (int64_t i = 0; i < count; i++) find_units(scales, stride, work.limits[i], units + i * stride);
+    for (int64_t b = 0; b < blocks; b++) {
+        for (int64_t i = 0; i < count; i++)
+            pack_weights(work.weights[i], scales + b, stride, n, units[i * stride + b], work.packed[i]);
+        for (int64_t s = 0; s < n; s += SPAN) {
+            const int64_t some = std::min(SPAN, n - s);
+            interleave(latents, work.rows + s, some, b, work.pairs);
+            for (int64_t i = 0; i < count; i++)
+                for (int strip = 0; strip < STRIPS; strip++)
+                    mix(work.packed[i] + s / 2, work.pairs[strip], (some + 1) / 2, units[i * stride + b],
+                        out + i * ROWS * width + b * BLOCK + strip * STRIP, width);
         }
     }
 }
@@ -287,18 +318,19 @@ void absorbed_int8(const Shape& shape, const float* latent, const float* rope, f
         }
         queries.put_rope(row % ROWS, rope + row * P, P);
     });
+    const int64_t stride = round_up(blocks, LANES);
     absorbed<ROWS>(shape, width, mixed, [&](int64_t pass, int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
-        thread_local Scratch scratch;
-        alignas(64) float weights[CHUNK][ROWS];
-        const Chunk chunk(scratch, latents, s, n);
-        for (; pass < end; pass++, out += ROWS * width, parts++) {
-            int32_t limits[ROWS];
-            find_limits(shape, pass, s, n, limits);
-            score(queries_of(pass), chunk, weights);
-            soften(weights, n, limits, *parts);
-            if (n % 2) std::memset(weights[n], 0, sizeof *weights);  // of a partner
-            mix(weights, chunk, limits, out);
+        thread_local Scratch work_scratch, scale_scratch;
+        Work& work = *work_scratch.reserve<Work>(1);
+        float* scales = scale_scratch.reserve<float>(CHUNK * stride);
+        for (int64_t k = 0; k < CHUNK; k++) work.rows[k] = latents.row(s + std::min(k, n - 1));
+        score_chunk(latents, n, end - pass, [&](int64_t i) { return queries_of(pass + i); }, scales, stride, work);
+        for (int64_t i = 0; i < end - pass; i++) {
+            find_limits(shape, pass + i, s, n, work.limits[i]);
+            soften(work.weights[i], n, work.limits[i], parts[i]);
+            if (n % 2) std::memset(work.weights[i][n], 0, sizeof work.weights[i][n]);  // of a partner
         }
+        mix_chunk(latents, n, end - pass, scales, stride, work, out);
     });
 }
 
