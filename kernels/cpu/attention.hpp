@@ -85,6 +85,7 @@ void find_limits(const Shape& shape, int64_t pass, int64_t s, int64_t n, int32_t
 template <int ROWS, class Step>
 void absorbed(const Shape& shape, int64_t width, float* mixed, const Step& step) {
     const int64_t rows = shape.rows(), passes = (rows + ROWS - 1) / ROWS, C = shape.C;
+    if (rows == 0) return;
     const int64_t chunks = (shape.S + CHUNK - 1) / CHUNK, round = std::clamp<int64_t>(PIECES / passes, 1, chunks);
     const int64_t together = std::clamp<int64_t>(passes * round / SPREAD, 1, TOGETHER);
     const int64_t groups = (passes + together - 1) / together;
