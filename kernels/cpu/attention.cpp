@@ -17,100 +17,106 @@ constexpr int GEMM_ROWS = 12;
 constexpr int GEMM_ROWS = 6;
 #endif
 
-template <int M, int VECS>
-inline void gemm_tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K,
-                      bool add) {
-    Vec sums[M][VECS];
+constexpr int64_t PANEL = 2 * LANES;  // columns that lie together, row after row, so that a panel stays in the first cache
+constexpr int64_t DEPTH = 256;        // rows of a panel that are used at a time
+
+template <int M>
+inline void gemm_tile(const float* a, int64_t am, int64_t ak, const float* panel, float* c, int64_t ldc, int64_t K, bool add) {
+    Vec sums[M][2];
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < VECS; v++) sums[m][v] = add ? load(c + m * ldc + v * LANES) : Vec{};
+        for (int v = 0; v < 2; v++) sums[m][v] = add ? load(c + m * ldc + v * LANES) : Vec{};
     for (int64_t k = 0; k < K; k++) {
-        Vec right[VECS];
-        for (int v = 0; v < VECS; v++) right[v] = load(b + k * ldb + v * LANES);
+        const Vec right[2] = {load(panel + k * PANEL), load(panel + k * PANEL + LANES)};
         for (int m = 0; m < M; m++) {
             const Vec left = splat(a[m * am + k * ak]);
-            for (int v = 0; v < VECS; v++) sums[m][v] = fma(left, right[v], sums[m][v]);
+            for (int v = 0; v < 2; v++) sums[m][v] = fma(left, right[v], sums[m][v]);
         }
     }
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < VECS; v++) store(c + m * ldc + v * LANES, sums[m][v]);
+        for (int v = 0; v < 2; v++) store(c + m * ldc + v * LANES, sums[m][v]);
 }
 
-template <int M, int VECS>
-inline void gemm_rows(int64_t rows, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                      int64_t K, bool add) {
+template <int M>
+inline void gemm_rows(int64_t rows, const float* a, int64_t am, int64_t ak, const float* panel, float* c, int64_t ldc, int64_t K,
+                      bool add) {
     if constexpr (M > 0) {
-        for (; rows >= M; rows -= M, a += M * am, c += M * ldc) gemm_tile<M, VECS>(a, am, ak, b, ldb, c, ldc, K, add);
-        gemm_rows<M / 2, VECS>(rows, a, am, ak, b, ldb, c, ldc, K, add);
+        for (; rows >= M; rows -= M, a += M * am, c += M * ldc) gemm_tile<M>(a, am, ak, panel, c, ldc, K, add);
+        gemm_rows<M / 2>(rows, a, am, ak, panel, c, ldc, K, add);
     }
 }
 
-// c[m][n] = (or +=) Σ_k a[m * am + k * ak] · b[k][n]; n in whole registers.
-void gemm(int64_t M, int64_t columns, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
-          int64_t ldc, bool add) {
-    int64_t n = 0;
-    for (; n + 2 * LANES <= columns; n += 2 * LANES) gemm_rows<GEMM_ROWS, 2>(M, a, am, ak, b + n, ldb, c + n, ldc, K, add);
-    for (; n < columns; n += LANES) gemm_rows<GEMM_ROWS, 1>(M, a, am, ak, b + n, ldb, c + n, ldc, K, add);
+// c[m][n] = (or +=) Σ_k a[m * am + k * ak] · panel[k][n] for the PANEL columns n.
+void gemm(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* panel, float* c, int64_t ldc, bool add) {
+    for (int64_t k = 0; k < K; k += DEPTH)
+        gemm_rows<GEMM_ROWS>(M, a + k * ak, am, ak, panel + k * PANEL, c, ldc, std::min(DEPTH, K - k), add || k);
 }
 
-constexpr int64_t KEYS = 128, QUERIES = 64;  // positions and queries of a block of scores
+constexpr int64_t KEYS = 128;  // positions of a block of scores, which has a panel of queries
 
 // One head of nope [T, H, N] and rope [T, H, P] (the latter rotated and scaled) into out [T, H, V]. Lanes are queries.
 void materialised_head(const Shape& s, int64_t head, const float* nope, const float* rope, const Latents& latents,
                        const Matrix& w_uk, const Matrix& w_uv, float scale, float* out) {
-    const int64_t N = round_up(s.N, LANES), V = round_up(s.V, LANES), T = round_up(s.T, LANES), K = N + s.P;
-    const int64_t sizes[] = {s.C * N, s.C * V, (s.N + s.P) * T, V * T, 2 * T, KEYS * s.C, KEYS * K, KEYS * V, KEYS * QUERIES};
+    const int64_t N = round_up(s.N, PANEL), V = round_up(s.V, PANEL), T = round_up(s.T, PANEL), K = s.N + s.P, ldk = N + s.P;
+    const int64_t sizes[] = {s.C * N, s.C * V, K * T, V * T, 2 * T, KEYS * s.C, KEYS * ldk, KEYS * V, KEYS * PANEL, N};
     int64_t all = 0;
     for (int64_t size : sizes) all += round_up(size, 16);
     thread_local Scratch scratch;
-    float *next = scratch.reserve<float>(all), *parts[9];
-    for (int i = 0; i < 9; i++) parts[i] = next, next += round_up(sizes[i], 16);
+    float *next = scratch.reserve<float>(all), *parts[10];
+    for (int i = 0; i < 10; i++) parts[i] = next, next += round_up(sizes[i], 16);
     float *uk = parts[0], *uv = parts[1], *query = parts[2], *sums = parts[3], *largest = parts[4], *total = largest + T;
-    float *latent = parts[5], *key = parts[6], *value = parts[7], *scores = parts[8];
+    float *latent = parts[5], *key = parts[6], *value = parts[7], *scores = parts[8], *row_of_uk = parts[9];
 
-    std::memset(uk, 0, (sums - uk) * sizeof(float));
-    for (int64_t c = 0; c < s.C; c++) w_uk.dequantize_row(head * s.C + c, uk + c * N, 1);
-    for (int64_t v = 0; v < s.V; v++) w_uv.dequantize_row(head * s.V + v, uv + v, V);
+    std::memset(uk, 0, (largest - uk) * sizeof(float));
+    std::memset(row_of_uk, 0, N * sizeof(float));
+    for (int64_t c = 0; c < s.C; c++) {
+        w_uk.dequantize_row(head * s.C + c, row_of_uk, 1);
+        for (int64_t n = 0; n < N; n += PANEL) std::memcpy(uk + n * s.C + c * PANEL, row_of_uk + n, PANEL * sizeof(float));
+    }
+    for (int64_t v = 0; v < s.V; v++)
+        w_uv.dequantize_row(head * s.V + v, uv + v / PANEL * PANEL * s.C + v % PANEL, PANEL);
     for (int64_t t = 0; t < s.T; t++) {
         const int64_t row = t * s.H + head;
-        for (int64_t d = 0; d < s.N; d++) query[d * T + t] = nope[row * s.N + d] * scale;
-        for (int64_t d = 0; d < s.P; d++) query[(s.N + d) * T + t] = rope[row * s.P + d];
+        float* to = query + t / PANEL * PANEL * K + t % PANEL;
+        for (int64_t d = 0; d < s.N; d++) to[d * PANEL] = nope[row * s.N + d] * scale;
+        for (int64_t d = 0; d < s.P; d++) to[(s.N + d) * PANEL] = rope[row * s.P + d];
     }
-    std::memset(sums, 0, V * T * sizeof(float));
     for (int64_t t = 0; t < T; t++) largest[t] = -INFINITY, total[t] = 0;
 
     for (int64_t from = 0; from < s.S; from += KEYS) {
         const int64_t n = std::min(KEYS, s.S - from);
         for (int64_t k = 0; k < n; k++) latents.latent(from + k, latent + k * s.C);
-        gemm(n, N, s.C, latent, s.C, 1, uk, N, key, K, false);
-        gemm(n, V, s.C, latent, s.C, 1, uv, V, value, V, false);
-        for (int64_t k = 0; k < n; k++) latents.rope(from + k, key + k * K + s.N);
-        for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
-            const int64_t columns = std::min(QUERIES, T - t0), last = std::min(t0 + columns, s.T) - 1;
-            if (from >= s.visible(last)) continue;
-            gemm(n, columns, s.N + s.P, key, K, 1, query + t0, T, scores, QUERIES, false);
-            for (int64_t t = t0; t < std::min(t0 + columns, s.T); t++)
-                for (int64_t k = std::max<int64_t>(0, s.visible(t) - from); k < n; k++)
-                    scores[k * QUERIES + t - t0] = -INFINITY;
-            for (int64_t i = 0; i < columns; i += LANES) {
+        for (int64_t i = 0; i < N; i += PANEL) gemm(n, s.C, latent, s.C, 1, uk + i * s.C, key + i, ldk, false);
+        for (int64_t i = 0; i < V; i += PANEL) gemm(n, s.C, latent, s.C, 1, uv + i * s.C, value + i, V, false);
+        for (int64_t k = 0; k < n; k++) latents.rope(from + k, key + k * ldk + s.N);
+        for (int64_t t0 = 0; t0 < T; t0 += PANEL) {
+            const int64_t end = std::min(t0 + PANEL, s.T);
+            if (from >= s.visible(end - 1)) continue;
+            float* panel = sums + t0 * V;
+            gemm(n, K, key, ldk, 1, query + t0 * K, scores, PANEL, false);
+            for (int64_t t = t0; t < end; t++)
+                for (int64_t k = std::max<int64_t>(0, s.visible(t) - from); k < n; k++) scores[k * PANEL + t - t0] = -INFINITY;
+            for (int64_t i = 0; i < PANEL; i += LANES) {
                 Vec top = load(largest + t0 + i), sum_{};
                 const Vec old = top;
-                for (int64_t k = 0; k < n; k++) top = maximum(top, load(scores + k * QUERIES + i));
+                for (int64_t k = 0; k < n; k++) top = maximum(top, load(scores + k * PANEL + i));
                 const Vec base = top > -INFINITY ? top : Vec{};  // a query that sees none of these
                 for (int64_t k = 0; k < n; k++) {
-                    const Vec p = exponential(load(scores + k * QUERIES + i) - base);
-                    store(scores + k * QUERIES + i, p);
+                    const Vec p = exponential(load(scores + k * PANEL + i) - base);
+                    store(scores + k * PANEL + i, p);
                     sum_ += p;
                 }
                 const Vec keep = exponential(old - base);
                 store(total + t0 + i, load(total + t0 + i) * keep + sum_);
                 store(largest + t0 + i, top);
-                for (int64_t v = 0; v < s.V; v++) store(sums + v * T + t0 + i, load(sums + v * T + t0 + i) * keep);
+                for (int64_t v = 0; v < s.V; v++) store(panel + v * PANEL + i, load(panel + v * PANEL + i) * keep);
             }
-            gemm(s.V, columns, n, value, 1, V, scores, QUERIES, sums + t0, T, true);
+            gemm(s.V, n, value, 1, V, scores, panel, PANEL, true);
         }
     }
-    for (int64_t t = 0; t < s.T; t++)
-        for (int64_t v = 0; v < s.V; v++) out[(t * s.H + head) * s.V + v] = sums[v * T + t] / total[t];
+    for (int64_t t = 0; t < s.T; t++) {
+        const float* from = sums + t / PANEL * PANEL * V + t % PANEL;
+        for (int64_t v = 0; v < s.V; v++) out[(t * s.H + head) * s.V + v] = from[v * PANEL] / total[t];
+    }
 }
 
 }  // namespace
