@@ -1,5 +1,6 @@
 """What the benchmarks of long contexts reckon themselves."""
 
+import math
 import sys
 from pathlib import Path
 from random import Random
@@ -18,6 +19,7 @@ from tests.models import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import cache_error
+import cache_perplexity
 import needle
 
 
@@ -77,3 +79,17 @@ def test_a_rounded_cache_has_the_same_rows_but_for_rounding(tiny, kind, error):
         got = dequantize_latents(rows, rank) if kind is Cache.INT8 else rows.float()
         wanted = cache.rows(layer)
         assert 0 < (got - wanted).norm() < error * wanted.norm()
+
+
+def test_perplexities_are_of_tokens_and_their_error_of_conversations():
+    logits = torch.zeros(5, 4)
+    logits[1, 3] = logits[3, 2] = 100.0
+    talk = cache_perplexity.Conversation([0, 1, 3, 0, 2], [2, 3, 4])
+    found = cache_perplexity.log_probabilities(logits, talk)
+    torch.testing.assert_close(found, torch.tensor([0.0, -math.log(4), 0.0], dtype=torch.float64), atol=1e-9, rtol=0)
+    same = cache_perplexity.compare("", [found, found], [found, found])
+    assert (same.tokens, same.conversations, same.difference, same.se) == (6, 2, 0.0, 0.0)
+    assert same.bf16 == same.int8 == pytest.approx(4 ** (1 / 3))
+    worse = cache_perplexity.compare("", [found, found], [found - 0.01, found - 0.03])
+    assert worse.difference == pytest.approx(100 * math.expm1(0.02))
+    assert worse.se == pytest.approx(100 * 0.01)  # 0.01 and 0.03: deviation 0.01 * sqrt(2), over sqrt(2)

@@ -1,0 +1,123 @@
+"""What 8-bit latents cost dsv2-nano: the perplexity of its own answers over a bf16 and over an int8 cache.
+
+    python benchmarks/cache_perplexity.py [--conversations 400] [--json FILE]
+
+Conversations of one to eight questions, answered at temperature 1 over the bf16 cache. Both caches then give every
+answer token its probability, twice: from a prompt read at once, and token by token, which is another form of attention.
+± is the standard error of the paired difference over conversations.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from needle import FILLING, KEYS, SMALL_TALK, chat, what_is
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import dsv2_local
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import Cache
+from dsv2_local.model import DecodeStep
+
+QUESTIONS = (*map(what_is, KEYS + FILLING), *SMALL_TALK)
+LONGEST = 480  # tokens: nano was trained on 512
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids, and the places of those that the model chose."""
+
+    ids: list[int]
+    answers: list[int]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Perplexities over `tokens` answer tokens, and how much larger the second is, in per cent."""
+
+    how: str
+    tokens: int
+    conversations: int
+    bf16: float
+    int8: float
+    difference: float
+    se: float
+
+
+def converse(llm: dsv2_local.LLM, random: Random) -> Conversation:
+    """One conversation, sampled."""
+    ids: list[int] = []
+    answers: list[int] = []
+    for question in random.sample(QUESTIONS, random.randint(1, 8)):
+        asked = chat(llm, question)
+        ids += asked[1:] if ids else asked  # BOS comes once
+        if len(ids) >= LONGEST - 64:
+            break
+        reply = [c.token_id for c in llm.generate(ids, temperature=1.0, seed=random.randrange(1 << 30), max_tokens=64)]
+        chosen = [token for token in reply if token is not None]
+        answers += range(len(ids), len(ids) + len(chosen))
+        ids += chosen
+    return Conversation(ids, answers)
+
+
+def at_once(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
+    """Logits [T, vocab] after each token."""
+    return llm.logits(ids)
+
+
+def token_by_token(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
+    """The same, in steps of one token."""
+    llm.engine.cache.clear()
+    step = DecodeStep(llm.engine.model, llm.engine.cache)
+    return torch.stack([step.run(token).clone() for token in ids])
+
+
+def log_probabilities(logits: Tensor, talk: Conversation) -> Tensor:
+    """Of the answer tokens, in nats."""
+    places = torch.tensor(talk.answers)
+    return logits[places - 1].double().log_softmax(1)[torch.arange(len(places)), torch.tensor(talk.ids)[places]]
+
+
+def compare(how: str, bf16: list[Tensor], int8: list[Tensor]) -> Figure:
+    """From the log-probabilities of each conversation's answer tokens."""
+    tokens = sum(map(len, bf16))
+    sums = torch.tensor([float((a - b).sum()) for a, b in zip(bf16, int8, strict=True)])
+    sizes = torch.tensor([float(len(a)) for a in bf16])
+    mean = float(sums.sum() / tokens)
+    spread = (sums - mean * sizes).square().sum().sqrt() * math.sqrt(len(bf16) / max(1, len(bf16) - 1)) / tokens
+    perplexities = [math.exp(-sum(float(a.sum()) for a in given) / tokens) for given in (bf16, int8)]
+    return Figure(how, tokens, len(bf16), *perplexities, 100 * math.expm1(mean), 100 * float(spread))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=400)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    models = {kept: dsv2_local.load(device="cpu", cache=kept) for kept in (Cache.BF16, Cache.INT8)}
+    random = Random(0)
+    talks = [converse(models[Cache.BF16], random) for _ in range(given.conversations)]
+    figures = []
+    for how, logits_of in (("at once", at_once), ("token by token", token_by_token)):
+        found = {
+            kept: [log_probabilities(logits_of(llm, talk.ids), talk) for talk in talks] for kept, llm in models.items()
+        }
+        figures.append(compare(how, found[Cache.BF16], found[Cache.INT8]))
+    table = Table("read", "answer tokens", "bf16", "int8", "difference", title=f"kernels: {ops.variant()}")
+    for f in figures:
+        table.add_row(
+            f.how, f"{f.tokens:,}", f"{f.bf16:.4f}", f"{f.int8:.4f}", f"{f.difference:+.2f} ± {f.se:.2f} %"
+        )  # fmt: skip
+    Console().print(table)
+    if given.json:
+        given.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1))
+
+
+if __name__ == "__main__":
+    main()
