@@ -102,10 +102,9 @@ class _Launch:
         self._model, self._cache, self._limits = model, cache, limits
         self._graphs: Graphs | None = None
         self._ids = torch.zeros(tokens, dtype=torch.int64)
-        x, rotation = model.embed(self._ids), model.rotation(0, tokens)
-        self._host_inputs = x.pin_memory(), rotation.pin_memory()
+        x, rotation = model.embed(self._ids).pin_memory(), model.rotation(0, tokens).pin_memory()
         where = model.layers[0].where
-        self._inputs = x.to(where), rotation.to(where)
+        self._host_inputs, self._inputs = (x, rotation), (x.to(where), rotation.to(where))
         self._logits, self._likely = torch.empty(0), torch.empty(0)  # where a replay leaves them
         self._host_likely = torch.empty(tokens, 3 + 2 * LIKELY, dtype=torch.int32, pin_memory=True)
         self._span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]

@@ -1,0 +1,127 @@
+"""The decode step of GPUs, run on the CPU: a replay computes again what was captured."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_local import graph_step, llm
+from dsv2_local.errors import ContextLengthError
+from dsv2_local.graph_step import GUESSES, GraphStep
+from dsv2_local.kernels import cpu
+from dsv2_local.llm import LLM
+from dsv2_local.lookup import Lookup
+from dsv2_local.model import DecodeStep
+from dsv2_local.sampling import SamplingParams
+
+pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason="the reference rounds one token and many differently")
+
+PROMPT = "The bow of a violin is made of wood and hair. "
+GREEDY = SamplingParams(temperature=0)
+
+
+class Again:
+    """A graph whose replay runs the captured step once more, into the same result."""
+
+    whole = True
+
+    def capture(self, step: Callable[[], Tensor]) -> Tensor:
+        self._step, self._result = step, step()
+        return self._result
+
+    def replay(self) -> None:
+        self._result.copy_(self._step())
+
+
+class Event:
+    """Of a stream that is always done."""
+
+    def __init__(self, enable_timing: bool) -> None: ...
+    def record(self, stream: object) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: "Event") -> float:
+        return 250.0  # milliseconds
+
+
+@pytest.fixture
+def model(monkeypatch) -> LLM:
+    """nano on the CPU, decoding as on a GPU."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **given: empty(*shape, **given))
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(graph_step, "Graphs", Again)
+    made = llm.load(context=256)
+    made.engine._step = GraphStep(made.engine.model, made.engine.cache)
+    made.engine.warm_up()
+    return made
+
+
+def plain(model: LLM, tokens: list[int]) -> Tensor:
+    """Logits [T, vocab] by steps of the CPU, from an empty cache; the cache is left empty."""
+    cache = model.engine.cache
+    cache.clear()
+    step = DecodeStep(model.engine.model, cache)
+    logits = torch.stack([step.run(token).clone() for token in tokens])
+    cache.clear()
+    return logits
+
+
+def test_warming_up_captures_both_lengths_and_leaves_an_empty_cache(model):
+    assert model.engine._step.ahead
+    assert model.engine._step.guesses == GUESSES
+    assert model.engine.cache.length == 0
+
+
+def test_steps_of_one_and_of_several_tokens(model):
+    tokens = [100 + i for i in range(12)]
+    expected, step = plain(model, tokens), model.engine._step
+    at = 0
+    for count in (1, 1 + GUESSES, 1, 1 + GUESSES):
+        outcomes, seconds = step.begin(tokens[at : at + count], GREEDY)()
+        assert seconds == 0.25
+        for outcome, logits in zip(outcomes, expected[at : at + count], strict=True):
+            assert torch.equal(outcome.logits(), logits)
+            assert outcome.likely.ids.tolist() == [int(logits.argmax())]
+        at += count
+        assert model.engine.cache.length == at
+    assert torch.equal(step.run(7), plain(model, [*tokens, 7])[-1])
+
+
+def test_parameters_change_from_step_to_step(model):
+    step = model.engine._step
+    counts = [
+        len(step.begin([5], params)()[0][0].likely.ids)
+        for params in (GREEDY, SamplingParams(temperature=0.5), GREEDY, SamplingParams(temperature=0.5))
+    ]
+    assert counts[0] == counts[2] == 1
+    assert min(counts[1], counts[3]) > 1
+
+
+def test_a_full_cache_is_refused_and_stays_as_it_was(model):
+    step, cache = model.engine._step, model.engine.cache
+    for _ in range(254):
+        step.begin([5], GREEDY)()
+    with pytest.raises(ContextLengthError):
+        step.begin([5] * (1 + GUESSES), GREEDY)
+    assert cache.length == 254
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"seed": 2, "top_p": 0.9}, {"seed": 2, "repetition_penalty": 1.1}]
+)
+def test_answers_are_those_of_the_cpu_with_right_and_wrong_guesses(model, monkeypatch, options):
+    expected = [chunk.token_id for chunk in llm.load(context=256).generate(PROMPT, max_tokens=50, **options)]
+    prompt = len(model.tokenizer.encode(PROMPT))
+
+    def guess(lookup: Lookup, most: int) -> list[int]:
+        done = len(lookup._tokens) - prompt
+        return [*expected[done : done + done % (most + 1)], 5, 5, 5, 5][:most]
+
+    monkeypatch.setattr(Lookup, "guess", guess)
+    chunks = model.generate(PROMPT, max_tokens=50, **options)
+    assert [chunk.token_id for chunk in chunks] == expected
+    if len(expected) > 10:
+        assert 0 < chunks.stats.right_guesses < chunks.stats.guessed_tokens
