@@ -5,8 +5,10 @@ Everything heavy is imported inside the commands, so that help and shell complet
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ import typer
 
 from dsv2_local import __version__
 from dsv2_local.errors import Dsv2Error, InputError
+from dsv2_local.options import one_of
 
 if TYPE_CHECKING:
     from dsv2_local.llm import LLM
@@ -37,38 +40,101 @@ Model = Annotated[
         "-m", "--model", envvar="DSV2_MODEL", help="A converted directory or hub repository. Default: dsv2-nano."
     ),
 ]
-Context = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")]
-Dtype = Annotated[str, typer.Option(help="Activations: float32 or bfloat16.")]
-Device = Annotated[
-    str, typer.Option(help="cpu, cuda (all GPUs), cuda:0,cuda:1, or auto: GPUs that are able, else the CPU.")
-]
-Experts = Annotated[str, typer.Option(help="Who computes routed experts: gpu, cpu, stream, hybrid or auto.")]
-Vram = Annotated[str | None, typer.Option(help="Of each GPU at most this much: 8GiB, or 8GiB,24GiB.")]
+Experts = Annotated[str, typer.Option(help="Who computes the routed experts: gpu, cpu, stream, hybrid or auto.")]
 CacheType = Annotated[
-    str, typer.Option("--cache-type", help="How latents are kept: bf16, or int8 in 57 % of its bytes.")
+    str, typer.Option("--cache-type", help="How the KV cache stores latents: bf16, or int8 in 57 % of the bytes.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels. Default: one a physical core.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: one per physical core.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most this many tokens an answer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _PANEL = "Sampling (default: what the model's makers set)"
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_PANEL)]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass.", rich_help_panel=_PANEL)]
-TopK = Annotated[int | None, typer.Option(help="Keep this many tokens.", rich_help_panel=_PANEL)]
-MinP = Annotated[float | None, typer.Option(help="Drop below this share of the likeliest.", rich_help_panel=_PANEL)]
-Repetition = Annotated[
-    float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", rich_help_panel=_PANEL)
-]
-Presence = Annotated[
-    float | None, typer.Option("--presence-penalty", help="On tokens already used.", rich_help_panel=_PANEL)
-]
-Frequency = Annotated[
-    float | None, typer.Option("--frequency-penalty", help="On each use of a token.", rich_help_panel=_PANEL)
-]
-Seed = Annotated[int | None, typer.Option(help="The same seed, the same answer.", rich_help_panel=_PANEL)]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="End before this string (may be given again).", rich_help_panel=_PANEL)
-]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, and where it runs: the options of every command that answers."""
+
+    model: Model = None
+    context: Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")] = None
+    dtype: Annotated[str, typer.Option(help="Type of the activations: float32 or bfloat16.")] = "auto"
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda (all GPUs), cuda:0,cuda:1, or auto: the GPUs that are able, else the CPU.")
+    ] = "auto"
+    experts: Experts = "auto"
+    vram: Annotated[
+        str | None, typer.Option(help="The most memory to use of each GPU: 8GiB, or 8GiB,24GiB for two.")
+    ] = None
+    cache_type: CacheType = "bf16"
+    threads: Threads = None
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is made. None: the model makers' own default."""
+
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", "-n", help="The most tokens that an answer may have.")
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_PANEL)] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens of this total probability.", rich_help_panel=_PANEL)
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep this many of the likeliest tokens.", rich_help_panel=_PANEL)
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Drop tokens below this fraction of the largest probability.", rich_help_panel=_PANEL),
+    ] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.", rich_help_panel=_PANEL)] = (
+        None
+    )
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(help="Subtracted once from the logit of a token in the answer.", rich_help_panel=_PANEL),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(help="Subtracted for each time that a token is in the answer.", rich_help_panel=_PANEL),
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.", rich_help_panel=_PANEL)] = (
+        None
+    )
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End the answer before this string (may be repeated).", rich_help_panel=_PANEL),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses of options: typer sees their fields as options of their own."""
+    own = signature(command)
+    groups: dict[str, type[Any]] = {
+        name: parameter.annotation
+        for name, parameter in own.parameters.items()
+        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation)
+    }
+
+    def spread(**values: Any) -> None:
+        made = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**made, **values)
+
+    parameters: list[Parameter] = []
+    for name, parameter in own.parameters.items():
+        shown = signature(groups[name]).parameters.values() if name in groups else [parameter]
+        parameters += [each.replace(kind=Parameter.KEYWORD_ONLY) for each in shown]
+    spread.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {each.name: each.annotation for each in parameters}
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    return spread
 
 
 def _show_version(asked: bool) -> None:
@@ -87,93 +153,63 @@ def _global(
 
 
 @app.command()
+@grouped
 def chat(
-    model: Model = None,
+    load: LoadOptions,
+    generation: GenerationOptions,
     session: Annotated[
-        str | None, typer.Option(help="Go on with this session, or begin it; it is saved in the end.")
+        str | None, typer.Option(help="Continue this session, or begin it; it is saved at the end.")
     ] = None,
     system: System = None,
-    max_tokens: MaxTokens = None,
-    context: Context = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    experts: Experts = "auto",
-    vram: Vram = None,
-    cache_type: CacheType = "bf16",
-    threads: Threads = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: Repetition = None,
-    presence_penalty: Presence = None,
-    frequency_penalty: Frequency = None,
-    seed: Seed = None,
-    stop: Stop = None,
 ) -> None:
     """Talk with a model in the terminal."""
-    placement = {name: value for name, value in locals().items() if name in _PLACEMENT}
-    options = _given(locals(), "max_tokens", *_SAMPLING)
     if session is not None:
-        from dsv2_local import sessions
+        from dsv2_local.commands import sessions
 
         sessions.file(session)  # before loading, so that a mistake shows at once
     if not sys.stdin.isatty():
         if session is not None:
             raise InputError("--session needs a terminal; `dsv2 run --cache FILE` keeps what a script has read")
-        from dsv2_local.console import notice
-        from dsv2_local.pipe import gather_prompt
+        from dsv2_local.commands.console import notice
+        from dsv2_local.commands.run import gather_prompt
 
         notice("standard input is not a terminal; answering it as `dsv2 run` would")
         text = gather_prompt(None, [], sys.stdin)
-        with _load(**placement) as llm:
-            _run(llm, text, options, system=system)
+        with _load(load) as llm:
+            _run(llm, text, generation.given(), system=system)
         return
-    from dsv2_local.chat import Chat
+    from dsv2_local.commands.chat import Chat
 
-    with _load(**placement) as llm:
-        Chat(llm, system, options, session=session).loop()
+    with _load(load) as llm:
+        Chat(llm, system, generation.given(), session=session).loop()
 
 
 @app.command()
+@grouped
 def run(
+    load: LoadOptions,
+    generation: GenerationOptions,
     prompt: Annotated[str | None, typer.Argument(help="Put after what comes from files and standard input.")] = None,
     file: Annotated[list[Path] | None, typer.Option("-f", "--file", help="Put a file before the prompt.")] = None,
-    model: Model = None,
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and figures.")] = False,
-    stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
+    stream: Annotated[bool, typer.Option(help="Print the answer word by word.")] = True,
     stats: Annotated[bool, typer.Option("--stats", help="Print the figures to stderr.")] = False,
-    logprobs: Annotated[int | None, typer.Option(help="With --json: this many likeliest tokens a step.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep what was read in this file; a prompt that begins like it goes on from it.")
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log probabilities of this many likeliest tokens a step.")
     ] = None,
-    max_tokens: MaxTokens = None,
-    context: Context = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    experts: Experts = "auto",
-    vram: Vram = None,
-    cache_type: CacheType = "bf16",
-    threads: Threads = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: Repetition = None,
-    presence_penalty: Presence = None,
-    frequency_penalty: Frequency = None,
-    seed: Seed = None,
-    stop: Stop = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Save the KV cache to this file; a later prompt that begins alike reuses it."),
+    ] = None,
 ) -> None:
     """Answer one prompt from arguments, files and standard input, for use in scripts."""
-    placement = {name: value for name, value in locals().items() if name in _PLACEMENT}
-    options = _given(locals(), "max_tokens", "logprobs", *_SAMPLING)
-    from dsv2_local.pipe import gather_prompt
+    options = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
+    from dsv2_local.commands.run import gather_prompt
 
     text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
-    with _load(**placement) as llm:
+    with _load(load) as llm:
         _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats, cache=cache)
 
 
@@ -181,7 +217,7 @@ def run(
 def list_sessions(invocation: typer.Context) -> None:
     """List saved chats, or delete some."""
     if invocation.invoked_subcommand is None:
-        from dsv2_local import sessions
+        from dsv2_local.commands import sessions
 
         with _closed_pipe_is_no_error():
             sessions.show()
@@ -193,7 +229,7 @@ def delete_sessions(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete saved chats."""
-    from dsv2_local import sessions
+    from dsv2_local.commands import sessions
 
     sessions.check(names)
     if not yes and not sys.stdin.isatty():
@@ -213,13 +249,17 @@ def quantize(
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="For gated repositories.")] = None,
 ) -> None:
     """Convert a DeepSeek-V2 release to 4-bit weights; interrupted, the same command goes on."""
-    from dsv2_local import quantizing
+    from dsv2_local.commands import quantize
     from dsv2_local.quant.schema import Recipe
 
-    if recipe not in list(Recipe):
-        raise InputError(f"--recipe {recipe} is not one of {', '.join(Recipe)}")
-    quantizing.run(
-        source, destination, recipe=Recipe(recipe), check=verify, force=force, revision=revision, token=token
+    quantize.run(
+        source,
+        destination,
+        recipe=one_of("--recipe", recipe, Recipe),
+        check=verify,
+        force=force,
+        revision=revision,
+        token=token,
     )
 
 
@@ -231,29 +271,36 @@ def plan(
     ram: Annotated[str | None, typer.Option(help="RAM that may be used, such as 192GiB.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that must fit: 8192, or 128K.")] = None,
     cache_type: Annotated[
-        str, typer.Option("--cache-type", "--cache", help="How latents are kept: bf16, int8 or fp32.")
+        str, typer.Option("--cache-type", help="How the KV cache stores latents: bf16, int8 or fp32.")
     ] = "bf16",
+    cache: Annotated[str | None, typer.Option("--cache", hidden=True)] = None,
     experts: Experts = "auto",
-    rates: Annotated[str, typer.Option(help="GB/s and GFLOP/s to reckon with: ram=80,link=25,vram=900.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    rates: Annotated[
+        str, typer.Option(help="Rates to predict the speed from, in GB/s and GFLOP/s: ram=80,link=25,vram=900.")
+    ] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Show where a model would lie in memory, here or on another machine, before anything is downloaded."""
-    from dsv2_local import planning
+    from dsv2_local.commands import plan
+    from dsv2_local.commands.console import notice
 
+    if cache is not None:
+        notice("--cache is now spelled --cache-type")
+    options = plan.PlanOptions(model, recipe, vram, ram, context, cache or cache_type, rates, experts)
     with _closed_pipe_is_no_error():
-        planning.run(planning.Request(model, recipe, vram, ram, context, cache_type, rates, experts), as_json)
+        plan.run(options, as_json)
 
 
 @app.command()
 def inspect(
     model: Annotated[str | None, typer.Argument(envvar="DSV2_MODEL", help="A directory or hub repository.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a model's architecture, tensors, sizes and cache."""
-    from dsv2_local import inspection
+    from dsv2_local.commands import inspect
 
     with _closed_pipe_is_no_error():
-        inspection.show(model, as_json)
+        inspect.show(model, as_json)
 
 
 @app.command()
@@ -275,75 +322,41 @@ def bench(
     recipe: Annotated[
         str | None, typer.Option(help="Of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     trace: Annotated[
         Path | None, typer.Option(help="Measure nothing; write the experts that a text is routed to, to this file.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="With --trace: the text. Default: standard input.")] = None,
 ) -> None:
     """Measure how fast this machine runs a model, or would run one that is not there yet."""
-    from dsv2_local import bench, llm
-    from dsv2_local.kernels.format import Cache
+    from dsv2_local.commands import bench
+    from dsv2_local.llm import CACHE_DTYPES
     from dsv2_local.quant.schema import Recipe
 
-    if recipe is not None and recipe not in list(Recipe):
-        raise InputError(f"--recipe {recipe} is not one of {', '.join(Recipe)}")
     source = invocation.get_parameter_source("model")
     if random_weights is not None and source is not None and source.name == "ENVIRONMENT":
         model = None  # $DSV2_MODEL is only a default
-    if cache_type not in llm.CACHES:
-        raise InputError(f"--cache-type {cache_type} is not one of {', '.join(llm.CACHES)}")
-    chosen = None if recipe is None else Recipe(recipe)
-    request = bench.Request(model, random_weights, layers, prompt, decode, context, threads, chosen, Cache(cache_type))
+    chosen = None if recipe is None else one_of("--recipe", recipe, Recipe)
+    kept = one_of("--cache-type", cache_type, CACHE_DTYPES)
+    options = bench.BenchOptions(model, random_weights, layers, prompt, decode, context, threads, chosen, kept)
     if trace is not None:
-        bench.trace(request, trace, text)
+        bench.trace(options, trace, text)
         return
     with _closed_pipe_is_no_error():
-        bench.run(request, as_json)
+        bench.run(options, as_json)
 
 
-_SAMPLING = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "stop",
-)  # fmt: skip
+def _load(options: LoadOptions) -> "LLM":
+    from dsv2_local.commands.loading import load
+
+    return load(**asdict(options))
 
 
-_PLACEMENT = ("model", "context", "dtype", "cache_type", "device", "experts", "vram", "threads")
-
-
-def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The options that were given, by name."""
-    return {name: values[name] for name in names if values[name] is not None}
-
-
-def _load(model: str | None, vram: str | None, cache_type: str, **options: Any) -> "LLM":
-    from dsv2_local import llm
-    from dsv2_local.console import Waiting, notice
-    from dsv2_local.kernels import ops
-    from dsv2_local.sizes import size
-
-    if model is None:
-        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
-    limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
-    experts, kernels = (
-        Waiting("bringing experts to page-locked RAM"),
-        Waiting("preparing the GPU's kernels", unit="steps"),
-    )
-    with experts as progress, kernels as preparing:
-        loaded = llm.load(
-            model, vram=limits, cache=cache_type, progress=progress, preparing=preparing, **options
-        )  # fmt: skip
-    for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
-        if warning:
-            notice(warning)
-    return loaded
-
-
-def _run(llm: "LLM", text: str, options: dict[str, Any], **settings: Any) -> None:
-    from dsv2_local import pipe
+def _run(llm: "LLM", text: str, generation: dict[str, Any], **settings: Any) -> None:
+    from dsv2_local.commands import run
 
     with _closed_pipe_is_no_error():
-        pipe.run(llm, pipe.Request(text, options, **settings), sys.stdout)
+        run.run(llm, run.RunOptions(text, generation, **settings), sys.stdout)
 
 
 @contextmanager

@@ -23,15 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dsv2_local import placement, released
-from dsv2_local.cache import LatentCache
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures import released
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.format import Cache
+from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.kernels.latents import quantize_latents
-from dsv2_local.model import LATENT_NORM_EPS, Transformer
 from dsv2_local.quant.schema import Recipe
-from dsv2_local.random_weights import build, first_layers
+from dsv2_local.runtime import placement
+from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.model import LATENT_NORM_EPS, Transformer
+from dsv2_local.runtime.random_weights import build, first_layers
 
 CASES = ("bf16", "int8", "other", "fp32")
 PAIRS = (
@@ -65,9 +66,9 @@ def run(case: str, layers: int, tokens: int, file: Path) -> None:
     config = first_layers(released.read_config("deepseek-v2-lite"), layers)
     made = build(config, Recipe.NF4)
     ops.set_threads(None, made.layout.format)
-    source = placement.Source(config, made.weights, made.layout, made.records)
-    model = placement.in_ram(source, torch.float32).model
-    cache = LatentCache(config, tokens + NEXT, Cache.BF16 if case == "other" else Cache(case))
+    source = placement.ModelWeights(config, made.weights, made.layout, made.records)
+    model = placement.place_in_ram(source, torch.float32).model
+    cache = LatentCache(config, tokens + NEXT, CacheDtype.BF16 if case == "other" else CacheDtype(case))
     ids = text(1 if case == "other" else 0, tokens, config.vocab_size)
     following = text(2, NEXT, config.vocab_size)
     start = time.perf_counter()
@@ -76,7 +77,7 @@ def run(case: str, layers: int, tokens: int, file: Path) -> None:
         for at in range(begin, end, CHUNK):
             read(model, ids[at : min(at + CHUNK, end)], cache)
             print(f"{case}: {cache.length:,} tokens, {time.perf_counter() - start:,.0f} s", file=sys.stderr)
-        for kind in (Cache.BF16, Cache.INT8) if case == "fp32" else ():
+        for kind in (CacheDtype.BF16, CacheDtype.INT8) if case == "fp32" else ():
             copy = rounded(cache, config, kind)
             found[f"fp32 rounded to {kind}"][end] = model.logits(model.forward(following, copy))
         found[case][end] = model.logits(model.forward(following, cache))
@@ -87,23 +88,25 @@ def run(case: str, layers: int, tokens: int, file: Path) -> None:
 @torch.inference_mode()
 def read(model: Transformer, ids: Tensor, cache: LatentCache) -> None:
     """`Transformer.forward` for the sake of the cache alone: of the last layer only the latents are needed."""
-    cache.make_room(len(ids))
+    cache.reserve(len(ids))
     rotation = model.rotation(cache.length, len(ids))
     x = model.through_layers(model.embed(ids), rotation, cache, layers=-1)
     last, attention = model.layers[-1], model.layers[-1].self_attn
     kv_a = ops.linear(ops.rms_norm(x, last.input_layernorm, last.eps), attention.kv_a_proj_with_mqa)
-    rows, sequence = cache.layers[-1], cache.sequences[-1]
-    ops.write_latents(rows, sequence, kv_a, attention.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+    rows, block_table = cache.layers[-1], cache.block_tables[-1]
+    ops.write_latents(rows, block_table, kv_a, attention.kv_a_layernorm, LATENT_NORM_EPS, rotation)
     cache.advance(len(ids))
 
 
-def rounded(cache: LatentCache, config: ModelConfig, kind: Cache) -> LatentCache:
+def rounded(cache: LatentCache, config: ModelConfig, kind: CacheDtype) -> LatentCache:
     """A copy of an fp32 cache that keeps its rows otherwise."""
     copy = LatentCache(config, cache.length + NEXT, kind)
-    copy.make_room(cache.length)
+    copy.reserve(cache.length)
     for layer in range(config.num_hidden_layers):
         rows = cache.rows(layer)
-        copy.put(layer, quantize_latents(rows, config.kv_lora_rank) if kind is Cache.INT8 else rows.bfloat16())
+        copy.write_rows(
+            layer, quantize_latents(rows, config.kv_lora_rank) if kind is CacheDtype.INT8 else rows.bfloat16()
+        )
     copy.advance(cache.length)
     return copy
 

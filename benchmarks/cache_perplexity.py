@@ -22,8 +22,8 @@ from torch import Tensor
 
 import dsv2_local
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.format import Cache
-from dsv2_local.model import DecodeStep
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.runtime.cpu_step import CpuStep
 
 QUESTIONS = (*map(what_is, KEYS + FILLING), *SMALL_TALK)
 LONGEST = 480  # tokens: nano was trained on 512
@@ -74,7 +74,7 @@ def at_once(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
 def token_by_token(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
     """The same, in steps of one token."""
     llm.engine.cache.clear()
-    step = DecodeStep(llm.engine.model, llm.engine.cache)
+    step = CpuStep(llm.engine.model, llm.engine.cache)
     return torch.stack([step.run(token).clone() for token in ids])
 
 
@@ -100,15 +100,15 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=400)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    models = {kept: dsv2_local.load(device="cpu", cache=kept) for kept in (Cache.BF16, Cache.INT8)}
+    models = {kept: dsv2_local.load(device="cpu", cache_dtype=kept) for kept in (CacheDtype.BF16, CacheDtype.INT8)}
     random = Random(0)
-    talks = [converse(models[Cache.BF16], random) for _ in range(given.conversations)]
+    talks = [converse(models[CacheDtype.BF16], random) for _ in range(given.conversations)]
     figures = []
     for how, logits_of in (("at once", at_once), ("token by token", token_by_token)):
         found = {
             kept: [log_probabilities(logits_of(llm, talk.ids), talk) for talk in talks] for kept, llm in models.items()
         }
-        figures.append(compare(how, found[Cache.BF16], found[Cache.INT8]))
+        figures.append(compare(how, found[CacheDtype.BF16], found[CacheDtype.INT8]))
     table = Table("read", "answer tokens", "bf16", "int8", "difference", title=f"kernels: {ops.variant()}")
     for f in figures:
         table.add_row(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.quant.schema import parameters, source_shapes
 
 LITE: dict[str, Any] = {

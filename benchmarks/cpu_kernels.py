@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import cpu, ops
-from dsv2_local.kernels.format import PAGE, Cache, ExpertLayout, Format, matrix_nbytes, pages_of
+from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype, ExpertLayout, Format, blocks_for, matrix_nbytes
 from dsv2_local.kernels.latents import row_shape, write_rows
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
 from dsv2_local.quant import int8
@@ -77,20 +77,20 @@ def choice(tokens: int, experts: int, i: int) -> tuple[Tensor, Tensor]:
     return ids, torch.full((tokens, 6), 1 / 6)
 
 
-def attention(tokens: int, context: int, cache: Cache) -> tuple[Callable[[Tensor, int], Tensor], int, float]:
+def attention(tokens: int, context: int, cache: CacheDtype) -> tuple[Callable[[Tensor, int], Tensor], int, float]:
     """V2-Lite's attention of the last `tokens` of `context`, over several caches; with its operations."""
     H, N, P, C, V = 16, 128, 64, 512, 128
     width, dtype = row_shape(cache, C, P)
-    count, pages = max(2, WORKING_SET // (context * width * dtype.itemsize)), pages_of(context)
-    caches, sequence = torch.empty(count, pages, PAGE, width, dtype=dtype), torch.tensor([0, *range(pages)])
+    count, pages = max(2, WORKING_SET // (context * width * dtype.itemsize)), blocks_for(context)
+    caches, block_table = torch.empty(count, pages, CACHE_BLOCK, width, dtype=dtype), torch.tensor([0, *range(pages)])
     for made in caches:
-        write_rows(made, sequence, torch.randn(context, C + P), C)
-    sequence[0] = context - tokens
+        write_rows(made, block_table, torch.randn(context, C + P), C)
+    block_table[0] = context - tokens
     w_uk, w_uv = (int8.quantize(torch.randn(H * rows, cols) / cols**0.5) for rows, cols in ((C, N), (V, C)))
     rotation = torch.ones(tokens, P // 2, dtype=torch.complex64)
 
     def product(q: Tensor, i: int) -> Tensor:
-        return ops.attention(q.view(tokens, H, N + P), rotation, caches[i], sequence, w_uk, w_uv, 0.1)
+        return ops.attention(q.view(tokens, H, N + P), rotation, caches[i], block_table, w_uk, w_uv, 0.1)
 
     absorbed = tokens * context * H * (2 * C + P)
     rebuilt = H * (tokens * (context - tokens / 2) * (N + P + V) + context * C * (N + V))
@@ -138,7 +138,7 @@ def main() -> None:
     for format in (Format.NF4, Format.INT8):
         show_mixture(format, given.seconds)
     for tokens, context in ((1, 1024), (1, 4096), (1, 32768), (512, 512), (512, 4096)):
-        for cache in (Cache.BF16, Cache.INT8):
+        for cache in (CacheDtype.BF16, CacheDtype.INT8):
             show_attention(tokens, context, cache, given.seconds)
 
 
@@ -151,7 +151,7 @@ def show_mixture(format: Format, budget: float) -> None:
     print(f"{'Lite mixture':16}{f'dsv2 {format}':18}1 token {rate:>5.1f} GB/s; {TOKENS[1:]} tokens {many} GFLOP/s")
 
 
-def show_attention(tokens: int, context: int, cache: Cache, budget: float) -> None:
+def show_attention(tokens: int, context: int, cache: CacheDtype, budget: float) -> None:
     product, count, operations = attention(tokens, context, cache)
     seconds = seconds_of(product, count, torch.randn(tokens, 16 * 192), budget)
     width, dtype = row_shape(cache, 512, 64)

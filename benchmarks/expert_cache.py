@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv2_local.errors import Dsv2Error
-from dsv2_local.offload.lru import Policy
+from dsv2_local.offload.expert_cache import Policy
 from dsv2_local.offload.trace import Trace, best_hit_rate, hit_rate
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)

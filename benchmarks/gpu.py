@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv2_local.config import ModelConfig
+    from dsv2_local.architectures.config import ModelConfig
     from dsv2_local.offload.device import Device, Event
-    from dsv2_local.offload.plan import Mode, Plan
-    from dsv2_local.placement import Source
+    from dsv2_local.offload.plan import Plan
+    from dsv2_local.offload.plan_request import Mode
+    from dsv2_local.runtime.placement import ModelWeights
 
 GIB = 1 << 30
 TINY = {
@@ -59,9 +60,9 @@ def measured(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
     """What the command tells, as plain values, whenever there is more of it."""
     import gpu_kernels
 
-    from dsv2_local import released
-    from dsv2_local.config import ModelConfig
-    from dsv2_local.random_weights import first_layers
+    from dsv2_local.architectures import released
+    from dsv2_local.architectures.config import ModelConfig
+    from dsv2_local.runtime.random_weights import first_layers
 
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,31 +89,32 @@ def cases(
     A limit is bytes, a share of the experts in slots, none, or `LONG`: a prompt of all the context within 24 GiB.
     """
     from dsv2_local.kernels import ops
-    from dsv2_local.offload.plan import Mode
-    from dsv2_local.placement import Source
+    from dsv2_local.offload.plan_request import Mode
     from dsv2_local.quant.schema import Recipe
-    from dsv2_local.random_weights import build
+    from dsv2_local.runtime.placement import ModelWeights
+    from dsv2_local.runtime.random_weights import build
 
     made = build(config, Recipe.NF4, threads=os.cpu_count() or 1)
-    source = Source(config, made.weights, made.layout, made.records)
+    weights = ModelWeights(config, made.weights, made.layout, made.records)
     ops.set_threads(None, made.layout.format)
     for limit in limits:
         for mode in (Mode.GPU,) if limit in (None, LONG) else (Mode.HYBRID, Mode.STREAM, Mode.CPU):
-            yield {"model": name, "mode": str(mode), **case(source, mode, limit, interpret, tiny)}
+            yield {"model": name, "mode": str(mode), **case(weights, mode, limit, interpret, tiny)}
 
 
-def case(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool) -> dict[str, Any]:
+def case(weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool) -> dict[str, Any]:
     """Load, prefill, decode and give everything back."""
     import torch
 
-    from dsv2_local import placement
-    from dsv2_local.engine import Engine, Stats
-    from dsv2_local.offload.schedule import OffloadedExperts
-    from dsv2_local.sampling import SamplingParams
+    from dsv2_local.offload.offloaded_experts import OffloadedExperts
+    from dsv2_local.runtime import placement
+    from dsv2_local.runtime.engine import Engine, Request, Stats
+    from dsv2_local.runtime.sampling_params import SamplingParams
 
-    device, plan = planned(source, mode, limit, interpret, tiny)
-    placed = placement.on_devices(source, plan, [device], torch.float32 if interpret else torch.bfloat16)
-    engine, vocab = Engine(placed.model, plan.wish.context, plan.chunk), source.config.vocab_size
+    device, plan = planned(weights, mode, limit, interpret, tiny)
+    placed = placement.place_on_devices(weights, plan, [device], torch.float32 if interpret else torch.bfloat16)
+    engine = Engine(placed.model, plan.request.context, plan.request.cache_dtype, plan.chunk)
+    vocab = weights.config.vocab_size
     prompts, answer = ((4,), 2) if tiny else ((16, engine.context - ANSWER), ANSWER)
     start = time.perf_counter()
     engine.warm_up()
@@ -121,7 +123,8 @@ def case(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tiny: 
     for prompt in prompts:  # the first fills slots
         stats = Stats()
         engine.cache.clear()
-        steps = engine.generate(torch.randint(vocab, (prompt,)).tolist(), greedy, stats, max_tokens=answer)
+        request = Request(torch.randint(vocab, (prompt,)).tolist(), greedy, max_tokens=answer)
+        steps = engine.generate(request, stats)
         next(steps)
         start = time.perf_counter()
         for _ in steps:
@@ -130,13 +133,13 @@ def case(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tiny: 
         runs.append(stats)
     figures: dict[str, Any] = {
         "slots": plan.slots, "experts": plan.experts, "prompt": prompts[-1], "prefill_tok_s": runs[-1].prefill_tok_s,
-        "decode_tok_s": (answer - 1) / wall, "predicted_tok_s": plan.forecast.decode_tok_s,
+        "decode_tok_s": (answer - 1) / wall, "predicted_tok_s": forecast(plan).decode_tok_s,
         "warm_up_seconds": warm_up, "planned_bytes": plan.gpus[0].used - plan.gpus[0].parts["driver"],
     }  # fmt: skip
     if not interpret:
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     if isinstance(placed.experts, OffloadedExperts):
-        experts = placed.experts.figures
+        experts = placed.experts.stats
         figures |= {"hit_rate": experts.hit_rate, "fetched_bytes": experts.fetched_bytes, "retries": experts.retries}
         figures["link_gb_s"] = experts.fetched_bytes / experts.fetch_seconds / 1e9 if experts.fetch_seconds else 0.0
     placed.close()
@@ -147,21 +150,24 @@ def case(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tiny: 
     return figures
 
 
-def planned(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool) -> tuple["Device", "Plan"]:
+def planned(
+    weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool
+) -> tuple["Device", "Plan"]:
     """A device, and the plan of the model on as much of it as the limit says."""
-    from dsv2_local.kernels.format import Cache
-    from dsv2_local.machine import memory_available
-    from dsv2_local.offload.cuda import CudaDevice
-    from dsv2_local.offload.plan import CONTEXT_BYTES, Machine, Mode, Wish, plan
-    from dsv2_local.offload.stand_in import StandIn
+    from dsv2_local.kernels.format import CacheDtype
+    from dsv2_local.machine.resources import memory_available
+    from dsv2_local.offload.cuda_device import CudaDevice
+    from dsv2_local.offload.plan import CONTEXT_BYTES, make_plan
+    from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
+    from dsv2_local.offload.simulated_device import SimulatedDevice
     from dsv2_local.quant.schema import Recipe
 
     long = limit == LONG
     limit = 24 * GIB if isinstance(limit, str) else limit
     context = 16 if tiny else LONG_PROMPT + ANSWER if long else 4096 + ANSWER
-    wish = Wish(source.config, Recipe.NF4, context, Cache.FP32 if interpret else Cache.BF16, mode)
+    request = PlanRequest(weights.config, Recipe.NF4, context, CacheDtype.FP32 if interpret else CacheDtype.BF16, mode)
 
-    class InTurn(StandIn):
+    class InTurn(SimulatedDevice):
         """Whose work is done before the caller goes on: Triton's interpreter bears one thread at a time."""
 
         def compute(self, work: Callable[[], None], after: Sequence["Event"] = ()) -> "Event":
@@ -172,13 +178,13 @@ def planned(source: "Source", mode: "Mode", limit: "Limit", interpret: bool, tin
     device: Device = InTurn(capacity=GIB) if interpret else CudaDevice(0)
     room = device.free + CONTEXT_BYTES
     if isinstance(limit, float) or (tiny and limit):
-        whole = plan(replace(wish, experts=Mode.STREAM), Machine((1 << 50,), 1 << 50))
+        whole = make_plan(replace(request, experts=Mode.STREAM), Machine((1 << 50,), 1 << 50))
         share = limit if isinstance(limit, float) else 0.5
         slots = int(whole.experts * share) * whole.expert_bytes
         room = min(room, whole.gpus[0].used - whole.gpus[0].parts["expert slots"] + slots)
     elif limit:
         room = min(room, int(limit))
-    return device, plan(wish, Machine((room,), memory_available(), available=True))
+    return device, make_plan(request, Machine((room,), memory_available(), available=True))
 
 
 def show(result: dict[str, Any]) -> None:

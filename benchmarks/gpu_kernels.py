@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels import reference
-from dsv2_local.kernels.format import PAGE, Cache, ExpertLayout, Format, matrix_nbytes, pages_of
+from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype, ExpertLayout, Format, blocks_for, matrix_nbytes
 from dsv2_local.kernels.latents import quantize_latents, row_shape
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
 
@@ -130,10 +130,10 @@ def check_all(device: str, tiny: bool) -> dict[str, float]:
     heads = 4 if tiny else 16
     moved_weights = (Matrix(m.format, m.rows, m.cols, *(part.to(device) for part in m.parts)) for m in (uk, uv))
     w_uk, w_uv = moved_weights
-    q, latents = torch.randn(2, heads, N + P).bfloat16(), torch.randn(2, PAGE, uv.cols + P).bfloat16()
-    rotation, sequence = torch.polar(torch.ones(2, P // 2), torch.randn(2, P // 2)), torch.tensor([97, 1, 0])
-    exact = reference.attention(q.float(), rotation, latents.float(), sequence, uk, uv, 0.1, absorb=True)
-    inputs = [part.to(device) for part in (q, rotation, latents, sequence)]
+    q, latents = torch.randn(2, heads, N + P).bfloat16(), torch.randn(2, CACHE_BLOCK, uv.cols + P).bfloat16()
+    rotation, block_table = torch.polar(torch.ones(2, P // 2), torch.randn(2, P // 2)), torch.tensor([97, 1, 0])
+    exact = reference.attention(q.float(), rotation, latents.float(), block_table, uk, uv, 0.1, absorb=True)
+    inputs = [part.to(device) for part in (q, rotation, latents, block_table)]
     for absorb, name in ((True, "absorbed"), (False, "materialised")):
         errors[f"attention, {name}"] = off(kernels.attention(*inputs, w_uk, w_uv, 0.1, absorb), exact)
     return errors
@@ -201,22 +201,22 @@ def attentions(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, f
 
     for name, heads in ({"tiny": 4} if tiny else HEADS).items():
         uk, uv, N, P = latent_weights(heads, tiny, device)
-        for context, kind in product((100,) if tiny else (4096, 32768), (Cache.BF16, Cache.INT8)):
-            C, pages = uv.cols, pages_of(context)
+        for context, kind in product((100,) if tiny else (4096, 32768), (CacheDtype.BF16, CacheDtype.INT8)):
+            C, blocks = uv.cols, blocks_for(context)
             width, dtype = row_shape(kind, C, P)
             size = context * width * dtype.itemsize
             count = 2 if tiny else turns_of(size, 1)
-            rows = (torch.randn(pages * PAGE, C + P, device=device) for _ in range(count))
-            written = [quantize_latents(part, C) if kind is Cache.INT8 else part.bfloat16() for part in rows]
-            caches = [part.view(pages, PAGE, width) for part in written]
+            rows = (torch.randn(blocks * CACHE_BLOCK, C + P, device=device) for _ in range(count))
+            written = [quantize_latents(part, C) if kind is CacheDtype.INT8 else part.bfloat16() for part in rows]
+            caches = [part.view(blocks, CACHE_BLOCK, width) for part in written]
             q = torch.randn(1, heads, N + P, device=device).bfloat16()
             rotation = torch.ones(1, P // 2, dtype=torch.complex64, device=device)
-            sequence = torch.tensor([context - 1, *range(pages)], device=device)
+            block_table = torch.tensor([context - 1, *range(blocks)], device=device)
             turn = partial(
-                lambda i, q, rotation, caches, sequence, uk, uv: kernels.attention(
-                    q, rotation, caches[i], sequence, uk, uv, 0.1, True
+                lambda i, q, rotation, caches, block_table, uk, uv: kernels.attention(
+                    q, rotation, caches[i], block_table, uk, uv, 0.1, True
                 ),
-                q=q, rotation=rotation, caches=caches, sequence=sequence, uk=uk, uv=uv,
+                q=q, rotation=rotation, caches=caches, block_table=block_table, uk=uk, uv=uv,
             )  # fmt: skip
             weights = sum(part.nbytes for matrix in (uk, uv) for part in matrix.parts)
             operations = 2 * heads * (context * (2 * C + P) + C * (N + uv.rows // heads))

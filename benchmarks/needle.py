@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local.kernels.format import Cache
+from dsv2_local.kernels.format import CacheDtype
 
 TRAINED = 512
 DISTANCES = (0, 16, 32, 64, 128, 256, 320, 512)
@@ -165,7 +165,7 @@ class Induction:
     def __init__(self, llm: dsv2_local.LLM, filling: Turns) -> None:
         self.filling, self.model = filling, llm.engine.model
         self.vocab = llm.config.vocab_size
-        self.cache = self.model.new_cache(llm.context, llm.engine.cache.kind)
+        self.cache = self.model.new_cache(llm.context, llm.engine.cache.dtype)
 
     def needle(self, random: Random, distances: Sequence[int]) -> list[Found]:
         string, other = ([random.randrange(3, self.vocab) for _ in range(STRING)] for _ in range(2))
@@ -234,7 +234,7 @@ def main() -> None:
     given = parser.parse_args()
     distances = [int(part) for part in given.distances.split(",")] if given.distances else DISTANCES
     figures: list[Figure] = []
-    for figure in measure((Cache.BF16, Cache.INT8), given.needles, distances):
+    for figure in measure((CacheDtype.BF16, CacheDtype.INT8), given.needles, distances):
         figures.append(figure)
         if given.json:
             given.json.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")

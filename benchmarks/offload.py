@@ -24,14 +24,14 @@ from torch import Tensor
 
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout, Format
-from dsv2_local.offload import schedule
+from dsv2_local.offload import offloaded_experts
+from dsv2_local.offload.balance import Costs, divide
 from dsv2_local.offload.device import Event
-from dsv2_local.offload.lru import Policy
-from dsv2_local.offload.plan import Mode
-from dsv2_local.offload.schedule import Lane, OffloadedExperts
-from dsv2_local.offload.slots import Slots
-from dsv2_local.offload.split import Costs, divide
-from dsv2_local.offload.stand_in import StandIn
+from dsv2_local.offload.expert_cache import Policy
+from dsv2_local.offload.expert_slots import ExpertSlots
+from dsv2_local.offload.offloaded_experts import DeviceExperts, OffloadedExperts
+from dsv2_local.offload.plan_request import Mode
+from dsv2_local.offload.simulated_device import SimulatedDevice
 
 LAYOUT = ExpertLayout(Format.NF4, 2048, 1408)
 EXPERTS, PER_TOKEN, LAYERS = 64, 6, 4
@@ -100,14 +100,14 @@ def decode(records: dict[int, Tensor], link: float, cpu: float, slots: int) -> d
     result: dict[str, Any] = {"link_gb_s": link, "cpu_gb_s": cpu, "slots": slots}
     x, weights = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN)
     for mode in (Mode.CPU, Mode.STREAM, Mode.HYBRID):
-        with speeds(records, cpu), patch.object(schedule, "divide", noted):
+        with speeds(records, cpu), patch.object(offloaded_experts, "divide", noted):
             experts = made(records, mode, link, cpu, slots)
             start = time.perf_counter()
             for token in choices():
                 for layer, ids in enumerate(token):
-                    experts.begin(layer, x, ids, weights)()
+                    experts.start(layer, x, ids, weights)()
             result[f"{mode}_ms"] = (time.perf_counter() - start) / TOKENS / LAYERS * 1e3
-            figures = experts.figures
+            figures = experts.stats
             experts.close()
     missed = figures.misses * LAYOUT.nbytes / TOKENS / LAYERS
     result["bound_ms"] = missed / ((link + cpu) * GB) * 1e3
@@ -122,12 +122,12 @@ def prefill(records: dict[int, Tensor], link: float, slots: int) -> dict[str, An
     x, weights = torch.zeros(PROMPT, LAYOUT.hidden_size), torch.ones(PROMPT, PER_TOKEN)
     with speeds(records, 1e-3):
         experts = made(records, Mode.STREAM, link, 1.0, slots)
-        before, start = experts.figures.fetched_bytes, time.perf_counter()
+        before, start = experts.stats.fetched_bytes, time.perf_counter()
         for layer in records:
-            experts.begin(layer, x, ids, weights)()
+            experts.start(layer, x, ids, weights)()
         seconds = time.perf_counter() - start
-        fetched = experts.figures.fetched_bytes - before
-        assert experts.figures.streamed_layers == LAYERS
+        fetched = experts.stats.fetched_bytes - before
+        assert experts.stats.streamed_layers == LAYERS
         experts.close()
     return {"link_gb_s": link, "slots": slots, "seconds": seconds, "of_bound": fetched / (link * GB) / seconds}
 
@@ -140,7 +140,7 @@ class Done:
     def wait(self) -> None: ...
 
 
-class Nowhere(StandIn):
+class Nowhere(SimulatedDevice):
     """A device that is done at once with what it is given, without doing it."""
 
     def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
@@ -153,8 +153,8 @@ class Nowhere(StandIn):
 def overhead(records: dict[int, Tensor], slots: int) -> dict[str, float]:
     """Microseconds that the caller spends on a decoded layer beside kernels, in the best of some rounds."""
     costs = Costs(LAYOUT.nbytes / GB, LAYOUT.nbytes / GB, 0.0)
-    placed = Slots(Nowhere(), LAYOUT, slots, EXPERTS, Policy.LRFU)
-    experts = OffloadedExperts([Lane(placed, LAYOUT, records, Mode.HYBRID, costs)])
+    placed = ExpertSlots(Nowhere(), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    experts = OffloadedExperts([DeviceExperts(placed, LAYOUT, records, Mode.HYBRID, costs)])
     x, weights, tokens = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN), choices()
     best = inf
     with patch.object(ops, "expert_outputs", lambda *arguments: None), torch.inference_mode():
@@ -162,9 +162,9 @@ def overhead(records: dict[int, Tensor], slots: int) -> dict[str, float]:
             start = time.perf_counter()
             for token in tokens:
                 for layer, ids in enumerate(token):
-                    experts.begin(layer, x, ids, weights)()
+                    experts.start(layer, x, ids, weights)()
             best = min(best, (time.perf_counter() - start) / TOKENS / LAYERS * 1e6)
-    return {"slots": slots, "hit_rate": experts.figures.hit_rate, "us": best}
+    return {"slots": slots, "hit_rate": experts.stats.hit_rate, "us": best}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -191,8 +191,8 @@ def show(result: dict[str, Any]) -> None:
 def made(records: dict[int, Tensor], mode: Mode, link: float, cpu: float, slots: int) -> OffloadedExperts:
     """Experts on a stand-in; its first slots are filled."""
     costs = Costs(LAYOUT.nbytes / (link * GB), LAYOUT.nbytes / (cpu * GB), 0.0)
-    made = Slots(StandIn(link=link), LAYOUT, slots, EXPERTS, Policy.LRFU)
-    return OffloadedExperts([Lane(made, LAYOUT, records, mode, costs)])
+    made = ExpertSlots(SimulatedDevice(link=link), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    return OffloadedExperts([DeviceExperts(made, LAYOUT, records, mode, costs)])
 
 
 if __name__ == "__main__":

@@ -11,25 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_local import measured, placement, saved
-from dsv2_local.cache import bytes_per_token
-from dsv2_local.config import ModelConfig
-from dsv2_local.engine import Engine, Stats, Step
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.format import Cache
-from dsv2_local.machine import lockable_memory, memory_available
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.machine import measurements
+from dsv2_local.machine.resources import lockable_memory, memory_available
+from dsv2_local.offload import forecast
+from dsv2_local.offload.balance import Costs
 from dsv2_local.offload.device import Device
-from dsv2_local.offload.plan import CONTEXT_BYTES, RATES, Machine, Mode, Plan, Rates, Wish, default_context, plan
-from dsv2_local.offload.split import Costs
-from dsv2_local.offload.store import Progress
+from dsv2_local.offload.plan import CONTEXT_BYTES, Plan, make_plan
+from dsv2_local.offload.plan_request import RATES, Machine, Mode, PlanRequest, Rates, default_context
+from dsv2_local.options import one_of
+from dsv2_local.progress import Progress, no_progress
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
 from dsv2_local.quant.schema import Kind
-from dsv2_local.sampling import GenerationConfig
-from dsv2_local.tokenizer import Detokenizer, Message, StopFilter, Tokenizer
+from dsv2_local.runtime import placement, saved_cache
+from dsv2_local.runtime.cache import bytes_per_token
+from dsv2_local.runtime.engine import Engine, GeneratedToken, Request, Stats
+from dsv2_local.runtime.sampling_params import GenerationConfig
+from dsv2_local.text.chat_template import Message
+from dsv2_local.text.detokenizer import Detokenizer, StopFilter
+from dsv2_local.text.tokenizer import Tokenizer
 
-CACHES = (Cache.BF16, Cache.INT8)
+CACHE_DTYPES = (CacheDtype.BF16, CacheDtype.INT8)
+"""What a KV cache can be asked to store latents as; the torch reference makes FP32 of BF16."""
 COMPUTE_CAPABILITY = (8, 0)  # of GPUs: the least with bf16 on tensor cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,10 +63,10 @@ class Generation(Iterator[Chunk]):
         stats: the figures so far; complete after the last chunk.
     """
 
-    def __init__(self, steps: Callable[[Stats], Iterator[Step]], text: "_TextStream") -> None:
+    def __init__(self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: "TextStream") -> None:
         self.stats = Stats()
         self.text = ""
-        self._chunks = self._run(steps, text)
+        self._chunks = self._run(tokens, text)
 
     def __next__(self) -> Chunk:
         chunk = next(self._chunks)
@@ -70,9 +77,11 @@ class Generation(Iterator[Chunk]):
         """Stop generating; what was yielded stays in `text`, and the cache keeps what was computed."""
         self._chunks.close()
 
-    def _run(self, steps: Callable[[Stats], Iterator[Step]], text: "_TextStream") -> PyGenerator[Chunk, None, None]:
-        for step in steps(self.stats):
-            yield Chunk(text.push(step.token), step.token, step.logprob, step.top_logprobs)
+    def _run(
+        self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: "TextStream"
+    ) -> PyGenerator[Chunk, None, None]:
+        for made in tokens(self.stats):
+            yield Chunk(text.push(made.token), made.token, made.logprob, made.top_logprobs)
             if text.stopped:
                 self.stats.finish_reason = "stop"
                 return
@@ -90,20 +99,26 @@ class LLM:
         dtype: torch.dtype,
         context: int | None,
         threads: int | None,
-        cache: Cache = Cache.BF16,
+        cache_dtype: CacheDtype = CacheDtype.BF16,
         experts: Mode = Mode.AUTO,
         devices: Sequence[Device] = (),
         vram: Sequence[int] | None = None,
         costs: Costs | None = None,
-        progress: Progress = lambda done, of: None,
-        preparing: Progress = lambda done, of: None,
+        progress: Progress = no_progress,
+        preparing: Progress = no_progress,
     ) -> None:
-        """See `load`; `devices` are the GPUs to use, `costs` what `placement.on_devices` takes."""
+        """See `load`; `devices` are the GPUs to use, `costs` what `placement.place_on_devices` takes."""
         checkpoint = Checkpoint(directory)
-        where = devices[0].where if devices else ops.RAM
-        kept = ops.cache_kind(checkpoint.recipe.format_of(Kind.KV_B), dtype, cache, where)
-        wish = Wish(checkpoint.config, checkpoint.recipe, _context(context, checkpoint.config), kept, experts)
-        self.plan = _plan(wish, devices, vram)
+        device = devices[0].torch_device if devices else ops.RAM
+        kv_b = checkpoint.recipe.format_of(Kind.KV_B)
+        request = PlanRequest(
+            checkpoint.config,
+            checkpoint.recipe,
+            _context(context, checkpoint.config),
+            ops.cache_dtype(kv_b, dtype, cache_dtype, device),
+            experts,
+        )
+        self.plan = _plan(request, devices, vram)
         self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
@@ -115,17 +130,17 @@ class LLM:
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
         if self._tokenizer and self._tokenizer.eos_id is not None:
             self._end_tokens |= {self._tokenizer.eos_id}
-        source = placement.Source.of(checkpoint)
+        weights = placement.ModelWeights.of(checkpoint)
         self._placed = (
-            placement.on_devices(source, self.plan, list(devices), dtype, costs=costs, progress=progress)
+            placement.place_on_devices(weights, self.plan, list(devices), dtype, costs=costs, progress=progress)
             if devices
-            else placement.in_ram(source, dtype)
+            else placement.place_in_ram(weights, dtype)
         )
         self.experts = self._placed.experts
-        self._fingerprint = source.fingerprint or ""
-        self.notes = [*filter(None, [ops.gpu_notice(where)]), *self.plan.notes, *self._placed.notes]
+        self._fingerprint = weights.fingerprint or ""
+        self.notes = [*filter(None, [ops.gpu_notice(device)]), *forecast.notes(self.plan), *self._placed.notes]
         """What is slower than it could be, and what to do about it."""
-        self.engine = Engine(self._placed.model, wish.context, self.plan.chunk, cache=cache)
+        self.engine = Engine(self._placed.model, request.context, request.cache_dtype, self.plan.chunk)
         self.engine.warm_up(preparing)
 
     def __enter__(self) -> "LLM":
@@ -144,9 +159,9 @@ class LLM:
     def save_cache(self, path: Path, conversation: str = "") -> None:
         """Write the cache to a file, so that what was read need not be read again; SavedCacheError if it cannot be.
 
-        `conversation` is any text to keep beside it; `saved.head` reads it.
+        `conversation` is any text to keep beside it; `saved_cache.read_header` reads it.
         """
-        saved.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
+        saved_cache.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
 
     def load_cache(self, path: Path) -> int:
         """Take the cache from a file; the number of tokens in it. A prompt that begins like them computes what differs.
@@ -154,8 +169,8 @@ class LLM:
         Raises:
             SavedCacheError: the file cannot be read, is damaged, or is another model's; the cache is as it was then.
         """
-        self.engine.set_aside()
-        self.engine.resume(saved.load(path, self.engine.cache, self._fingerprint))
+        self.engine.cache_prefix()
+        self.engine.adopt(saved_cache.load(path, self.engine.cache, self._fingerprint))
         return self.engine.cache.length
 
     @property
@@ -166,7 +181,7 @@ class LLM:
     @property
     def cache_nbytes(self) -> int:
         """Bytes of what the cache holds now."""
-        return self.engine.cache.length * bytes_per_token(self.config, self.engine.cache.kind)
+        return self.engine.cache.length * bytes_per_token(self.config, self.engine.cache.dtype)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -217,27 +232,20 @@ class LLM:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress = no_progress,
         **sampling: Any,
     ) -> Generation:
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
         if logprobs is not None and logprobs < 0:
             raise InputError(f"logprobs must be at least 0, not {logprobs}")
-        steps = partial(
-            self.engine.generate,
-            ids,
-            self.defaults.override(**sampling),
-            max_tokens=max_tokens,
-            end_tokens=self._end_tokens,
-            logprobs=logprobs,
-            progress=progress,
-        )
+        request = Request(ids, self.defaults.override(**sampling), max_tokens, self._end_tokens, logprobs)
+        tokens = partial(self.engine.generate, request, progress=progress)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
-        return Generation(steps, _TextStream(self._tokenizer, self._end_tokens, stops, strip))
+        return Generation(tokens, TextStream(self._tokenizer, self._end_tokens, stops, strip))
 
 
-class _TextStream:
+class TextStream:
     """Tokens to the text that is shown: detokenised, cut at stop strings, without end tokens."""
 
     def __init__(self, tokenizer: Tokenizer | None, end: frozenset[int], stops: list[str], strip: bool) -> None:
@@ -281,10 +289,10 @@ def load(
     vram: Sequence[int] | None = None,
     dtype: str = "auto",
     context: int | None = None,
-    cache: str = Cache.BF16,
+    cache_dtype: str = CacheDtype.BF16,
     threads: int | None = None,
-    progress: Progress = lambda done, of: None,
-    preparing: Progress = lambda done, of: None,
+    progress: Progress = no_progress,
+    preparing: Progress = no_progress,
 ) -> LLM:
     """Load a converted checkpoint.
 
@@ -292,11 +300,12 @@ def load(
         model: a directory, a hub repository that holds a converted checkpoint, or None for the bundled dsv2-nano.
         device: "cpu", "cuda" (all GPUs), or some of them: "cuda:0,cuda:1"; "auto": all GPUs where they can run the
             kernels and what must lie there fits, else the CPU (`LLM.notes` tells).
-        experts: who computes routed experts: "gpu", "cpu", "stream", "hybrid" or "auto" (`offload.plan.Mode`).
+        experts: who computes routed experts: "gpu", "cpu", "stream", "hybrid" or "auto" (`offload.plan_request.Mode`).
         vram: bytes of each GPU that may be used at most; None: all that are free.
         dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU, bfloat16 on GPUs.
         context: tokens that prompt and answer may have together; None: 8,192, or the model's own limit if that is less.
-        cache: how latents are kept, "bf16" (without the native kernels: as the activations) or "int8", in 57 % of that.
+        cache_dtype: how the KV cache stores latents: "bf16" (without the native kernels: as the activations) or "int8",
+            in 57 % of the bytes.
         threads: of the CPU kernels; None: one for each physical core that this process may use.
         progress: called with the bytes of experts that were brought to page-locked RAM, and of those that will be.
         preparing: called with the steps done and all steps of compiling for GPUs, half a minute the first time.
@@ -310,25 +319,22 @@ def load(
     """
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
-    if experts not in list(Mode):
-        raise InputError(f"experts {experts!r} is not one of {', '.join(Mode)}")
-    if cache not in CACHES:
-        raise InputError(f"cache type {cache!r} is not one of {', '.join(CACHES)}")
+    mode, kept = one_of("experts", experts, Mode), one_of("cache type", cache_dtype, CACHE_DTYPES)
     devices = _devices(device)
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
 
     def loaded(devices: list[Device]) -> LLM:
         chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
         return LLM(
-            directory, dtype=chosen, context=context, threads=threads, cache=Cache(cache), experts=Mode(experts),
-            devices=devices, vram=vram, progress=progress, preparing=preparing,
+            directory, dtype=chosen, context=context, threads=threads, cache_dtype=kept, experts=mode, devices=devices,
+            vram=vram, progress=progress, preparing=preparing,
         )  # fmt: skip
 
     reason = _passed_over() if device == "auto" else None
     try:
         made = loaded(devices)
     except PlanError as error:
-        if not devices or device != "auto" or vram is not None or experts != Mode.AUTO:
+        if not devices or device != "auto" or vram is not None or mode is not Mode.AUTO:
             raise
         made, reason = loaded([]), str(error)
     if reason:
@@ -354,7 +360,7 @@ def _devices(names: str) -> list[Device]:
     if missing := [index for index in indices if index >= count]:
         found = "finds no GPU" if count == 0 else f"finds {count}"
         raise InputError(f"there is no cuda:{missing[0]} here: torch {torch.__version__} {found}; use --device cpu")
-    from dsv2_local.offload.cuda import CudaDevice
+    from dsv2_local.offload.cuda_device import CudaDevice
 
     return [CudaDevice(index) for index in indices]
 
@@ -374,10 +380,10 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "nano"
 
 
-def _plan(wish: Wish, devices: Sequence[Device], vram: Sequence[int] | None) -> Plan:
+def _plan(request: PlanRequest, devices: Sequence[Device], vram: Sequence[int] | None) -> Plan:
     """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
-    if not devices and wish.experts not in (Mode.AUTO, Mode.CPU):
-        raise InputError(f"--experts {wish.experts} needs a GPU (--device cuda); without one the CPU computes them")
+    if not devices and request.experts not in (Mode.AUTO, Mode.CPU):
+        raise InputError(f"--experts {request.experts} needs a GPU (--device cuda); without one the CPU computes them")
     if not devices and vram is not None:
         raise InputError("--vram needs a GPU (--device cuda)")
     limits = list(vram) if vram is not None else [device.free + CONTEXT_BYTES for device in devices]
@@ -385,10 +391,10 @@ def _plan(wish: Wish, devices: Sequence[Device], vram: Sequence[int] | None) -> 
         raise InputError(f"--vram names {len(limits)} GPUs and {len(devices)} are used; give one size for each")
     # What a context takes of a GPU is taken already.
     free = tuple(min(limit, device.free + CONTEXT_BYTES) for limit, device in zip(limits, devices, strict=True))
-    rates = replace(Rates(), **measured.load(RATES))
+    rates = replace(Rates(), **measurements.load(RATES))
     machine = Machine(free, memory_available(), lockable_memory(), available=True, rates=rates)
     try:
-        return plan(wish, machine)
+        return make_plan(request, machine)
     except PlanError as error:
         options = ("--cache-type", "--context", "--experts")
         remedies = tuple(remedy for remedy in error.remedies if remedy.startswith(options))

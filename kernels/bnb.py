@@ -23,16 +23,28 @@ from dsv2_local.kernels.reference import (
     attention,
     combine,
     embedding,
-    likely,
     rms_norm,
     route,
+    top_candidates,
     write_latents,
 )
 
 __all__ = [
     "CACHES",
-    "add", "add_rms_norm", "attention", "combine", "embedding", "expert_outputs", "experts", "likely", "linear",
-    "rearranged", "rms_norm", "route", "swiglu", "write_latents",
+    "add",
+    "add_rms_norm",
+    "attention",
+    "combine",
+    "embedding",
+    "expert_outputs",
+    "experts",
+    "linear",
+    "rearranged",
+    "rms_norm",
+    "route",
+    "swiglu",
+    "top_candidates",
+    "write_latents",
 ]  # fmt: skip
 
 

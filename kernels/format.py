@@ -6,11 +6,11 @@ How the bytes lie is `kernels.layout`, for the cache `kernels.latents`.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 
-ROWS = 8
-BLOCK = 64
-PAGE = 64  # tokens of a page of the latent cache
+ROWS = 8  # of a matrix, interleaved
+BLOCK = 64  # columns of a matrix that share a scale
+CACHE_BLOCK = 64  # tokens in a block of the KV cache
 
 
 class Format(StrEnum):
@@ -26,7 +26,7 @@ class Format(StrEnum):
         return {Format.NF4: 4.25, Format.INT8: 8.25, Format.BF16: 16.0}[self]
 
 
-class Cache(StrEnum):
+class CacheDtype(StrEnum):
     """How the latent cache is stored."""
 
     BF16 = "bf16"
@@ -36,14 +36,14 @@ class Cache(StrEnum):
 
     def bytes_per_token_and_layer(self, config: ModelConfig) -> int:
         """2 or 4 bytes a number; int8: latents of 8 bits with a 16-bit scale a 64, the rope key in bf16."""
-        if self is not Cache.INT8:
-            return (2 if self is Cache.BF16 else 4) * config.latent_dim
+        if self is not CacheDtype.INT8:
+            return (2 if self is CacheDtype.BF16 else 4) * config.latent_dim
         return latent_nbytes(config.kv_lora_rank, config.qk_rope_head_dim)
 
 
-def pages_of(tokens: int) -> int:
+def blocks_for(tokens: int) -> int:
     """Pages of the cache that so many tokens fill, the last perhaps in part."""
-    return -(-tokens // PAGE)
+    return -(-tokens // CACHE_BLOCK)
 
 
 def latent_nbytes(rank: int, rope: int) -> int:
@@ -80,5 +80,5 @@ class ExpertLayout:
         return sum(matrix_nbytes(self.format, *shape) for shape in self.shapes.values())
 
 
-LIKELY = 2048
-"""The most tokens that `ops.likely` tells of a distribution."""
+MAX_CANDIDATES = 2048
+"""The most tokens that `ops.top_candidates` tells of a distribution."""

@@ -1,9 +1,9 @@
-"""How tokens' rows lie in the latent cache, in torch: the meaning of what the native kernels write and read.
+"""How tokens' rows lie in the KV cache, in torch: the meaning of what the native kernels write and read.
 
 Shapes: `T` tokens, `C` kv_lora_rank, `P` qk_rope_head_dim, `B` blocks of 64 latents.
 
-A layer's cache is pages of rows, [pages, PAGE, row]. A sequence, as kernels find it, is int64 [1 + …]: its length, then
-the numbers of its pages, of which the i-th has the positions from PAGE · i on; what follows them means nothing.
+A layer's cache is blocks of rows, [blocks, CACHE_BLOCK, row]. A block table is int64 [1 + …]: a sequence's length, then
+its block numbers, of which the i-th holds the positions from CACHE_BLOCK · i on; what follows them means nothing.
 
 A row:
 
@@ -17,31 +17,31 @@ A row:
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels.format import BLOCK, PAGE, Cache, latent_nbytes
+from dsv2_local.kernels.format import BLOCK, CACHE_BLOCK, CacheDtype, latent_nbytes
 
-DTYPES = {Cache.BF16: torch.bfloat16, Cache.FP32: torch.float32, Cache.INT8: torch.uint8}
+DTYPES = {CacheDtype.BF16: torch.bfloat16, CacheDtype.FP32: torch.float32, CacheDtype.INT8: torch.uint8}
 
 
-def row_shape(cache: Cache, rank: int, rope: int) -> tuple[int, torch.dtype]:
+def row_shape(cache: CacheDtype, rank: int, rope: int) -> tuple[int, torch.dtype]:
     """Numbers (int8: bytes) of a row, and their type."""
-    return latent_nbytes(rank, rope) if cache is Cache.INT8 else rank + rope, DTYPES[cache]
+    return latent_nbytes(rank, rope) if cache is CacheDtype.INT8 else rank + rope, DTYPES[cache]
 
 
-def places(sequence: Tensor, start: int, count: int) -> Tensor:
+def row_indices(block_table: Tensor, start: int, count: int) -> Tensor:
     """Which rows of all, counted through the pages, have the positions from `start` on: int64 [count]."""
-    position = torch.arange(start, start + count, device=sequence.device)
-    return sequence[1 + position // PAGE] * PAGE + position % PAGE
+    position = torch.arange(start, start + count, device=block_table.device)
+    return block_table[1 + position // CACHE_BLOCK] * CACHE_BLOCK + position % CACHE_BLOCK
 
 
-def write_rows(cache: Tensor, sequence: Tensor, latents: Tensor, rank: int) -> None:
+def write_rows(cache: Tensor, block_table: Tensor, latents: Tensor, rank: int) -> None:
     """Put latents [T, C + P] into the next rows of a sequence, in the type that the cache has."""
     rows = quantize_latents(latents, rank) if cache.dtype == torch.uint8 else latents.to(cache.dtype)
-    cache.view(-1, cache.shape[2]).index_copy_(0, places(sequence, int(sequence[0]), len(latents)), rows)
+    cache.view(-1, cache.shape[2]).index_copy_(0, row_indices(block_table, int(block_table[0]), len(latents)), rows)
 
 
-def read_rows(cache: Tensor, sequence: Tensor, count: int, rank: int, dtype: torch.dtype) -> Tensor:
+def read_rows(cache: Tensor, block_table: Tensor, count: int, rank: int, dtype: torch.dtype) -> Tensor:
     """The latents [count, C + P] of a sequence's first positions, in `dtype`."""
-    rows = cache.view(-1, cache.shape[2])[places(sequence, 0, count)]
+    rows = cache.view(-1, cache.shape[2])[row_indices(block_table, 0, count)]
     return (dequantize_latents(rows, rank) if rows.dtype == torch.uint8 else rows).to(dtype)
 
 

@@ -13,18 +13,36 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels import cpu, reference
 from dsv2_local.kernels.cpu.recording import Recording
-from dsv2_local.kernels.format import Cache, ExpertLayout, Format
+from dsv2_local.kernels.format import CacheDtype, ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
-from dsv2_local.machine import Threads, choose_threads
-from dsv2_local.numa import spread_memory
+from dsv2_local.machine.numa import spread_memory
+from dsv2_local.machine.resources import Threads, choose_threads
 
 __all__ = [
-    "add", "add_rms_norm", "attention", "cache_kind", "capturable", "combine", "embedding", "expert_outputs",
-    "experts", "gpu_notice", "likely", "linear", "recording", "rms_norm", "route", "set_threads", "slow_notice",
-    "swiglu", "use", "variant", "write_latents",
+    "add",
+    "add_rms_norm",
+    "attention",
+    "cache_dtype",
+    "capturable",
+    "combine",
+    "embedding",
+    "expert_outputs",
+    "experts",
+    "gpu_notice",
+    "linear",
+    "recording",
+    "rms_norm",
+    "route",
+    "set_threads",
+    "slow_notice",
+    "swiglu",
+    "top_candidates",
+    "use",
+    "variant",
+    "write_latents",
 ]  # fmt: skip
 
 RAM = torch.device("cpu")
@@ -93,13 +111,13 @@ def capturable(where: torch.device) -> bool:
     return where.type == "cuda" and _on_gpus() == cpu.TRITON
 
 
-def cache_kind(kv_b: Format, dtype: torch.dtype, asked: Cache, where: torch.device = RAM) -> Cache:
+def cache_dtype(kv_b: Format, dtype: torch.dtype, asked: CacheDtype, where: torch.device = RAM) -> CacheDtype:
     """How latents will be kept: as asked, but where the torch reference computes in fp32 it keeps fp32 for bf16.
 
     The native kernels compute in RAM, where they know the format of both halves of kv_b.
     """
     native = where == RAM and cpu.kernels() and kv_b in cpu.FORMATS
-    return Cache.FP32 if asked is Cache.BF16 and not native and dtype == torch.float32 else asked
+    return CacheDtype.FP32 if asked is CacheDtype.BF16 and not native and dtype == torch.float32 else asked
 
 
 def recording() -> Recording | None:
@@ -186,9 +204,9 @@ def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[
     return _kernels(x).add_rms_norm(x, other, weight, eps)
 
 
-def likely(logits: Tensor, limits: Tensor) -> Tensor:
-    """The likeliest tokens of distributions on a GPU; see `reference.likely`."""
-    return _kernels(logits).likely(logits, limits)
+def top_candidates(logits: Tensor, limits: Tensor) -> Tensor:
+    """The likeliest tokens of distributions on a GPU; see `reference.top_candidates`."""
+    return _kernels(logits).top_candidates(logits, limits)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -197,17 +215,17 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def write_latents(
-    latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+    latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
     """Fill the next rows of a sequence in a layer's cache; see `reference.write_latents`."""
     chosen = _kernels(kv_a)
     if latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
-    chosen.write_latents(latents, sequence, kv_a, weight, eps, rotation)
+    chosen.write_latents(latents, block_table, kv_a, weight, eps, rotation)
 
 
 def attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, sequence: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, block_table: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
     """Latent attention in the form that takes fewer operations; see `reference.attention`.
 
@@ -221,4 +239,4 @@ def attention(
     # The products of one head take whole groups of 8 rows.
     if C % 8 or V % 8 or latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
-    return chosen.attention(q, rotation, latents, sequence, w_uk, w_uv, scale, absorb)
+    return chosen.attention(q, rotation, latents, block_table, w_uk, w_uv, scale, absorb)

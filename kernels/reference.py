@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
-from dsv2_local.config import ModelConfig
-from dsv2_local.kernels.format import BLOCK, LIKELY, ROWS, ExpertLayout, Format
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.kernels.format import BLOCK, MAX_CANDIDATES, ROWS, ExpertLayout, Format
 from dsv2_local.kernels.latents import read_rows, write_rows
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, unpack_int8, unpack_nf4
-from dsv2_local.rope import rotate
 
 CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of a cache's rows that `attention` reads
 # Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
@@ -58,6 +57,13 @@ def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the pairs of x [T, …, P] by rotation [T, P/2]; computed in fp32, returned in the type of x."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    rotation = rotation.view(len(x), *(1,) * (x.dim() - 2), -1)
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, linear: Linear = linear) -> Tensor:
@@ -143,7 +149,7 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
     return ids, weights * config.routed_scaling_factor
 
 
-def likely(logits: Tensor, limits: Tensor) -> Tensor:
+def top_candidates(logits: Tensor, limits: Tensor) -> Tensor:
     """What sampling needs to know of distributions, a few kilobytes of each.
 
     Args:
@@ -151,21 +157,20 @@ def likely(logits: Tensor, limits: Tensor) -> Tensor:
         limits: fp32 [2]: one over the temperature, and how far below the largest a logit may lie to be told.
 
     Returns:
-        int32 [T, 3 + 2 * LIKELY]: how many tokens lie within the limit; the bits of the largest logit and of
+        int32 [T, 3 + 2 * MAX_CANDIDATES]: how many tokens lie within the limit; the bits of the largest logit and of
         Σ exp((logit - largest) / temperature) over all tokens; token ids, and the bits of their logits. Tokens are in
-        any order. If there are more than LIKELY, any of them are told; if a logit is no number, the number of them
-        may be 0.
+        any order. Of more than MAX_CANDIDATES, any are told; if a logit is NaN, their number may be 0.
     """
     inverse_temperature, margin = limits
-    out = torch.zeros(len(logits), 3 + 2 * LIKELY, dtype=torch.int32, device=logits.device)
+    out = torch.zeros(len(logits), 3 + 2 * MAX_CANDIDATES, dtype=torch.int32, device=logits.device)
     for row, told in zip(logits, out, strict=True):
         largest = row.max()
         (ids,) = (row >= largest - margin).nonzero(as_tuple=True)
         mass = ((row - largest) * inverse_temperature).exp().sum()
         told[0], told[1:3] = len(ids), torch.stack((largest, mass)).view(torch.int32)
-        ids = ids[:LIKELY]
+        ids = ids[:MAX_CANDIDATES]
         told[3 : 3 + len(ids)] = ids
-        told[3 + LIKELY : 3 + LIKELY + len(ids)] = row[ids].view(torch.int32)
+        told[3 + MAX_CANDIDATES : 3 + MAX_CANDIDATES + len(ids)] = row[ids].view(torch.int32)
     return out
 
 
@@ -181,7 +186,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def write_latents(
-    latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+    latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
     """Fill the next rows of a sequence in a layer's cache (both as in `attention`) from kv_a [T, C + P].
 
@@ -190,14 +195,14 @@ def write_latents(
     """
     C = len(weight)
     made = torch.cat((rms_norm(kv_a[:, :C], weight, eps), rotate(kv_a[:, C:], rotation)), 1)
-    write_rows(latents, sequence, made, C)
+    write_rows(latents, block_table, made, C)
 
 
 def attention(
     q: Tensor,
     rotation: Tensor,
     latents: Tensor,
-    sequence: Tensor,
+    block_table: Tensor,
     w_uk: Matrix,
     w_uv: Matrix,
     scale: float,
@@ -207,9 +212,9 @@ def attention(
 
     Args:
         q: [T, H, N + P], not yet rotated; rotation: complex64 [T, P/2].
-        latents: a layer's cache, pages of normed latents and rotated rope keys: [pages, PAGE, C + P] or 8-bit rows
-            (`kernels.latents`).
-        sequence: int64 [1 + …], the number of positions before the queries', S - T, and the pages of all S.
+        latents: a layer's cache, blocks of normed latents and rotated rope keys: [blocks, CACHE_BLOCK, C + P] or 8-bit
+            rows (`kernels.latents`).
+        block_table: int64 [1 + …], the number of positions before the queries', S - T, and the block numbers of all S.
         w_uk: [H·C, N]; w_uv: [H·V, C].
         scale: multiplies the scores; from N + P, whatever the form.
         absorb: work in the latent space (the least work for few queries), or rebuild keys and values (for many).
@@ -218,7 +223,7 @@ def attention(
         [T, H·V].
     """
     P = 2 * rotation.shape[1]
-    seen = read_rows(latents, sequence, int(sequence[0]) + len(q), w_uv.cols, q.dtype)
+    seen = read_rows(latents, block_table, int(block_table[0]) + len(q), w_uv.cols, q.dtype)
     q_nope, q_rope = torch.split(q, [q.shape[2] - P, P], dim=2)
     form = absorbed_attention if absorb else materialized_attention
     return form(q_nope, rotate(q_rope, rotation), seen, w_uk, w_uv, scale)

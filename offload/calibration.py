@@ -9,22 +9,22 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from dsv2_local import measured
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout
+from dsv2_local.machine import measurements
+from dsv2_local.offload.balance import Costs
 from dsv2_local.offload.device import Device
-from dsv2_local.offload.slots import Slots
-from dsv2_local.offload.split import Costs
+from dsv2_local.offload.expert_slots import ExpertSlots
 
 SECONDS = 1.0  # of each measurement
 MANY = 32  # tokens of the second measurement of the CPU
 AHEAD = 4  # copies that the link always has waiting
 
 
-def costs(slots: Slots, layout: ExpertLayout, records: dict[int, Tensor]) -> Costs:
+def costs(slots: ExpertSlots, layout: ExpertLayout, records: dict[int, Tensor]) -> Costs:
     """Those kept for this machine, GPU and size of experts, or newly measured and kept."""
     names = _names(slots.device, layout)
-    known = measured.load(names.values())
+    known = measurements.load(names.values())
     if len(known) == len(names):
         return Costs(**{name: known[key] for name, key in names.items()})
     found = measure(slots, layout, records)
@@ -35,10 +35,10 @@ def costs(slots: Slots, layout: ExpertLayout, records: dict[int, Tensor]) -> Cos
 def keep(costs: Costs, device: Device, layout: ExpertLayout) -> None:
     """Keep costs for the next run."""
     names = _names(device, layout)
-    measured.save({names[name]: value for name, value in asdict(costs).items()})
+    measurements.save({names[name]: value for name, value in asdict(costs).items()})
 
 
-def measure(slots: Slots, layout: ExpertLayout, records: dict[int, Tensor], seconds: float = SECONDS) -> Costs:
+def measure(slots: ExpertSlots, layout: ExpertLayout, records: dict[int, Tensor], seconds: float = SECONDS) -> Costs:
     """Copy experts to a staging buffer for a while, and compute others on the CPU meanwhile, for one token and many."""
     every = [(layer, expert) for layer in records for expert in range(len(records[layer]))]
     target, fetches = slots.records[-1], list[float]()

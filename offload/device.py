@@ -42,12 +42,12 @@ class Device(Protocol):
     Attributes:
         name: what messages call it, "GPU 0".
         kind: the model of the card, so that measured rates are kept for it.
-        where: where its tensors lie.
+        torch_device: where its tensors lie.
     """
 
     name: str
     kind: str
-    where: torch.device
+    torch_device: torch.device
 
     @property
     def free(self) -> int:

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 from dsv2_local.errors import InputError
-from dsv2_local.offload.lru import Key, Policy, SlotCache
+from dsv2_local.offload.expert_cache import ExpertCache, Key, Policy
 
 FORMAT = "dsv2 routing trace 1"
 
@@ -66,7 +66,7 @@ def _token(line: str, trace: Trace, where: str) -> list[list[int]]:
 
 def hit_rate(trace: Trace, slots: int, policy: Policy) -> float:
     """Hits over uses of a cache that fetches every miss it lets in, from empty."""
-    cache = SlotCache(slots, policy)
+    cache = ExpertCache(slots, policy)
     for token in trace.tokens:
         for layer, chosen in enumerate(token):
             _, misses = cache.use(layer, chosen)

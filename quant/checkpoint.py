@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import CheckpointError
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.layout import Matrix, Plane, planes

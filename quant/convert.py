@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_local.config import ModelConfig, read_config_json
+from dsv2_local.architectures.config import ModelConfig, read_config_json
 from dsv2_local.errors import CheckpointError, ConversionError
 from dsv2_local.kernels.format import BLOCK, Format
 from dsv2_local.quant.checkpoint import (
@@ -32,7 +32,7 @@ from dsv2_local.quant.checkpoint import (
     is_checkpoint,
     safetensors_header,
 )
-from dsv2_local.quant.pieces import Piece, Plan, check_tensors
+from dsv2_local.quant.pieces import ConversionPlan, Piece, check_tensors
 from dsv2_local.quant.quantize import quantize
 from dsv2_local.quant.schema import FORMAT_VERSION, UNQUANTISED, Recipe
 from dsv2_local.quant.source import Source
@@ -52,7 +52,7 @@ COPIED = (
 
 
 @dataclass(frozen=True)
-class Progress:
+class ConversionProgress:
     """How far a conversion is: stored tensors, and bytes of the source."""
 
     tensors: int
@@ -61,7 +61,7 @@ class Progress:
     total_bytes: int
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[ConversionProgress], None]
 
 
 def convert(
@@ -93,7 +93,7 @@ def convert(
     source = Source(source_dir)
     try:
         check_tensors(source, config)
-        plan = Plan(source, config, recipe)
+        plan = ConversionPlan(source, config, recipe)
         if _is_leftover(destination, plan, force):  # a conversion that was stopped after its last rename
             _clean_up(destination)
             return Manifest.load(destination)
@@ -143,9 +143,9 @@ def _check_numbers(where: str, weight: Tensor, scaled: bool) -> None:
 class Tally:
     """Counts pieces and reports how far the work is."""
 
-    def __init__(self, plan: Plan, report: Report | None) -> None:
+    def __init__(self, plan: ConversionPlan, report: Report | None) -> None:
         tensors, nbytes = plan.totals()
-        self._progress = Progress(0, tensors, 0, nbytes)
+        self._progress = ConversionProgress(0, tensors, 0, nbytes)
         self._report = report
 
     def count(self, *pieces: Piece) -> None:
@@ -160,7 +160,9 @@ class Tally:
 class _Writer:
     """Writes the plan's files into the partial directory, skipping those that are recorded there."""
 
-    def __init__(self, plan: Plan, directory: Path, done: dict[str, FileRecord], report: Report | None) -> None:
+    def __init__(
+        self, plan: ConversionPlan, directory: Path, done: dict[str, FileRecord], report: Report | None
+    ) -> None:
         self.plan, self.directory, self.done = plan, directory, done
         self.tally = Tally(plan, report)
 
@@ -328,7 +330,7 @@ def _put_in_place(directory: Path, destination: Path) -> None:
     _clean_up(destination)
 
 
-def _is_leftover(destination: Path, plan: Plan, force: bool) -> bool:
+def _is_leftover(destination: Path, plan: ConversionPlan, force: bool) -> bool:
     """Whether the destination is the whole result of this conversion, all but cleaned up."""
     if not (is_checkpoint(destination) and (destination / PROGRESS).is_file()):
         return False

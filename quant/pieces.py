@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import CheckpointError
 from dsv2_local.kernels.format import ROWS
 from dsv2_local.kernels.layout import Plane, planes
@@ -50,7 +50,7 @@ class Piece:
     nbytes: int
 
 
-class Plan:
+class ConversionPlan:
     """Every file to be written: its tensors in the order of their bytes, and the pieces that fill them."""
 
     def __init__(self, source: Source, config: ModelConfig, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels.format import ExpertLayout, Format, matrix_nbytes
 
 FORMAT_VERSION = 1

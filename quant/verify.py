@@ -12,7 +12,7 @@ from dsv2_local.kernels.layout import Matrix, planes
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant.checkpoint import Checkpoint
 from dsv2_local.quant.convert import Report, Tally
-from dsv2_local.quant.pieces import Piece, Plan, check_tensors
+from dsv2_local.quant.pieces import ConversionPlan, Piece, check_tensors
 from dsv2_local.quant.schema import UNQUANTISED, Kind, Recipe
 from dsv2_local.quant.source import Source
 
@@ -30,7 +30,7 @@ def verify(source_dir: Path, destination: Path, report: Report | None = None) ->
     source = Source(source_dir)
     try:
         check_tensors(source, checkpoint.config)
-        plan = Plan(source, checkpoint.config, checkpoint.recipe)
+        plan = ConversionPlan(source, checkpoint.config, checkpoint.recipe)
         tally = Tally(plan, report)
         sums = {kind: [0.0, 0.0] for kind in Kind}
         for file in checkpoint.manifest.files.keys() - set(plan.files):

@@ -12,21 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local import bench, cli, random_weights, released
-from dsv2_local.bench import hardware, report, request, subject
-from dsv2_local.bench.subject import Subject
-from dsv2_local.bench.timing import Stopwatch
-from dsv2_local.config import ModelConfig
+from dsv2_local import cli
+from dsv2_local.architectures import released
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands import bench
+from dsv2_local.commands.bench import hardware, report, request, subject
+from dsv2_local.commands.bench.subject import Subject
+from dsv2_local.commands.bench.timing import Stopwatch
+from dsv2_local.commands.inspect import summarise
 from dsv2_local.errors import ConfigError, InputError
-from dsv2_local.inspection import summarise
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.format import BLOCK, ROWS, Cache, Format
+from dsv2_local.kernels.format import BLOCK, ROWS, CacheDtype, Format
 from dsv2_local.kernels.layout import Matrix, expert_matrices
 from dsv2_local.kernels.reference import dequantize
-from dsv2_local.model import Transformer
-from dsv2_local.offload.store import ResidentExperts
+from dsv2_local.offload.resident_experts import ResidentExperts
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout
+from dsv2_local.runtime import random_weights
+from dsv2_local.runtime.model import Transformer
 from tests import test_floors
 from tests.models import TINY, heed_signals, save_random
 from tests.test_cli import DSV2, dsv2, environment
@@ -273,7 +276,7 @@ def test_too_little_memory_is_refused_with_the_layers_that_fit(quick, monkeypatc
     assert "60 layers need 127." in str(error.value)
     assert "20.00 GB are available" in str(error.value)
     layers = int(str(error.value).rsplit("--layers ", 1)[1].split()[0])
-    config, room = released.read_config("deepseek-v2"), {"context": 513, "cache": Cache.BF16, "other": GB}
+    config, room = released.read_config("deepseek-v2"), {"context": 513, "cache": CacheDtype.BF16, "other": GB}
     random_weights.require_memory(random_weights.first_layers(config, layers), Recipe.NF4, **room)
     with pytest.raises(InputError, match=f"--layers {layers} fits"):
         random_weights.require_memory(random_weights.first_layers(config, layers + 1), Recipe.NF4, **room)
@@ -346,7 +349,7 @@ def test_a_random_model_computes_and_chooses_varied_experts(changes, quick):
     class Watched(ResidentExperts):
         def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
             chosen[layer] = ids
-            return super().begin(layer, x, ids, weights)
+            return super().start(layer, x, ids, weights)
 
     network = Transformer(config, model.weights, Watched(model.layout, model.records), torch.float32)
     ids = torch.randint(config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))

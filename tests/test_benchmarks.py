@@ -8,13 +8,13 @@ from random import Random
 import pytest
 import torch
 
-from dsv2_local import placement
-from dsv2_local.cache import LatentCache
-from dsv2_local.config import ModelConfig
-from dsv2_local.kernels.format import Cache
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.kernels.latents import dequantize_latents
 from dsv2_local.quant.schema import Recipe
-from dsv2_local.random_weights import build
+from dsv2_local.runtime import placement
+from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.random_weights import build
 from tests.models import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -54,13 +54,13 @@ def test_lengths_are_quarters_of_the_whole():
 def tiny(reference_kernels):
     config = ModelConfig.from_dict({**TINY, "model_type": "deepseek_v2"})
     made = build(config, Recipe.NF4)
-    source = placement.Source(config, made.weights, made.layout, made.records)
-    return placement.in_ram(source, torch.float32).model
+    source = placement.ModelWeights(config, made.weights, made.layout, made.records)
+    return placement.place_in_ram(source, torch.float32).model
 
 
 def test_reading_for_the_cache_alone_leaves_what_forward_leaves(tiny):
     ids = torch.arange(70)
-    whole, alone = (LatentCache(tiny.config, 128, Cache.FP32) for _ in range(2))
+    whole, alone = (LatentCache(tiny.config, 128, CacheDtype.FP32) for _ in range(2))
     tiny.forward(ids, whole)
     cache_error.read(tiny, ids, alone)
     assert alone.length == whole.length == 70
@@ -68,15 +68,15 @@ def test_reading_for_the_cache_alone_leaves_what_forward_leaves(tiny):
         assert torch.equal(alone.rows(layer), whole.rows(layer))
 
 
-@pytest.mark.parametrize(("kind", "error"), [(Cache.BF16, 0.003), (Cache.INT8, 0.007)])
+@pytest.mark.parametrize(("kind", "error"), [(CacheDtype.BF16, 0.003), (CacheDtype.INT8, 0.007)])
 def test_a_rounded_cache_has_the_same_rows_but_for_rounding(tiny, kind, error):
-    cache = LatentCache(tiny.config, 128, Cache.FP32)
+    cache = LatentCache(tiny.config, 128, CacheDtype.FP32)
     cache_error.read(tiny, torch.arange(70), cache)
     copy = cache_error.rounded(cache, tiny.config, kind)
     assert copy.length == 70
     for layer in range(tiny.config.num_hidden_layers):
         rows, rank = copy.rows(layer), tiny.config.kv_lora_rank
-        got = dequantize_latents(rows, rank) if kind is Cache.INT8 else rows.float()
+        got = dequantize_latents(rows, rank) if kind is CacheDtype.INT8 else rows.float()
         wanted = cache.rows(layer)
         assert 0 < (got - wanted).norm() < error * wanted.norm()
 

@@ -17,7 +17,7 @@ from dsv2_local import llm
 from dsv2_local.kernels import bnb, cpu, ops, reference
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix, pack_nf4
-from dsv2_local.offload.stand_in import StandIn
+from dsv2_local.offload.simulated_device import SimulatedDevice
 from dsv2_local.quant import int8, nf4
 from tests.conftest import kernels
 
@@ -114,7 +114,7 @@ def test_nano_says_the_same_as_on_the_reference(monkeypatch):
         model = dsv2_local.load(device="cpu")
         read = model.logits(IDS)
         model.engine.cache.truncate(0)
-        stepped = torch.stack([model.engine._step.run(token) for token in IDS])
+        stepped = torch.stack([model.engine.step.run(token) for token in IDS])
     assert off(read, exact) < 1e-4
     assert off(stepped, exact) < 1e-4
 
@@ -158,7 +158,7 @@ def test_what_computes_in_tritons_place_is_told(without):
 
 
 def test_a_model_on_gpus_has_the_notice_once(monkeypatch):
-    monkeypatch.setattr(llm, "_devices", lambda names: [StandIn(capacity=1 << 30)])
+    monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1 << 30)])
     monkeypatch.setattr(ops, "gpu_notice", lambda where: f"slow on {where}")
     with dsv2_local.load(device="cuda") as model:
         assert model.notes.count("slow on cpu") == 1

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 import dsv2_local
-from dsv2_local import random_weights
-from dsv2_local.cache import LatentCache
-from dsv2_local.config import ModelConfig
-from dsv2_local.engine import Engine, Stats, Step
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels import cpu
-from dsv2_local.kernels.format import PAGE, Cache
-from dsv2_local.model import Transformer
-from dsv2_local.offload.store import ResidentExperts
+from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype
+from dsv2_local.offload.resident_experts import ResidentExperts
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
-from dsv2_local.sampling import SamplingParams
+from dsv2_local.runtime import random_weights
+from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.engine import Engine, Request, Stats, Step
+from dsv2_local.runtime.model import Transformer
+from dsv2_local.runtime.sampling_params import SamplingParams
 from tests.conftest import kernels
 from tests.models import TINY, save_random, transformers_logits, yarn
 from tests.test_model import GROUPS
@@ -30,18 +30,18 @@ LATENTS = 3 * (64 + 16)  # of a token, over the layers of TINY
 CONFIGS: list[dict[str, Any]] = [{}, {**GROUPS, "rope_parameters": yarn(0.707, 0.707)}]
 
 
-def engine(context: int, kind: Cache = Cache.BF16, **changes: Any) -> Engine:
+def engine(context: int, kind: CacheDtype = CacheDtype.BF16, **changes: Any) -> Engine:
     """Steps of up to 64 tokens, which attend in the same form as one token alone does, so that bits can be compared."""
     config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, **changes})
     torch.manual_seed(0)
     made = random_weights.build(config, Recipe.NF4, threads=1)
     model = Transformer(config, made.weights, ResidentExperts(made.layout, made.records), torch.float32)
-    return Engine(model, context, chunk=64, cache=kind)
+    return Engine(model, context, chunk=64, cache_dtype=kind)
 
 
 def answer(of: Engine, prompt: list[int], tokens: int = 5) -> tuple[list[Step], int]:
     stats = Stats()
-    steps = list(of.generate(prompt, GREEDY, stats, max_tokens=tokens, logprobs=3))
+    steps = list(of.generate(Request(prompt, GREEDY, max_tokens=tokens, logprobs=3), stats))
     return steps, stats.reused_tokens
 
 
@@ -50,7 +50,9 @@ def conversations(draw: random.Random, context: int) -> Iterator[list[int]]:
     known: list[list[int]] = [[]]
     while True:
         before = draw.choice(known[-6:])
-        cut = draw.choice([len(before), len(before), draw.randrange(len(before) + 1), len(before) // PAGE * PAGE])
+        cut = draw.choice(
+            [len(before), len(before), draw.randrange(len(before) + 1), len(before) // CACHE_BLOCK * CACHE_BLOCK]
+        )
         prompt = before[:cut] + [draw.randrange(199) for _ in range(1 + draw.randrange(60))]
         if len(prompt) < context - 5:
             known.append(prompt)
@@ -62,7 +64,7 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 @pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="a token's company changes bits elsewhere")
-@pytest.mark.parametrize("kind", [Cache.BF16, Cache.INT8])
+@pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
 @pytest.mark.parametrize("changes", CONFIGS)
 def test_answers_with_reuse_are_those_without_to_the_last_bit(changes, kind):
     """Through a cache that is too small for all: pages are given up, copied, replayed over, in any order."""
@@ -99,13 +101,13 @@ def test_earlier_conversations_are_found_again_and_documents_read_once():
     assert ours.cache.nbytes == 640 * LATENTS * 2
 
 
-@pytest.mark.parametrize("length", [2 * PAGE, 2 * PAGE - 1, 2 * PAGE + 1, 3 * PAGE - 1])
+@pytest.mark.parametrize("length", [2 * CACHE_BLOCK, 2 * CACHE_BLOCK - 1, 2 * CACHE_BLOCK + 1, 3 * CACHE_BLOCK - 1])
 def test_a_full_cache_goes_back_into_its_own_text(length):
     """The page that is gone on from is the only one that could be given up."""
     ours, plain = engine(length), engine(length)
     prompt = [5 * i % 199 for i in range(length - 1)]
     answer(ours, prompt)
-    for cut in (length - 3, PAGE + 5, PAGE, PAGE - 1, 1):
+    for cut in (length - 3, CACHE_BLOCK + 5, CACHE_BLOCK, CACHE_BLOCK - 1, 1):
         other = [*prompt[:cut], 3]
         expected = answer(plain, other, 1)[0]
         plain.cache.clear()
@@ -123,30 +125,30 @@ def test_every_page_can_be_had_again():
             next(steps, None)
         if draw.random() < 0.2:
             ours.logits(prompt)
-        held = len(ours.cache._pages)
+        held = len(ours.cache._blocks)
         assert ours.cache._pool.available == 4 - held
     answer(ours, [1] * 199, 1)
     with pytest.raises(ContextLengthError):
-        ours.cache.make_room(2)
+        ours.cache.reserve(2)
 
 
 def test_rows_are_read_and_written_wherever_they_lie():
     config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY})
-    cache, other = (LatentCache(config, 3 * PAGE, Cache.BF16) for _ in range(2))
-    rows = torch.randn(PAGE + 9, 80).bfloat16()
-    for tokens in ([1] * PAGE, [2] * PAGE, [3] * PAGE):
-        assert cache.begin(tokens) == 0
-        cache.make_room(PAGE)
-        cache.advance(PAGE)
-        cache.keep(tokens)
-    cache.begin([2] * PAGE)
-    assert cache.begin([]) == 0
+    cache, other = (LatentCache(config, 3 * CACHE_BLOCK, CacheDtype.BF16) for _ in range(2))
+    rows = torch.randn(CACHE_BLOCK + 9, 80).bfloat16()
+    for tokens in ([1] * CACHE_BLOCK, [2] * CACHE_BLOCK, [3] * CACHE_BLOCK):
+        assert cache.match_prefix(tokens) == 0
+        cache.reserve(CACHE_BLOCK)
+        cache.advance(CACHE_BLOCK)
+        cache.insert_prefix(tokens)
+    cache.match_prefix([2] * CACHE_BLOCK)
+    assert cache.match_prefix([]) == 0
     for made in (cache, other):
-        made.make_room(len(rows))
+        made.reserve(len(rows))
         for layer in range(3):
-            made.put(layer, rows + layer)
+            made.write_rows(layer, rows + layer)
         made.advance(len(rows))
-    assert cache._pages == [0, 2]
+    assert cache._blocks == [0, 2]
     assert other.rows(1).data_ptr() == other.layers[1].data_ptr()  # no copy where there is no need of one
     for layer in range(3):
         assert torch.equal(cache.rows(layer), rows + layer)

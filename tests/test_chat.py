@@ -13,14 +13,14 @@ import pexpect
 import pytest
 from rich.console import Console
 
-from dsv2_local.chat import Chat
-from dsv2_local.console import reading
-from dsv2_local.engine import Stats
+from dsv2_local.commands.chat import Chat
+from dsv2_local.commands.console import prompt_progress
+from dsv2_local.commands.markdown import Markdown, MarkdownStream, finished_blocks
 from dsv2_local.errors import CheckpointError, InputError
 from dsv2_local.llm import Chunk
-from dsv2_local.markdown import Markdown, MarkdownStream, finished_blocks
-from dsv2_local.sampling import SamplingParams
-from dsv2_local.saved import head
+from dsv2_local.runtime.engine import Stats
+from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.saved_cache import head
 from tests.models import heed_signals
 
 
@@ -211,8 +211,8 @@ def test_a_context_that_fills_up_is_told():
 
 def test_progress_tells_rate_and_time_left(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("dsv2_local.console.time.monotonic", lambda: now[0])
-    with reading(terminal()) as progress:
+    monkeypatch.setattr("dsv2_local.commands.console.time.monotonic", lambda: now[0])
+    with prompt_progress(terminal()) as progress:
         told = []
         for step in range(14):  # 100 tokens a second of 40,000, of which 12,000 were there before; half from the sixth
             now[0] = 10.0 * step + 10.0 * max(0, step - 6)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import ConfigError, UnsupportedModelError
 
 V2: dict[str, Any] = {

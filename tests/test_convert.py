@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv2_local import quantizing
+from dsv2_local.commands import quantize
 from dsv2_local.errors import CheckpointError, ConversionError
 from dsv2_local.kernels.layout import expert_matrices
 from dsv2_local.kernels.reference import dequantize
@@ -286,7 +286,7 @@ def test_verify_finds_a_changed_byte(pristine, tmp_path):
 
 def test_command(pristine, tmp_path, capsys):
     options = {"recipe": Recipe.NF4, "force": False, "revision": None, "token": None}
-    quantizing.run(str(pristine), tmp_path / "out", check=True, **options)
+    quantize.run(str(pristine), tmp_path / "out", check=True, **options)
     captured = capsys.readouterr()
     assert "bits per weight" in captured.err
     assert "routed experts" in captured.out

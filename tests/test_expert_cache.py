@@ -11,7 +11,7 @@ import torch
 import dsv2_local
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
-from dsv2_local.offload.lru import HALF_LIFE, Key, Policy, SlotCache
+from dsv2_local.offload.expert_cache import HALF_LIFE, ExpertCache, Key, Policy
 from dsv2_local.offload.trace import Trace, best_hit_rate, hit_rate
 from tests.test_cli import dsv2
 
@@ -115,7 +115,7 @@ def test_the_best_is_the_best_of_all_choices():
 @pytest.mark.parametrize("policy", Policy)
 def test_random_use_never_mixes_up_slots(policy):
     draw = random.Random(7)
-    cache = SlotCache(10, policy)
+    cache = ExpertCache(10, policy)
     pinned: set[Key] = set()
     where: dict[Key, int] = {}
     for _ in range(20_000):
@@ -149,7 +149,7 @@ def test_random_use_never_mixes_up_slots(policy):
 
 
 def test_prefill_leaves_a_conversation_its_experts():
-    cache = SlotCache(4)
+    cache = ExpertCache(4)
     for expert in range(3):
         cache.use(0, [expert])
         cache.admit((0, expert))

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local import machine
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.machine import resources
 from dsv2_local.quant import int8, nf4
 from dsv2_local.quant.quantize import quantize
 from tests.conftest import kernels
 from tests.models import TINY
-from tests.paging import paged, unpaged
+from tests.paging import gathered, scattered
 
 # A product's error in norm: activations of 8 bits 0.6 %, and for nf4 its levels on 8 bits 0.3 %.
 TOLERANCE = {Format.NF4: 0.008, Format.INT8: 0.007}
@@ -38,7 +38,7 @@ def native(request) -> Iterator[cpu.Kernels]:
         found = cpu.kernels()
         assert found is not None
         assert found.variant == request.param
-        found.set_threads(machine.Threads(3, ()))  # more than here are cores, so that threads take turns
+        found.set_threads(resources.Threads(3, ()))  # more than here are cores, so that threads take turns
         yield found
 
 
@@ -179,7 +179,7 @@ def test_attention_in_both_forms(native, heads, N, P, C, V, tokens, cached):
     w_uk, w_uv = int8.quantize(torch.randn(heads * C, N) / N**0.5), int8.quantize(torch.randn(heads * V, C) / C**0.5)
     q, latents = torch.randn(tokens, heads, N + P), torch.randn(cached + tokens, C + P).bfloat16()
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    args = (q, rotation, *paged(latents, cached), w_uk, w_uv, 0.11)
+    args = (q, rotation, *scattered(latents, cached), w_uk, w_uv, 0.11)
     exact = reference.attention(*args, True)
     absorbed, materialised = native.attention(*args, True), native.attention(*args, False)
     errors = [(ours - exact).norm(dim=1) / exact.norm(dim=1) for ours in (absorbed, materialised)]
@@ -191,10 +191,10 @@ def test_attention_ignores_what_lies_after_it_in_the_cache(native):
     """Rows past the last position may hold anything, not numbers among them."""
     H, N, P, C, V = SHAPES[1]
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
-    cache, sequence = paged(torch.randn(9, C + P).bfloat16(), 7)
+    cache, block_table = scattered(torch.randn(9, C + P).bfloat16(), 7)
     q, rotation = torch.randn(2, H, N + P), torch.ones(2, P // 2, dtype=torch.complex64)
     for absorb in (True, False):
-        assert native.attention(q, rotation, cache, sequence, w_uk, w_uv, 0.1, absorb).isfinite().all()
+        assert native.attention(q, rotation, cache, block_table, w_uk, w_uv, 0.1, absorb).isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [12, 40])
@@ -202,12 +202,12 @@ def test_attention_of_a_token_does_not_depend_on_its_company(native, tokens):
     H, N, P, C, V = 16, 32, 16, 64, 48
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     q, cached = torch.randn(tokens, H, N + P), 500
-    cache, sequence = paged(torch.randn(cached + tokens, C + P).bfloat16(), cached)
+    cache, block_table = scattered(torch.randn(cached + tokens, C + P).bfloat16(), cached)
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    whole = native.attention(q, rotation, cache, sequence, w_uk, w_uv, 0.1, True)
+    whole = native.attention(q, rotation, cache, block_table, w_uk, w_uv, 0.1, True)
     for start, end in ((0, 1), (3, 8), (tokens - 1, tokens)):
-        sequence[0] = cached + start
-        part = native.attention(q[start:end], rotation[start:end], cache, sequence, w_uk, w_uv, 0.1, True)
+        block_table[0] = cached + start
+        part = native.attention(q[start:end], rotation[start:end], cache, block_table, w_uk, w_uv, 0.1, True)
         assert torch.equal(part, whole[start:end]) or native.variant == "portable"
         assert off(part, whole[start:end]) < 1e-6
 
@@ -218,7 +218,7 @@ def test_sharp_attention(native):
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     q, latents = torch.randn(1, H, N + P) * 100, torch.randn(600, C + P).bfloat16()
     rotation = torch.ones(1, P // 2, dtype=torch.complex64)
-    args = (q, rotation, *paged(latents, 599), w_uk, w_uv, 1.0, False)
+    args = (q, rotation, *scattered(latents, 599), w_uk, w_uv, 1.0, False)
     assert off(native.attention(*args), reference.attention(*args)) < 1e-3
 
 
@@ -230,12 +230,12 @@ def test_rows(native, tokens):
     exact = reference.embedding(ids, embedding, torch.float32)
     assert torch.equal(native.embedding(ids, embedding, torch.float32), exact)
     kv_a, rotation = torch.randn(tokens, 72 + 16), torch.polar(torch.ones(tokens, 8), torch.randn(tokens, 8))
-    pages, sequence = paged(torch.zeros(60 + tokens, 88, dtype=torch.bfloat16), 60)  # from one page to the next
-    ours, theirs = pages.clone(), pages.clone()
-    native.write_latents(ours, sequence, kv_a, weight[:72], 1e-6, rotation)
-    reference.write_latents(theirs, sequence, kv_a, weight[:72], 1e-6, rotation)
-    assert torch.equal(ours.isnan(), pages.isnan())
-    ours, theirs = (unpaged(written, sequence, 60 + tokens) for written in (ours, theirs))
+    blocks, block_table = scattered(torch.zeros(60 + tokens, 88, dtype=torch.bfloat16), 60)  # from one page to the next
+    ours, theirs = blocks.clone(), blocks.clone()
+    native.write_latents(ours, block_table, kv_a, weight[:72], 1e-6, rotation)
+    reference.write_latents(theirs, block_table, kv_a, weight[:72], 1e-6, rotation)
+    assert torch.equal(ours.isnan(), blocks.isnan())
+    ours, theirs = (gathered(written, block_table, 60 + tokens) for written in (ours, theirs))
     assert torch.equal(ours[:60], torch.zeros(60, 88))
     assert torch.equal(native.add(x, x * 2), x + x * 2)
     assert off(ours.float(), theirs.float()) < 1e-3  # the last bit of a few
@@ -283,13 +283,13 @@ def test_nano_says_the_same_as_on_the_reference(native):
         reference_llm = dsv2_local.load()
         prompts = [reference_llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
         answers = [[c.token_id for c in reference_llm.generate(p, max_tokens=24, temperature=0)] for p in prompts]
-        sequences = [p + [t for t in a if t is not None] for p, a in zip(prompts, answers, strict=True)]
-        exact = [reference_llm.logits(s) for s in sequences]
+        block_tables = [p + [t for t in a if t is not None] for p, a in zip(prompts, answers, strict=True)]
+        exact = [reference_llm.logits(s) for s in block_tables]
     with kernels(native.variant):
         llm = dsv2_local.load()
         compared = 0
-        for sequence, theirs in zip(sequences, exact, strict=True):
-            ours = llm.logits(sequence)
+        for block_table, theirs in zip(block_tables, exact, strict=True):
+            ours = llm.logits(block_table)
             best = theirs.topk(2, dim=1).values
             clear = best[:, 0] - best[:, 1] > 0.5
             compared += int(clear.sum())

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local import machine
-from dsv2_local.cache import LatentCache, bytes_per_token
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
-from dsv2_local.kernels.format import Cache, Format, latent_nbytes
+from dsv2_local.kernels.format import CacheDtype, Format, latent_nbytes
 from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
+from dsv2_local.machine import resources
 from dsv2_local.quant import int8
+from dsv2_local.runtime.cache import LatentCache, bytes_per_token
 from tests.conftest import kernels
 from tests.models import TINY
-from tests.paging import paged, unpaged
+from tests.paging import gathered, scattered
 
 SHAPES = [(512, 64), (64, 16), (40, 6), (130, 8), (24, 0)]  # C, P
 # As `test_kernels` has it for a bf16 cache; where VNNI multiplies bytes, queries are of 8 bits too.
@@ -32,7 +32,7 @@ def native(request) -> Iterator[cpu.Kernels]:
     with kernels(request.param):
         found = cpu.kernels()
         assert found is not None
-        found.set_threads(machine.Threads(3, ()))
+        found.set_threads(resources.Threads(3, ()))
         yield found
 
 
@@ -88,11 +88,11 @@ def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
     kv_a, weight = torch.randn(tokens, rank + rope), torch.rand(rank) + 0.5
     kv_a[1:2] = 0
     rotation = torch.polar(torch.ones(tokens, rope // 2), torch.randn(tokens, rope // 2))
-    pages, sequence = paged(torch.zeros(60 + tokens, latent_nbytes(rank, rope), dtype=torch.uint8), 60)
-    ours, theirs = pages.clone(), pages.clone()
-    native.write_latents(ours, sequence, kv_a, weight, 1e-6, rotation)
-    reference.write_latents(theirs, sequence, kv_a, weight, 1e-6, rotation)
-    ours, theirs = (unpaged(written, sequence, 60 + tokens) for written in (ours, theirs))
+    blocks, block_table = scattered(torch.zeros(60 + tokens, latent_nbytes(rank, rope), dtype=torch.uint8), 60)
+    ours, theirs = blocks.clone(), blocks.clone()
+    native.write_latents(ours, block_table, kv_a, weight, 1e-6, rotation)
+    reference.write_latents(theirs, block_table, kv_a, weight, 1e-6, rotation)
+    ours, theirs = (gathered(written, block_table, 60 + tokens) for written in (ours, theirs))
     assert torch.equal(ours[:60], torch.zeros_like(ours[:60]))
     codes = (ours[:, :rank].view(torch.int8).int() - theirs[:, :rank].view(torch.int8)).abs()
     assert codes.max() <= 1  # a norm that differs in its last bit can cross the middle between two codes
@@ -102,9 +102,9 @@ def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
 
 def test_native_rows_of_nan_stay_nan(native):
     kv_a, rotation = torch.full((2, 72), float("nan")), torch.ones(2, 4, dtype=torch.complex64)
-    pages, sequence = paged(torch.zeros(2, latent_nbytes(64, 8), dtype=torch.uint8), 0)
-    native.write_latents(pages, sequence, kv_a, torch.ones(64), 1e-6, rotation)
-    assert dequantize_latents(unpaged(pages, sequence, 2), 64).isnan().all()
+    blocks, block_table = scattered(torch.zeros(2, latent_nbytes(64, 8), dtype=torch.uint8), 0)
+    native.write_latents(blocks, block_table, kv_a, torch.ones(64), 1e-6, rotation)
+    assert dequantize_latents(gathered(blocks, block_table, 2), 64).isnan().all()
 
 
 class Case:
@@ -119,7 +119,7 @@ class Case:
         self.cached = cached
 
     def run(self, kernel, absorb: bool) -> Tensor:
-        arguments = (self.q, self.rotation, *paged(self.rows, self.cached), self.w_uk, self.w_uv, 0.11)
+        arguments = (self.q, self.rotation, *scattered(self.rows, self.cached), self.w_uk, self.w_uv, 0.11)
         return kernel.attention(*arguments, absorb)
 
     def tokens(self, start: int, end: int) -> "Case":
@@ -212,7 +212,7 @@ def test_a_token_does_not_depend_on_its_company(native, tokens):
 
 def test_what_the_cache_takes():
     config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY})
-    for kind, row in ((Cache.BF16, 2 * 80), (Cache.FP32, 4 * 80), (Cache.INT8, 64 + 2 + 32)):
+    for kind, row in ((CacheDtype.BF16, 2 * 80), (CacheDtype.FP32, 4 * 80), (CacheDtype.INT8, 64 + 2 + 32)):
         cache = LatentCache(config, 70, kind)
         assert cache.nbytes == 128 * bytes_per_token(config, kind) == 128 * 3 * row  # in whole pages
 
@@ -221,7 +221,7 @@ def test_what_the_cache_takes():
 def test_nano_with_an_8_bit_cache(variant):
     """It says the same wherever the bf16 cache's two best tokens are apart, and the plan counts the cache."""
     with kernels(variant):
-        exact, ours = dsv2_local.load(context=256), dsv2_local.load(context=256, cache="int8")
+        exact, ours = dsv2_local.load(context=256), dsv2_local.load(context=256, cache_dtype="int8")
         assert ours.plan.ram.parts["latent cache"] == ours.engine.cache.nbytes == 256 * 6 * (128 + 4 + 128)
         ids = exact.tokenizer.encode_chat([{"role": "user", "content": "What is a violin?"}])
         ids += [c.token_id for c in exact.generate(ids, max_tokens=24, temperature=0) if c.token_id is not None]
@@ -238,7 +238,7 @@ def test_nano_with_an_8_bit_cache(variant):
 def test_no_other_cache():
     with pytest.raises(InputError, match="cache type 'fp8' is not one of bf16, int8"):
         dsv2_local.load(cache="fp8")
-    assert ops.cache_kind(Format.INT8, torch.float32, Cache.INT8) is Cache.INT8
+    assert ops.cache_dtype(Format.INT8, torch.float32, CacheDtype.INT8) is CacheDtype.INT8
     with kernels(cpu.REFERENCE):
-        assert ops.cache_kind(Format.INT8, torch.float32, Cache.BF16) is Cache.FP32
-        assert ops.cache_kind(Format.INT8, torch.bfloat16, Cache.BF16) is Cache.BF16
+        assert ops.cache_dtype(Format.INT8, torch.float32, CacheDtype.BF16) is CacheDtype.FP32
+        assert ops.cache_dtype(Format.INT8, torch.bfloat16, CacheDtype.BF16) is CacheDtype.BF16

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import dsv2_local
-from dsv2_local.engine import Engine
 from dsv2_local.errors import CheckpointError, ContextLengthError, InputError
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
+from dsv2_local.runtime.engine import Engine
 from tests.models import save_random
 from tests.test_tokenizer import EOS, TEMPLATE
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dsv2_local.errors import InputError
-from dsv2_local.machine import (
+from dsv2_local.machine.resources import (
     Threads,
     choose_threads,
     cpu_features,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.format import Format
 from dsv2_local.kernels.layout import Matrix
@@ -17,7 +17,7 @@ from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
 from tests.conftest import kernels
 from tests.models import TINY, Naive, rewrite_config, save_random, transformers_logits, yarn
-from tests.paging import paged
+from tests.paging import scattered
 
 pytestmark = pytest.mark.usefixtures("reference_kernels")
 
@@ -151,7 +151,7 @@ def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypa
     )  # fmt: skip
     q_nope, q_rope, latents = torch.randn(queries, heads, N), torch.randn(queries, heads, P), torch.randn(S, C + P)
     unrotated = torch.ones(queries, P // 2, dtype=torch.complex64)
-    args = (torch.cat((q_nope, q_rope), 2), unrotated, *paged(latents, S - queries), *matrices, 0.11)
+    args = (torch.cat((q_nope, q_rope), 2), unrotated, *scattered(latents, S - queries), *matrices, 0.11)
     keys = torch.einsum("sc,hcn->shn", latents[:, :C], uk)
     scores = torch.einsum("thn,shn->hts", q_nope, keys) + torch.einsum("thp,sp->hts", q_rope, latents[:, C:])
     visible = torch.arange(S)[None] <= torch.arange(S - queries, S)[:, None]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dsv2_local import numa
+from dsv2_local.machine import numa
 from tests.test_machine import NODES, machine  # noqa: F401 - a fixture
 
 TWO = {f"{NODES}/has_memory": "1,70\n", f"{NODES}/node1/cpulist": "0-3\n", f"{NODES}/node70/cpulist": "4-7\n"}

@@ -13,11 +13,12 @@ from dsv2_local.errors import DeviceError
 from dsv2_local.kernels import cpu, ops
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import expert_matrices
-from dsv2_local.offload.lru import Policy
-from dsv2_local.offload.schedule import Lane, Mode, OffloadedExperts
-from dsv2_local.offload.slots import Slots
-from dsv2_local.offload.split import Costs
-from dsv2_local.offload.stand_in import StandIn
+from dsv2_local.offload.balance import Costs
+from dsv2_local.offload.expert_cache import Policy
+from dsv2_local.offload.expert_slots import ExpertSlots
+from dsv2_local.offload.offloaded_experts import DeviceExperts, OffloadedExperts
+from dsv2_local.offload.plan_request import Mode
+from dsv2_local.offload.simulated_device import SimulatedDevice
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason="the reference rounds one token and many differently")
 
@@ -45,7 +46,7 @@ def step(tokens: int, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(tokens, LAYOUT.hidden_size), ids, torch.rand(tokens, PER_TOKEN)
 
 
-def lanes(
+def offloaded(
     records: dict[int, Tensor],
     rng: random.Random,
     mode: Mode,
@@ -61,8 +62,8 @@ def lanes(
     made = []
     for number in range(devices):
         own = {layer: records[layer] for layer in records if cut[number] <= layer < cut[number + 1]}
-        device = StandIn(number, hook=hook, link=link)
-        made.append(Lane(Slots(device, LAYOUT, slots, buffer, policy), LAYOUT, own, mode, costs))
+        device = SimulatedDevice(number, hook=hook, link=link)
+        made.append(DeviceExperts(ExpertSlots(device, LAYOUT, slots, buffer, policy), LAYOUT, own, mode, costs))
     return OffloadedExperts(made)
 
 
@@ -79,7 +80,7 @@ def run_random_schedule(records: dict[int, Tensor], seed: int, faults: bool) -> 
                 raise DeviceError(f"the stand-in was told to fail at {what}")
 
     costs = Costs(rng.choice([0.2, 1.0, 5.0]), rng.choice([0.2, 1.0, 5.0]), rng.choice([0.0, 0.1, 1.0]))
-    experts = lanes(
+    experts = offloaded(
         records, rng, rng.choice([Mode.HYBRID, Mode.STREAM, Mode.CPU]), rng.randrange(EXPERTS * LAYERS + 1),
         rng.randrange(1, EXPERTS + 2), costs, rng.randrange(1, 3), hook, rng.choice(list(Policy)),
     )  # fmt: skip
@@ -88,7 +89,7 @@ def run_random_schedule(records: dict[int, Tensor], seed: int, faults: bool) -> 
         tokens = rng.choice([1, 1, 1, 2, 5, 40])
         for layer in records:
             x, ids, weights = step(tokens, rng)
-            result = experts.begin(layer, x, ids, weights)
+            result = experts.start(layer, x, ids, weights)
             if rng.random() < 0.03:
                 continue  # interrupted before the result was asked for
             got, expected = result(), ops.experts(x, records[layer], LAYOUT, ids, weights)

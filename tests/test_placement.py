@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv2_local import llm, measured
-from dsv2_local.console import describe_experts
+from dsv2_local import llm
+from dsv2_local.commands.console import describe_experts
 from dsv2_local.errors import DeviceError, DeviceMemoryError, InputError, PlanError
 from dsv2_local.llm import LLM, bundled_model
-from dsv2_local.offload import favourites
-from dsv2_local.offload.plan import Machine, Mode, plan
-from dsv2_local.offload.schedule import OffloadedExperts
-from dsv2_local.offload.split import Costs, Watch
-from dsv2_local.offload.stand_in import StandIn
+from dsv2_local.machine import measurements
+from dsv2_local.offload import warm_experts
+from dsv2_local.offload.balance import Costs, Watch
+from dsv2_local.offload.offloaded_experts import OffloadedExperts
+from dsv2_local.offload.plan import make_plan
+from dsv2_local.offload.plan_request import Machine, Mode
+from dsv2_local.offload.simulated_device import SimulatedDevice
 from tests.models import heed_signals
 
 EVEN = Costs(fetch=1.0, read=1.0, token=0.1)
@@ -31,17 +33,19 @@ def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def devices(slots: int, number: int = 1, hook: Callable[[str], None] = lambda step: None) -> list[StandIn]:
+def devices(slots: int, number: int = 1, hook: Callable[[str], None] = lambda step: None) -> list[SimulatedDevice]:
     """As large as nano needs for `slots` experts each, or one more byte."""
-    wish = replace(llm.load(context=512).plan.wish, experts=Mode.STREAM)
-    made = plan(wish, Machine((1 << 30,) * number, 1 << 40))
+    wish = replace(llm.load(context=512).plan.request, experts=Mode.STREAM)
+    made = make_plan(wish, Machine((1 << 30,) * number, 1 << 40))
     fixed = [
         sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots")) for gpu in made.gpus
     ]
-    return [StandIn(gpu, capacity=size + slots * made.expert_bytes + 1, hook=hook) for gpu, size in enumerate(fixed)]
+    return [
+        SimulatedDevice(gpu, capacity=size + slots * made.expert_bytes + 1, hook=hook) for gpu, size in enumerate(fixed)
+    ]
 
 
-def loaded(mode: Mode = Mode.HYBRID, *, costs: Costs | None = EVEN, on: list[StandIn]) -> LLM:
+def loaded(mode: Mode = Mode.HYBRID, *, costs: Costs | None = EVEN, on: list[SimulatedDevice]) -> LLM:
     return LLM(
         bundled_model(), dtype=torch.float32, context=512, threads=None, experts=mode, devices=on, costs=costs
     )  # fmt: skip
@@ -72,7 +76,7 @@ def test_the_same_tokens_wherever_experts_are(expected, monkeypatch, mode, slots
             assert device.allocated == sum(parts.values()), gpu
         if mode in (Mode.HYBRID, Mode.STREAM):
             assert isinstance(model.experts, OffloadedExperts)
-            figures = model.experts.figures
+            figures = model.experts.stats
             assert (figures.streamed_layers > 0) == (mode is Mode.STREAM)
             assert (figures.hits > 0) == (slots > 0)
             assert (figures.host_experts > 0) == (mode is Mode.HYBRID)
@@ -83,15 +87,15 @@ def test_the_same_tokens_wherever_experts_are(expected, monkeypatch, mode, slots
 
 
 def test_a_model_that_fits_needs_no_cache(expected):
-    with loaded(Mode.GPU, on=[StandIn(capacity=1 << 30)]) as model:
+    with loaded(Mode.GPU, on=[SimulatedDevice(capacity=1 << 30)]) as model:
         assert answer(model) == expected
         assert not isinstance(model.experts, OffloadedExperts)
         assert "all in GPU memory" in describe_experts(model)[0]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_allocated():
-    (gpu,) = plan(replace(llm.load(context=512).plan.wish, experts=Mode.GPU), Machine((1 << 30,), 1 << 40)).gpus
-    device = StandIn(capacity=gpu.used - gpu.parts["driver"] - 1)
+    (gpu,) = make_plan(replace(llm.load(context=512).plan.request, experts=Mode.GPU), Machine((1 << 30,), 1 << 40)).gpus
+    device = SimulatedDevice(capacity=gpu.used - gpu.parts["driver"] - 1)
     with pytest.raises(PlanError) as error:
         loaded(Mode.GPU, on=[device])
     assert (error.value.where, error.value.shortfall) == ("GPU 0", 1)
@@ -99,7 +103,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated():
 
 
 def test_a_gpu_that_is_too_small_is_left_out_unless_it_was_asked_for(expected, monkeypatch):
-    monkeypatch.setattr(llm, "_devices", lambda names: [StandIn(capacity=1000)])
+    monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1000)])
     model = llm.load(context=512)
     assert model._placed.devices == []
     assert model.notes[-1].startswith("the GPU is not used: it does not fit")
@@ -112,31 +116,31 @@ def test_a_gpu_that_is_too_small_is_left_out_unless_it_was_asked_for(expected, m
 def test_experts_that_were_used_begin_in_slots(expected):
     with loaded(on=devices(20)) as model:
         answer(model)
-        cold = model.experts.figures.hit_rate
-        used = model.experts.lanes[0].slots.cache.favourites()
-    kept = favourites.load(next(favourites.file("x").parent.glob("*.json")).stem, [1, 2, 3, 4, 5], 24)
+        cold = model.experts.stats.hit_rate
+        used = model.experts.devices[0].slots.cache.favourites()
+    kept = warm_experts.load(next(warm_experts.file("x").parent.glob("*.json")).stem, [1, 2, 3, 4, 5], 24)
     assert kept[: len(used)] == used
     assert sorted(kept) == [(layer, expert) for layer in range(1, 6) for expert in range(24)]
     with loaded(on=devices(20)) as model:
         assert answer(model) == expected
-        assert model.experts.figures.hit_rate > cold
+        assert model.experts.stats.hit_rate > cold
 
 
 @pytest.mark.parametrize("damage", ["", "[", "[3]", '{"a": 1}', "[[99, 99]]"])
 def test_a_damaged_file_of_favourites_is_none(damage):
-    path = favourites.file("f")
+    path = warm_experts.file("f")
     path.parent.mkdir(parents=True)
     path.write_text(damage)
-    assert favourites.load("f", [1], 2) == [(1, 0), (1, 1)]
+    assert warm_experts.load("f", [1], 2) == [(1, 0), (1, 1)]
 
 
 def test_costs_are_measured_once_and_kept():
     with loaded(costs=None, on=devices(7)) as model:
-        first = model.experts.lanes[0].costs
+        first = model.experts.devices[0].costs
         assert min(first.fetch, first.read, first.token) > 0
-    assert len(measured._read(measured.file())) == 1
+    assert len(measurements._read(measurements.file())) == 1
     with loaded(costs=None, on=devices(7)) as model:
-        assert model.experts.lanes[0].costs == first
+        assert model.experts.devices[0].costs == first
 
 
 def locked_bytes() -> int:
@@ -158,7 +162,7 @@ def test_page_locked_memory_is_given_back(monkeypatch):
 
 def test_a_refusal_to_lock_is_told_and_changes_nothing(expected, monkeypatch):
     monkeypatch.setattr(llm, "lockable_memory", lambda: None)
-    monkeypatch.setattr(StandIn, "lock", lambda self, memory: False)
+    monkeypatch.setattr(SimulatedDevice, "lock", lambda self, memory: False)
     with loaded(on=devices(7)) as model:
         assert answer(model) == expected
         (note,) = model.notes
@@ -186,7 +190,7 @@ def test_a_copy_that_fails_costs_time_and_nothing_else(expected):
 
     with loaded(Mode.STREAM, on=devices(40, hook=faulty)) as model:
         assert answer(model) == expected
-        assert model.experts.figures.retries > 0
+        assert model.experts.stats.retries > 0
         assert "computed again" in "\n".join(describe_experts(model))
 
 

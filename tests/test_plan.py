@@ -11,14 +11,20 @@ from pathlib import Path
 import pytest
 
 import dsv2_local
-from dsv2_local import llm, measured, planning, released
-from dsv2_local.config import ModelConfig
+from dsv2_local import llm
+from dsv2_local.architectures import released
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands import plan
+from dsv2_local.commands.inspect import summarise
 from dsv2_local.errors import InputError, PlanError
-from dsv2_local.inspection import summarise
-from dsv2_local.kernels.format import Cache
-from dsv2_local.offload.plan import GIB, RATES, Machine, Mode, Plan, Rates, Wish, plan
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.machine import measurements
+from dsv2_local.offload.forecast import forecast, notes
+from dsv2_local.offload.plan import Plan, make_plan
+from dsv2_local.offload.plan_request import RATES, Machine, Mode, PlanRequest, Rates
+from dsv2_local.offload.sizes import GIB
+from dsv2_local.options import size
 from dsv2_local.quant.schema import Kind, Recipe
-from dsv2_local.sizes import size
 from tests.models import TINY
 from tests.test_cli import dsv2
 
@@ -26,11 +32,13 @@ LARGE, LITE = released.read_config("deepseek-v2"), released.read_config("deepsee
 DENSE = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, "n_routed_experts": 0})
 
 
-def wishes(seed: int) -> tuple[Wish, Machine]:
+def wishes(seed: int) -> tuple[PlanRequest, Machine]:
     draw = random.Random(seed)
     config = draw.choice([LARGE, LITE, DENSE])
     context = draw.choice([1, 1000, 8192, 100_000]) if config is not DENSE else draw.choice([1, 1000])
-    wish = Wish(config, draw.choice(list(Recipe)), context, draw.choice(list(Cache)), draw.choice(list(Mode)))
+    wish = PlanRequest(
+        config, draw.choice(list(Recipe)), context, draw.choice(list(CacheDtype)), draw.choice(list(Mode))
+    )
     vram = tuple(int(draw.uniform(2, 48) * GIB) for _ in range(draw.choice([0, 1, 1, 2, 3])))
     return wish, Machine(vram, int(draw.uniform(2, 300) * GIB), draw.choice([None, None, 64 << 10]))
 
@@ -39,7 +47,7 @@ def wishes(seed: int) -> tuple[Wish, Machine]:
 def test_a_plan_fits_or_is_refused_with_remedies_that_work(seed):
     wish, machine = wishes(seed)
     try:
-        made = plan(wish, machine)
+        made = make_plan(wish, machine)
     except PlanError as refusal:
         error = refusal
     else:
@@ -47,7 +55,7 @@ def test_a_plan_fits_or_is_refused_with_remedies_that_work(seed):
         return
     assert error.shortfall > 0
     for remedy in error.remedies:
-        check(plan(*changed(wish, machine, remedy)))
+        check(make_plan(*changed(wish, machine, remedy)))
 
 
 def check(made: Plan) -> None:
@@ -56,25 +64,25 @@ def check(made: Plan) -> None:
         assert share.used == sum(share.parts.values()) <= share.capacity
         assert min(share.parts.values()) >= 0
     if made.gpus:
-        layers = made.wish.config.num_hidden_layers
+        layers = made.request.config.num_hidden_layers
         ends = [gpu.layers for gpu in made.gpus]
         assert (ends[0][0], ends[-1][1]) == (0, layers)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
     assert made.resident or made.ram_experts + made.disk_experts == made.experts
-    if made.gpus and made.wish.experts is Mode.GPU:
+    if made.gpus and made.request.experts is Mode.GPU:
         assert made.resident
-    if made.wish.experts is Mode.CPU:
+    if made.request.experts is Mode.CPU:
         assert made.slots == 0
-    assert made.forecast.decode_tok_s > 0
-    assert made.forecast.prefill_tok_s > 0
-    assert 0 <= made.forecast.hit_rate <= 1
+    assert forecast(made).decode_tok_s > 0
+    assert forecast(made).prefill_tok_s > 0
+    assert 0 <= forecast(made).hit_rate <= 1
 
 
-def changed(wish: Wish, machine: Machine, remedy: str) -> tuple[Wish, Machine]:
+def changed(wish: PlanRequest, machine: Machine, remedy: str) -> tuple[PlanRequest, Machine]:
     """What the user would ask for after taking a remedy at its word."""
     option, value = remedy.split()[:2]
     if option == "--cache-type":
-        return replace(wish, cache=Cache(value)), machine
+        return replace(wish, cache_dtype=CacheDtype(value)), machine
     if option == "--context":
         return replace(wish, context=int(value)), machine
     if option == "--recipe":
@@ -96,10 +104,10 @@ def in_memory(config: ModelConfig, recipe: Recipe) -> int:
 @pytest.mark.parametrize("recipe", Recipe)
 @pytest.mark.parametrize("config", [LARGE, LITE, DENSE])
 def test_every_weight_is_counted_once(config, recipe):
-    made = plan(Wish(config, recipe, 64), Machine((), 10**12))
+    made = make_plan(PlanRequest(config, recipe, 64), Machine((), 10**12))
     weights = in_memory(config, recipe)
     assert made.ram.parts["dense weights"] + made.ram.parts["experts (mapped)"] == weights
-    split = plan(Wish(config, recipe, 64), Machine((400 * GIB, 200 * GIB), 10**12))
+    split = make_plan(PlanRequest(config, recipe, 64), Machine((400 * GIB, 200 * GIB), 10**12))
     assert split.resident
     placed = sum(gpu.parts["dense weights"] + gpu.parts["expert slots"] for gpu in split.gpus)
     assert placed + split.ram.parts["embedding"] == weights
@@ -114,9 +122,9 @@ def test_the_plan_of_nano_is_what_loading_takes():
 
 
 def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkeypatch):
-    wish = dsv2_local.load().plan.wish
+    wish = dsv2_local.load().plan.request
     limit = wish.config.max_position_embeddings
-    half = plan(replace(wish, context=limit // 2), Machine((), 10**12, available=True)).ram
+    half = make_plan(replace(wish, context=limit // 2), Machine((), 10**12, available=True)).ram
     needed = half.used - half.parts["system"] - half.parts["experts (mapped)"]
     monkeypatch.setattr(llm, "memory_available", lambda: int(needed * 1.022))
     with pytest.raises(PlanError, match="RAM lacks") as error:
@@ -130,37 +138,39 @@ def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkey
 
 
 def test_the_large_model_beside_128k_of_context_on_one_card():
-    made = plan(Wish(LARGE, Recipe.NF4, 131072), Machine((24 * GIB,), 192 * GIB))
+    made = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072), Machine((24 * GIB,), 192 * GIB))
     assert made.gpus[0].parts["latent cache"] == 131072 * 60 * 1152
     assert made.gpus[0].slots > 400
     assert made.locked
     assert made.disk_experts == 0
-    small = plan(Wish(LARGE, Recipe.NF4, 131072, Cache.INT8), Machine((24 * GIB,), 192 * GIB))
+    small = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072, CacheDtype.INT8), Machine((24 * GIB,), 192 * GIB))
     assert small.gpus[0].parts["latent cache"] == 131072 * 39_360
     assert small.slots > made.slots
 
 
 def test_more_memory_and_faster_memory_never_make_it_slower():
-    wish, last = Wish(LITE, Recipe.NF4, 8192), 0.0
+    wish, last = PlanRequest(LITE, Recipe.NF4, 8192), 0.0
     for vram in (4, 6, 8, 12, 16, 24):
-        speed = plan(wish, Machine((vram * GIB,), 64 * GIB)).forecast.decode_tok_s
+        speed = forecast(make_plan(wish, Machine((vram * GIB,), 64 * GIB))).decode_tok_s
         assert speed >= last
         last = speed
-    slow, fast = (plan(wish, Machine((), 64 * GIB, rates=Rates(ram=ram))).forecast.decode_tok_s for ram in (30, 60))
+    slow, fast = (
+        forecast(make_plan(wish, Machine((), 64 * GIB, rates=Rates(ram=ram)))).decode_tok_s for ram in (30, 60)
+    )
     assert fast == pytest.approx(2 * slow)
 
 
 def test_experts_beyond_ram_come_from_disk_and_it_says_so():
-    made = plan(Wish(LITE, Recipe.NF4, 4096), Machine((), 6 * GIB))
+    made = make_plan(PlanRequest(LITE, Recipe.NF4, 4096), Machine((), 6 * GIB))
     assert 0 < made.ram_experts < made.experts
-    assert made.forecast.bound == "disk"
-    assert "do not fit in RAM" in made.notes[0]
+    assert forecast(made).bound == "disk"
+    assert "do not fit in RAM" in notes(made)[0]
 
 
 def test_little_lockable_memory_is_told_with_the_remedy():
-    made = plan(Wish(LITE, Recipe.NF4, 4096), Machine((6 * GIB,), 64 * GIB, lockable=8 << 20))
+    made = make_plan(PlanRequest(LITE, Recipe.NF4, 4096), Machine((6 * GIB,), 64 * GIB, lockable=8 << 20))
     assert not made.locked
-    assert "ulimit -l" in made.notes[-1]
+    assert "ulimit -l" in notes(made)[-1]
 
 
 @pytest.mark.parametrize(
@@ -214,37 +224,37 @@ def test_gpus_are_those_that_the_driver_tells(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho 24000\necho 12000\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert planning.free_vram() == [24000 << 20, 12000 << 20]
+    assert plan.free_vram() == [24000 << 20, 12000 << 20]
     program.write_text("#!/bin/sh\necho driver is broken; exit 9\n")
-    assert planning.free_vram() == []
+    assert plan.free_vram() == []
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert planning.free_vram() == []
+    assert plan.free_vram() == []
 
 
 def test_rates_that_bench_measured_are_reckoned_with(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert measured.load(RATES) == {}
-    request = planning.Request("deepseek-v2-lite")
-    assumed = planning._machine(request).rates
-    measured.save({"ram": 20.0, "later": 1.0})
-    measured.save({"cpu_gflops": 77.0})
-    assert planning._machine(request).rates == replace(assumed, ram=20.0, cpu_gflops=77.0)
-    given = planning.Request("deepseek-v2-lite", rates="ram=33")
-    assert planning._machine(given).rates == replace(assumed, ram=33.0, cpu_gflops=77.0)
-    imagined = planning.Request("deepseek-v2-lite", ram="64GiB")
-    assert planning._machine(imagined).rates == assumed
+    assert measurements.load(RATES) == {}
+    request = plan.Request("deepseek-v2-lite")
+    assumed = plan._machine(request).rates
+    measurements.save({"ram": 20.0, "later": 1.0})
+    measurements.save({"cpu_gflops": 77.0})
+    assert plan._machine(request).rates == replace(assumed, ram=20.0, cpu_gflops=77.0)
+    given = plan.Request("deepseek-v2-lite", rates="ram=33")
+    assert plan._machine(given).rates == replace(assumed, ram=33.0, cpu_gflops=77.0)
+    imagined = plan.Request("deepseek-v2-lite", ram="64GiB")
+    assert plan._machine(imagined).rates == assumed
     for damaged in ("", "[]", "{", '{"a": 3}', '{"a": {"ram": "fast"}}'):
-        measured.file().write_text(damaged)
-        assert measured.load(RATES) == {}
+        measurements.file().write_text(damaged)
+        assert measurements.load(RATES) == {}
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    measured.save({"ram": 1.0})  # is no reason to fail
+    measurements.save({"ram": 1.0})  # is no reason to fail
 
 
 def test_planning_needs_no_torch():
     code = (
         "import sys\n"
         "from dsv2_local import planning\n"
-        "planning.run(planning.Request('deepseek-v2', ram='192GiB', vram='24GiB'), True)\n"
+        "planning.run(plan.Request('deepseek-v2', ram='192GiB', vram='24GiB'), True)\n"
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run(

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local import random_weights
-from dsv2_local.cache import LatentCache
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels import cpu, ops
-from dsv2_local.kernels.format import Cache
-from dsv2_local.model import DecodeStep, Transformer
-from dsv2_local.offload.store import ResidentExperts
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.offload.resident_experts import ResidentExperts
 from dsv2_local.quant.schema import Recipe
+from dsv2_local.runtime import random_weights
+from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.cpu_step import CpuStep
+from dsv2_local.runtime.model import Transformer
 from tests.conftest import kernels
 from tests.models import TINY
 from tests.test_model import GROUPS
@@ -44,11 +45,11 @@ def model(recipe: Recipe = Recipe.NF4, dtype: torch.dtype = torch.float32, **cha
     return Transformer(config, made.weights, ResidentExperts(made.layout, made.records), dtype)
 
 
-def cache(of: Transformer, context: int = 48, kind: Cache = Cache.BF16) -> LatentCache:
+def cache(of: Transformer, context: int = 48, kind: CacheDtype = CacheDtype.BF16) -> LatentCache:
     return of.new_cache(context, kind)
 
 
-def computed(of: Transformer, tokens: list[int], kind: Cache = Cache.BF16) -> list[Tensor]:
+def computed(of: Transformer, tokens: list[int], kind: CacheDtype = CacheDtype.BF16) -> list[Tensor]:
     """Logits after each token, none of them replayed."""
     empty = cache(of, kind=kind)
     return [of.logits(of.forward(torch.tensor([token]), empty))[0] for token in tokens]
@@ -61,7 +62,7 @@ TOKENS = [(7 * i * i + 3) % 199 for i in range(40)]
 @pytest.mark.parametrize("recipe", [Recipe.NF4, Recipe.MIXED, Recipe.INT8])
 def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
     made = model(recipe, **changes)
-    step = DecodeStep(made, cache(made))
+    step = CpuStep(made, cache(made))
     for token, expected in zip(TOKENS, computed(made, TOKENS), strict=True):
         assert torch.equal(step.run(token), expected)
     assert step.recording is not None
@@ -74,8 +75,8 @@ def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
 
 def test_a_replay_over_an_8_bit_cache():
     made = model()
-    step = DecodeStep(made, cache(made, kind=Cache.INT8))
-    for token, expected in zip(TOKENS, computed(made, TOKENS, Cache.INT8), strict=True):
+    step = CpuStep(made, cache(made, kind=CacheDtype.INT8))
+    for token, expected in zip(TOKENS, computed(made, TOKENS, CacheDtype.INT8), strict=True):
         assert torch.equal(step.run(token), expected)
     assert step.recording is not None
 
@@ -83,7 +84,7 @@ def test_a_replay_over_an_8_bit_cache():
 @pytest.mark.parametrize(("recipe", "dtype"), [(Recipe.BF16, torch.float32), (Recipe.NF4, torch.bfloat16)])
 def test_what_is_not_all_native_is_computed_every_time(recipe, dtype):
     made = model(recipe, dtype)
-    step = DecodeStep(made, cache(made))
+    step = CpuStep(made, cache(made))
     for token, expected in zip(TOKENS[:4], computed(made, TOKENS[:4]), strict=True):
         assert torch.equal(step.run(token), expected)
         assert step.recording is None
@@ -93,7 +94,7 @@ def test_the_reference_is_not_recorded():
     with kernels(cpu.REFERENCE):
         assert ops.recording() is None
         made = model()
-        step = DecodeStep(made, cache(made))
+        step = CpuStep(made, cache(made))
         assert torch.equal(step.run(5), computed(made, [5])[0])
 
 
@@ -115,7 +116,7 @@ def test_foreign_operations_are_found():
 
 def test_an_interrupt_leaves_the_sequence_as_it_was(monkeypatch):
     made = model()
-    step = DecodeStep(made, cache(made))
+    step = CpuStep(made, cache(made))
     expected = computed(made, TOKENS)
     with monkeypatch.context() as patch:
         patch.setattr(made.layers[1], "forward", _interrupt)
@@ -147,7 +148,7 @@ def _interrupt(*arguments: Any) -> None:
 
 def test_a_full_cache_is_refused():
     made = model()
-    step = DecodeStep(made, cache(made, context=2))
+    step = CpuStep(made, cache(made, context=2))
     step.run(1)
     step.run(2)
     with pytest.raises(ContextLengthError):
@@ -159,7 +160,7 @@ def test_a_full_cache_is_refused():
 
 def test_times_are_taken_of_every_call():
     made = model()
-    step = DecodeStep(made, cache(made))
+    step = CpuStep(made, cache(made))
     step.run(1)
     assert step.recording is not None
     seconds = step.recording.take_times()

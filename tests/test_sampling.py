@@ -11,28 +11,30 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dsv2_local import sampling
 from dsv2_local.errors import ConfigError, InputError
 from dsv2_local.kernels import reference
-from dsv2_local.kernels.format import LIKELY
-from dsv2_local.sampling import GenerationConfig, Likely, Outcome, Sampler, SamplingParams, likely_limits
+from dsv2_local.kernels.format import MAX_CANDIDATES
+from dsv2_local.runtime import sampler
+from dsv2_local.runtime.sampler import Sampler
+from dsv2_local.runtime.sampling_params import GenerationConfig, SamplingParams
+from dsv2_local.runtime.step import StepResult, TopCandidates, candidate_limits
 
 
 def logits(seed: int = 0, size: int = 50) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def every(values: torch.Tensor) -> Likely:
-    return Likely(torch.arange(len(values)).numpy(), values.numpy())
+def every(values: torch.Tensor) -> TopCandidates:
+    return TopCandidates(torch.arange(len(values)).numpy(), values.numpy())
 
 
-def known(values: torch.Tensor) -> Outcome:
-    return Outcome(lambda: values)
+def known(values: torch.Tensor) -> StepResult:
+    return StepResult(values[None])
 
 
 def dense(values: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """The probabilities of all tokens."""
-    ids, probabilities = sampling.candidates(every(values), params)
+    ids, probabilities = sampler.truncated(every(values), params)
     return torch.zeros(len(values), dtype=torch.float64).index_put((torch.tensor(ids),), torch.tensor(probabilities))
 
 
@@ -56,7 +58,7 @@ def test_truncations_keep_what_transformers_keeps(params, theirs, seed, flat):
 
 @pytest.mark.parametrize("floors", [(1.0, -1.0), (0.1, 1e-3, -1.0), (-1.0,)])
 def test_how_many_tokens_are_looked_at_changes_nothing(monkeypatch, floors):
-    monkeypatch.setattr(sampling, "FLOORS", floors)
+    monkeypatch.setattr(sampler, "FLOORS", floors)
     values = logits(3, 3000)
     values -= values.max()
     warpers = {"top_k": TopKLogitsWarper(30), "top_p": TopPLogitsWarper(0.9), "min_p": MinPLogitsWarper(0.02)}
@@ -73,7 +75,7 @@ def test_how_many_tokens_are_looked_at_changes_nothing(monkeypatch, floors):
 def test_truncations_always_keep_the_likeliest():
     params = SamplingParams(top_k=1, top_p=1e-9, min_p=1.0)
     values = logits() - logits().max()
-    ids, probabilities = sampling.candidates(every(values), params)
+    ids, probabilities = sampler.truncated(every(values), params)
     assert (ids.tolist(), probabilities.tolist()) == ([int(values.argmax())], [1.0])
 
 
@@ -124,10 +126,17 @@ def test_a_tiny_temperature_is_greedy():
     assert Sampler(SamplingParams(temperature=1e-40, seed=0), []).choose(known(values)) == int(values.argmax())
 
 
-def fetched(values: torch.Tensor, params: SamplingParams) -> Outcome:
-    """As a GPU would tell it; all logits are not to be asked for where the likeliest are enough."""
-    (told,) = reference.likely(values[None], torch.tensor(likely_limits(params)))
-    return Outcome(lambda: pytest.fail("all logits were fetched"), Likely.unpack(told.numpy()))
+class Fetched(StepResult):
+    """As a GPU gives it: the top candidates, and all logits for the asking, which is counted."""
+
+    def __init__(self, values: torch.Tensor, params: SamplingParams) -> None:
+        packed = reference.top_candidates(values[None], torch.tensor(candidate_limits(params)))
+        super().__init__(values[None], packed=packed)
+        self.asked = 0
+
+    def logits(self) -> torch.Tensor:
+        self.asked += 1
+        return super().logits()
 
 
 ENOUGH = [
@@ -143,7 +152,9 @@ def test_the_likeliest_tokens_are_enough_to_choose_the_same(params):
     for seed in range(60):
         values = logits(seed, 20_000)
         values[100:400] += 12
-        assert fast.choose(fetched(values, params)) == slow.choose(known(values))
+        result = Fetched(values, params)
+        assert fast.choose(result) == slow.choose(known(values))
+        assert not result.asked
 
 
 @pytest.mark.parametrize(
@@ -157,18 +168,18 @@ def test_all_logits_are_fetched_where_the_likeliest_tokens_are_not_enough(params
     params = SamplingParams(**params, seed=5)
     fast, slow = Sampler(params, [3]), Sampler(params, [3])
     for seed in range(20):
-        values, asked = logits(seed, 20_000) / flat, []
-        outcome = Outcome(lambda values=values, asked=asked: asked.append(1) or values, fetched(values, params).likely)
-        assert fast.choose(outcome) == slow.choose(known(values))
-        assert asked
+        values = logits(seed, 20_000) / flat
+        result = Fetched(values, params)
+        assert fast.choose(result) == slow.choose(known(values))
+        assert result.asked
 
 
 def test_too_many_equals_and_no_numbers_are_not_told():
     plain = SamplingParams(temperature=0)
-    assert fetched(torch.zeros(LIKELY + 1), plain).likely is None
-    assert fetched(torch.zeros(LIKELY), plain).likely.ids.tolist() == [*range(LIKELY)]
-    assert fetched(torch.full((9,), float("nan")), plain).likely is None
-    assert Sampler(plain, []).choose(fetched(torch.tensor([1.0, 5.0, 5.0]), plain)) == 1
+    assert Fetched(torch.zeros(MAX_CANDIDATES + 1), plain).candidates() is None
+    assert Fetched(torch.zeros(MAX_CANDIDATES), plain).candidates().ids.tolist() == [*range(MAX_CANDIDATES)]
+    assert Fetched(torch.full((9,), float("nan")), plain).candidates() is None
+    assert Sampler(plain, []).choose(Fetched(torch.tensor([1.0, 5.0, 5.0]), plain)) == 1
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.05}])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.quant.schema import Kind, Recipe, expert_layout, parameters, source_shapes
 from tests.test_config import V2
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dsv2_local import llm, sessions
-from dsv2_local.chat import Chat
-from dsv2_local.conversation import Conversation
+from dsv2_local import llm
+from dsv2_local.commands import sessions
+from dsv2_local.commands.chat import Chat
+from dsv2_local.commands.conversation import Conversation
 from dsv2_local.errors import InputError, SavedCacheError
 from tests.models import heed_signals, kill_half_way
 from tests.test_cli import dsv2
@@ -242,14 +243,15 @@ def test_killed_while_it_saves_the_old_session_stays(nano, state):
         """
         import time
         from rich.console import Console
-        from dsv2_local import llm, saved
-        from dsv2_local.chat import Chat
-        real, lines = saved.save_file, iter(["What is a cat?"])
+        from dsv2_local import llm
+        from dsv2_local.runtime import saved_cache
+        from dsv2_local.commands.chat import Chat
+        real, lines = saved_cache.save_file, iter(["What is a cat?"])
         def slow(*arguments):
             real(*arguments)
             print("half way", flush=True)
             time.sleep(60)
-        saved.save_file = slow
+        saved_cache.save_file = slow
         Chat(llm.load(), None, {}, Console(stderr=True), lambda _: next(lines), str, session="s").loop()
         """
     )
@@ -354,7 +356,7 @@ def test_a_closed_terminal_fails_first_and_signals_later(nano, monkeypatch):
 
 SLOW = """
 import time
-from dsv2_local.engine import Engine
+from dsv2_local.runtime.engine import Engine
 prefill = Engine._prefill
 def slow(self, ids, progress):
     self.chunk = 64

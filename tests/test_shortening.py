@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from dsv2_local.conversation import Conversation
+from dsv2_local.commands.conversation import Conversation
+from dsv2_local.commands.shortening import REQUEST, drop_oldest, summarise_oldest
 from dsv2_local.errors import InputError
-from dsv2_local.shortening import REQUEST, drop_oldest, summarise_oldest
 from tests.test_chat import FakeGeneration, FakeLLM
 
 

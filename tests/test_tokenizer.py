@@ -10,7 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
-from dsv2_local.tokenizer import Detokenizer, StopFilter, Tokenizer
+from dsv2_local.text.detokenizer import Detokenizer, StopFilter
+from dsv2_local.text.tokenizer import Tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER = [{"role": "user", "content": "hi"}]

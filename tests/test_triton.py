@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels.format import Cache, Format
+from dsv2_local.kernels.format import CacheDtype, Format
 
 tl = pytest.importorskip("triton.language")
 
@@ -132,7 +132,7 @@ def test_attention_in_bf16(absorb):
 
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_over_8_bit_latents(absorb):
-    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 3, 70, absorb, Cache.INT8)
+    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 3, 70, absorb, CacheDtype.INT8)
 
 
 @pytest.mark.parametrize("C", [32, 192])
@@ -167,4 +167,4 @@ def test_all_kernels_compile_for_a_gpu():
 
 @pytest.mark.parametrize(("vocab", "temperature", "margin"), [(100, 1.0, 0.0), (5000, 0.7, 6.0), (5000, 2.0, 60.0)])
 def test_likely(vocab, temperature, margin):
-    check.likely(DEVICE, vocab, temperature, margin)
+    check.top_candidates(DEVICE, vocab, temperature, margin)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels import reference, triton
-from dsv2_local.kernels.format import LIKELY, Cache, ExpertLayout, Format
+from dsv2_local.kernels.format import MAX_CANDIDATES, CacheDtype, ExpertLayout, Format
 from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.quant import int8, nf4
 from tests.models import TINY
-from tests.paging import paged, unpaged
+from tests.paging import gathered, scattered
 
 # Of one product. The interpreter rounds bf16 towards zero, so that errors of several in a row add up.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -107,21 +107,23 @@ def attention(
     tokens: int,
     cached: int,
     absorb: bool,
-    kind: Cache = Cache.BF16,
+    kind: CacheDtype = CacheDtype.BF16,
 ) -> None:
     """The cache holds no numbers after the last position; in bf16 it has the type of the queries."""
     H, N, P, C, V = shape
     w_uk, w_uv = matrix(formats[0], H * C, N), matrix(formats[1], H * V, C)
     q = (torch.randn(tokens, H, N + P) * 3).to(dtype)
     written = torch.randn(cached + tokens, C + P)
-    in_bytes = kind is Cache.INT8
-    latents, sequence = paged(quantize_latents(written, C) if in_bytes else written.to(dtype), cached)
-    sequence = torch.cat((sequence, torch.full((2,), -1)))  # the context goes on where the sequence has no pages yet
+    in_bytes = kind is CacheDtype.INT8
+    latents, block_table = scattered(quantize_latents(written, C) if in_bytes else written.to(dtype), cached)
+    block_table = torch.cat(
+        (block_table, torch.full((2,), -1))
+    )  # the context goes on where the sequence has no pages yet
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
     exact = reference.attention(
-        q.float(), rotation, latents if in_bytes else latents.float(), sequence, w_uk, w_uv, 0.1, absorb=False
+        q.float(), rotation, latents if in_bytes else latents.float(), block_table, w_uk, w_uv, 0.1, absorb=False
     )
-    moved = [part.to(device) for part in (q, rotation, latents, sequence)]
+    moved = [part.to(device) for part in (q, rotation, latents, block_table)]
     ours = triton.attention(*moved, on(device, w_uk), on(device, w_uv), 0.1, absorb)
     assert ours.dtype == dtype
     assert off(ours, exact) < 2 * TOLERANCE[dtype]
@@ -131,13 +133,13 @@ def rows(device: str, tokens: int, hidden: int, C: int, P: int) -> None:
     x, weight = torch.randn(tokens, hidden) * 3, torch.rand(hidden) + 0.5
     assert off(triton.rms_norm(x.to(device), weight.to(device), 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
     kv_a, rotation = torch.randn(tokens, C + P), torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    pages, sequence = paged(torch.zeros(70 + tokens, C + P), 62)  # from one page to the next
-    arguments: tuple[Any, ...] = (sequence, kv_a, torch.rand(C), 1e-6, rotation)
-    ours, exact = pages.to(device), pages.clone()
+    blocks, block_table = scattered(torch.zeros(70 + tokens, C + P), 62)  # from one page to the next
+    arguments: tuple[Any, ...] = (block_table, kv_a, torch.rand(C), 1e-6, rotation)
+    ours, exact = blocks.to(device), blocks.clone()
     triton.write_latents(ours, *(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
     reference.write_latents(exact, *arguments)
-    assert torch.equal(ours.isnan().cpu(), pages.isnan())
-    ours, exact = (unpaged(written.cpu(), sequence, 70 + tokens) for written in (ours, exact))
+    assert torch.equal(ours.isnan().cpu(), blocks.isnan())
+    ours, exact = (gathered(written.cpu(), block_table, 70 + tokens) for written in (ours, exact))
     assert off(ours, exact) < 1e-6
     assert torch.equal(ours[:62], exact[:62])
     assert torch.equal(ours[62 + tokens :], exact[62 + tokens :])
@@ -148,12 +150,12 @@ def bytes_of_latents(device: str, C: int, P: int) -> None:
     kv_a = torch.randn(9, C + P) * torch.logspace(-3, 3, 9)[:, None]
     kv_a[4] = 0.0
     rotation = torch.polar(torch.ones(9, P // 2), torch.randn(9, P // 2))
-    pages, sequence = paged(torch.zeros(73, C + -(-C // 64) * 2 + 2 * P, dtype=torch.uint8), 60)
-    arguments: tuple[Any, ...] = (sequence, kv_a, torch.rand(C) + 0.5, 1e-6, rotation)
-    ours, exact = pages.to(device), pages.clone()
+    blocks, block_table = scattered(torch.zeros(73, C + -(-C // 64) * 2 + 2 * P, dtype=torch.uint8), 60)
+    arguments: tuple[Any, ...] = (block_table, kv_a, torch.rand(C) + 0.5, 1e-6, rotation)
+    ours, exact = blocks.to(device), blocks.clone()
     triton.write_latents(ours, *(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
     reference.write_latents(exact, *arguments)
-    ours, exact = (dequantize_latents(unpaged(part.cpu(), sequence, 69), C) for part in (ours, exact))
+    ours, exact = (dequantize_latents(gathered(part.cpu(), block_table, 69), C) for part in (ours, exact))
     assert off(ours, exact) < 5e-3
     assert torch.equal(ours[:60], exact[:60])
     assert not ours[64, :C].any()
@@ -169,15 +171,18 @@ def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -
     assert off(weights, exact_weights) < 1e-5
 
 
-def likely(device: str, vocab: int, temperature: float, margin: float) -> None:
+def top_candidates(device: str, vocab: int, temperature: float, margin: float) -> None:
     logits, limits = torch.randn(3, vocab) * 3, torch.tensor([1 / temperature, margin])
-    ours, exact = triton.likely(logits.to(device), limits.to(device)).cpu(), reference.likely(logits, limits)
+    ours, exact = (
+        triton.top_candidates(logits.to(device), limits.to(device)).cpu(),
+        reference.top_candidates(logits, limits),
+    )
     assert torch.equal(ours[:, :2], exact[:, :2])
     torch.testing.assert_close(ours[:, 2:3].view(torch.float32), exact[:, 2:3].view(torch.float32), rtol=1e-5, atol=0)
     for row, told, wanted in zip(logits, ours, exact, strict=True):
-        count = min(int(told[0]), LIKELY)
-        ids, values = told[3 : 3 + count], told[3 + LIKELY : 3 + LIKELY + count].view(torch.float32)
+        count = min(int(told[0]), MAX_CANDIDATES)
+        ids, values = told[3 : 3 + count], told[3 + MAX_CANDIDATES : 3 + MAX_CANDIDATES + count].view(torch.float32)
         assert torch.equal(values, row[ids])
         assert len(ids.unique()) == count
-        if int(told[0]) <= LIKELY:
+        if int(told[0]) <= MAX_CANDIDATES:
             assert sorted(ids.tolist()) == sorted(wanted[3 : 3 + count].tolist())

@@ -105,10 +105,13 @@ def call_attention(quick: bool) -> None:
     for H in (16,) if quick else (16, 128):
         w_uk, w_uv = zeros(Format.INT8, H * C, N), zeros(Format.INT8, H * V, C)
         for tokens, absorb in ((1, True), (200, False)):
-            rotation, sequence = torch.zeros(tokens, P // 2, dtype=torch.complex64), torch.zeros(65, dtype=torch.int64)
+            rotation, block_table = (
+                torch.zeros(tokens, P // 2, dtype=torch.complex64),
+                torch.zeros(65, dtype=torch.int64),
+            )
             q, bytes_ = activations(tokens, H, N + P), latent_nbytes(C, P)
             for latents in (activations(64, 64, C + P), torch.zeros(64, 64, bytes_, dtype=torch.uint8)):
-                kernels.attention(q, rotation, latents, sequence, w_uk, w_uv, 0.1, absorb)
+                kernels.attention(q, rotation, latents, block_table, w_uk, w_uv, 0.1, absorb)
 
 
 def call_rows() -> None:
@@ -125,7 +128,7 @@ def call_rows() -> None:
             routed_scaling_factor=16.0,
         )  # fmt: skip
         kernels.route(x, torch.zeros(160, 2048), config)
-    kernels.likely(torch.zeros(1, 102_400), torch.zeros(2))
+    kernels.top_candidates(torch.zeros(1, 102_400), torch.zeros(2))
 
 
 def main() -> None:
@@ -136,7 +139,7 @@ def main() -> None:
     triton.runtime.driver.set_active(NoGpu(given.capability))
     compile_instead_of_launching(given.quick)
     launch = {"EARLY": True, "launch_pdl": True} if given.capability >= 90 else {"EARLY": False}
-    for module in ("linear", "experts", "rows", "likely", "latents", "attention"):
+    for module in ("linear", "experts", "rows", "top_candidates", "latents", "attention"):
         part: Any = sys.modules[f"dsv2_local.kernels.triton.{module}"]
         part.processors, part.shared_memory = (lambda device, is_=is_: is_ for is_ in GPUS[given.capability])
         part.early = lambda device: launch

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_local.config import ModelConfig
+from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import reference
 from dsv2_local.kernels.cpu.recording import AtWork, Recording
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
-from dsv2_local.machine import Threads, choose_threads, cpu_features
+from dsv2_local.machine.resources import Threads, choose_threads, cpu_features
 
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 # Best first, with the CPU features that each needs (setup.py has the compiler's flags).
@@ -91,7 +91,7 @@ class Kernels:
     """One variant of the library, loaded, with its pool of threads."""
 
     CACHES = tuple(CACHES)
-    likely = staticmethod(reference.likely)  # in RAM nobody asks: all logits are at hand
+    top_candidates = staticmethod(reference.top_candidates)  # in RAM nobody asks: all logits are at hand
 
     def __init__(self, variant: str, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -158,7 +158,7 @@ class Kernels:
         q: Tensor,
         rotation: Tensor,
         latents: Tensor,
-        sequence: Tensor,
+        block_table: Tensor,
         w_uk: Matrix,
         w_uv: Matrix,
         scale: float,
@@ -169,7 +169,7 @@ class Kernels:
         out = torch.empty(T, w_uv.rows)
         self._call(
             "attention", q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), CACHES[latents.dtype],
-            sequence.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb,
+            block_table.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb,
             out.data_ptr(),
         )  # fmt: skip
         return _output(out, q)
@@ -191,12 +191,12 @@ class Kernels:
         return _output(y, a)
 
     def write_latents(
-        self, latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+        self, latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
     ) -> None:
         kv_a_ = _input(kv_a)
         self._call(
             "latents", kv_a_.data_ptr(), kv_a.shape[0], weight.shape[0], kv_a.shape[1] - weight.shape[0],
-            weight.data_ptr(), eps, rotation.data_ptr(), sequence.data_ptr(), latents.data_ptr(),
+            weight.data_ptr(), eps, rotation.data_ptr(), block_table.data_ptr(), latents.data_ptr(),
             CACHES[latents.dtype],
         )  # fmt: skip
 

@@ -32,19 +32,19 @@ API void dsv2_expert_outputs(const float* x, int64_t x_rows, const uint8_t* reco
 API void dsv2_combine(const float* outputs, int64_t tokens, int64_t k, int64_t size, const int64_t* rows,
                       const int64_t* ids, const float* weights, float* y);
 // q [T, H, N + P], not yet rotated; rotation [T, P / 2] of (cos, sin); cache: pages of rows of the kind `kept`
-// (latents.hpp); sequence: the number of positions before this step, then the pages of all, as far as they fill them;
+// (latents.hpp); block_table: the number of positions before this step, then the pages of all, as far as they fill them;
 // w_uk [H·C, N]; w_uv [H·V, C]; out [T, H·V].
-API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* sequence,
+API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* block_table,
                         const dsv2::Matrix* w_uk, const dsv2::Matrix* w_uv, float scale, int64_t T, int64_t H, int64_t P,
                         int32_t absorb, float* out);
 // y = x / sqrt(mean(x²) + eps) · weight for each of `rows` rows.
 API void dsv2_rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* y);
 // a + b.
 API void dsv2_add(const float* a, const float* b, int64_t count, float* y);
-// The next rows of a sequence (as above) in a cache, from kv_a [tokens, latent + rope]: the first part normed, the second
+// The next rows of a block_table (as above) in a cache, from kv_a [tokens, latent + rope]: the first part normed, the second
 // rotated.
 API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, const int64_t* sequence, void* cache, int32_t kept);
+                      const float* rotation, const int64_t* block_table, void* cache, int32_t kept);
 // softmax(gate · x), then the best `k` experts of the best `topk_group` groups (a group is as good as its best expert;
 // the scores of the others count as 0); see `reference.route`.
 API void dsv2_route(const float* x, int64_t tokens, int64_t hidden, const float* gate, int64_t experts, int64_t k,

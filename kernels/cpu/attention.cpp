@@ -124,11 +124,11 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 
 using namespace dsv2;
 
-API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* sequence,
+API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t kept, const int64_t* block_table,
                         const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t T, int64_t H, int64_t P, int32_t absorb,
                         float* out) {
-    const Latents latents{static_cast<const uint8_t*>(cache), Kept(kept), w_uv->cols, P, sequence + 1};
-    const Shape shape{T, *sequence + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
+    const Latents latents{static_cast<const uint8_t*>(cache), Kept(kept), w_uv->cols, P, block_table + 1};
+    const Shape shape{T, *block_table + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
     const int64_t rows = T * H, N = shape.N;
     thread_local Scratch nope_scratch, rope_scratch, latent_scratch;
     float *nope = nope_scratch.reserve<float>(rows * N), *rope = rope_scratch.reserve<float>(rows * P);

@@ -24,7 +24,7 @@ constexpr int64_t CHUNK = 256;    // positions of a piece of work, which is that
 constexpr int64_t TOGETHER = 4;   // passes of a piece at most: they share what is made of its positions
 constexpr int64_t PIECES = 256;   // a pass over a chunk each: so many sums are kept before they are joined
 constexpr int64_t SPREAD = 32;    // pieces that keep threads busy
-static_assert(CHUNK % PAGE == 0, "a chunk begins with a page");
+static_assert(CHUNK % CACHE_BLOCK == 0, "a chunk begins with a page");
 
 // What a query row is kept as, and how many numbers of it meet as many of a latent in one instruction.
 #if DSV2_BF16

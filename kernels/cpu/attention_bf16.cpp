@@ -11,13 +11,13 @@ constexpr int ROWS = 8;  // rows of queries (a token's head each) that share a p
 
 // The bf16 rows of a chunk.
 struct Positions {
-    const uint16_t* pages[CHUNK / PAGE];
+    const uint16_t* pages[CHUNK / CACHE_BLOCK];
     int64_t width;
 
     Positions(const Latents& latents, int64_t from, int64_t n) : width(latents.C + latents.P) {
-        for (int64_t s = 0; s < n; s += PAGE) pages[s / PAGE] = reinterpret_cast<const uint16_t*>(latents.row(from + s));
+        for (int64_t s = 0; s < n; s += CACHE_BLOCK) pages[s / CACHE_BLOCK] = reinterpret_cast<const uint16_t*>(latents.row(from + s));
     }
-    const uint16_t* row(int64_t s) const { return pages[s / PAGE] + s % PAGE * width; }
+    const uint16_t* row(int64_t s) const { return pages[s / CACHE_BLOCK] + s % CACHE_BLOCK * width; }
 };
 
 inline Packed load_latent(const uint16_t* p) {
@@ -97,9 +97,9 @@ inline void pack_weights(const float* weights, uint32_t* packed) { std::memcpy(p
 inline void mix_columns(const uint32_t (*packed)[CHUNK], const Positions& latents, int64_t first, int64_t n, float* out,
                         int64_t C) {
     Vec sums[ROWS][TILE] = {};
-    for (int64_t page = 0; page < n; page += PAGE) {
+    for (int64_t page = 0; page < n; page += CACHE_BLOCK) {
         const uint16_t* row = latents.row(page) + first;
-        const int64_t end = std::min(page + PAGE, n);
+        const int64_t end = std::min(page + CACHE_BLOCK, n);
         for (int64_t s = page; s < end; s += BESIDE, row += BESIDE * latents.width) {
 #if DSV2_BF16
             // The numbers of two positions are interleaved, which permutes the lanes until the end.
@@ -261,9 +261,9 @@ void score(const float* queries, int64_t padded, int64_t passes, const Latents& 
 // out[row][c] += Σ_s weights[s][row] · latents[from + s][c], page by page, so that a page's columns stay in the first cache.
 void mix(const float (*weights)[ROWS], const Latents& latents, int64_t from, int64_t n, float* out) {
     const int64_t C = latents.C, width = C + latents.P;
-    for (int64_t page = 0; page < n; page += PAGE, weights += PAGE) {
+    for (int64_t page = 0; page < n; page += CACHE_BLOCK, weights += CACHE_BLOCK) {
         const auto* rows = reinterpret_cast<const uint16_t*>(latents.row(from + page));
-        const int64_t count = std::min(PAGE, n - page);
+        const int64_t count = std::min(CACHE_BLOCK, n - page);
         int64_t c = 0;
         for (; c + STRIDE <= C; c += STRIDE)
             for (int row = 0; row < ROWS; row += MIXED) {

@@ -1,6 +1,6 @@
 // A row of the latent cache, as `kernels/latents.py` lays it out: bf16 [latent C | rope key P], or 8-bit
 // [codes int8 C | scales bf16, one a block of 64 | rope key bf16 P]. Rows lie in pages, and a table says which page has
-// which positions of a sequence.
+// which positions of a block_table.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace dsv2 {
 
 enum class Kept : int32_t { BF16 = 0, INT8 = 1 };
 
-constexpr int64_t PAGE = 64;  // rows of a page
+constexpr int64_t CACHE_BLOCK = 64;  // rows of a page
 
 inline float load_half(const uint8_t* p) {
     uint16_t half;
@@ -20,17 +20,17 @@ inline float load_half(const uint8_t* p) {
 }
 inline void store_half(uint8_t* p, uint16_t half) { std::memcpy(p, &half, sizeof half); }
 
-// A sequence in a layer's cache.
+// A block_table in a layer's cache.
 struct Latents {
     const uint8_t* data;
     Kept kept;
     int64_t C, P;
-    const int64_t* pages;  // of positions [0, PAGE), [PAGE, 2 · PAGE), …
+    const int64_t* pages;  // of positions [0, CACHE_BLOCK), [CACHE_BLOCK, 2 · CACHE_BLOCK), …
 
     int64_t blocks() const { return (C + BLOCK - 1) / BLOCK; }
     int64_t rope_at() const { return kept == Kept::INT8 ? C + 2 * blocks() : 2 * C; }  // bytes from a row's start
     int64_t row_bytes() const { return rope_at() + 2 * P; }
-    int64_t place(int64_t s) const { return (pages[s / PAGE] * PAGE + s % PAGE) * row_bytes(); }  // bytes from `data`
+    int64_t place(int64_t s) const { return (pages[s / CACHE_BLOCK] * CACHE_BLOCK + s % CACHE_BLOCK) * row_bytes(); }  // bytes from `data`
     const uint8_t* row(int64_t s) const { return data + place(s); }
     const uint8_t* rope_key(int64_t s) const { return row(s) + rope_at(); }
     float scale(int64_t s, int64_t block) const { return load_half(row(s) + C + 2 * block); }

@@ -54,13 +54,13 @@ API void dsv2_add(const float* a, const float* b, int64_t count, float* y) {
 }
 
 API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, const int64_t* sequence, void* cache, int32_t kept) {
-    const Latents latents{static_cast<uint8_t*>(cache), Kept(kept), latent, rope, sequence + 1};
+                      const float* rotation, const int64_t* block_table, void* cache, int32_t kept) {
+    const Latents latents{static_cast<uint8_t*>(cache), Kept(kept), latent, rope, block_table + 1};
     each_row(tokens, [&](int64_t t) {
         thread_local Scratch scratch;
         float* normed = scratch.reserve<float>(latent);
         const float* x = kv_a + t * (latent + rope);
-        uint8_t* row = static_cast<uint8_t*>(cache) + latents.place(*sequence + t);
+        uint8_t* row = static_cast<uint8_t*>(cache) + latents.place(*block_table + t);
         rms_norm(x, weight, eps, latent, normed);
         if (latents.kept == Kept::INT8) {
             quantize_latent(normed, latent, row);

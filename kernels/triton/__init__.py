@@ -16,14 +16,26 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 from dsv2_local.kernels.triton.attention import attention
 from dsv2_local.kernels.triton.experts import combine, expert_outputs, experts
 from dsv2_local.kernels.triton.latents import write_latents
-from dsv2_local.kernels.triton.likely import likely
 from dsv2_local.kernels.triton.linear import dequantize, linear, swiglu
 from dsv2_local.kernels.triton.rows import add, add_rms_norm, embedding, rms_norm, route
+from dsv2_local.kernels.triton.top_candidates import top_candidates
 
 CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of latents that `attention` reads
 
 __all__ = [
     "CACHES",
-    "add", "add_rms_norm", "attention", "combine", "dequantize", "embedding", "expert_outputs", "experts", "likely",
-    "linear", "rms_norm", "route", "swiglu", "write_latents",
+    "add",
+    "add_rms_norm",
+    "attention",
+    "combine",
+    "dequantize",
+    "embedding",
+    "expert_outputs",
+    "experts",
+    "linear",
+    "rms_norm",
+    "route",
+    "swiglu",
+    "top_candidates",
+    "write_latents",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2_local.kernels.format import PAGE
+from dsv2_local.kernels.format import CACHE_BLOCK
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.kernels.triton.latents import read_keys, read_latents, rows_of, views
 from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply
@@ -39,7 +39,7 @@ def _start(BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "T"])
 def _absorbed(
-    q_latent, q_rope, rotation, latents, halves, sequence, parts, sums,
+    q_latent, q_rope, rotation, latents, halves, block_table, parts, sums,
     M, T, H, q_stride, latents_stride, scale,
     C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
@@ -53,7 +53,7 @@ def _absorbed(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     there = row < M
     c, p = tl.arange(0, BC), tl.arange(0, BP)
-    before = tl.load(sequence)
+    before = tl.load(block_table)
     at = row.to(tl.int64)[:, None]
     query = tl.load(q_latent + at * C + c[None, :], there[:, None] & (c < C)[None, :], 0.0)
     turns = rotation + (row // H)[:, None] * P
@@ -68,7 +68,7 @@ def _absorbed(
     for start in range(first, last, BS):
         s = start + tl.arange(0, BS)
         used = s < last
-        line = rows_of(sequence, start, BS)
+        line = rows_of(block_table, start, BS)
         latent = read_latents(latents, halves, line, used, latents_stride, 0, C, BC, SCALES, query.dtype)
         key = read_keys(halves, line, used, latents_stride, C, P, BP, SCALES, query.dtype)
         scores = dot(rope, key.T, dot(query, latent.T, tl.zeros([BM, BS], tl.float32))) * scale
@@ -99,18 +99,18 @@ def _merge(
 
 @triton.jit(do_not_specialize=["T"])
 def _rebuild(
-    latents, halves, sequence, weights, y, T, S, latents_stride, head_stride, c_stride, n_stride, N,
+    latents, halves, block_table, weights, y, T, S, latents_stride, head_stride, c_stride, n_stride, N,
     C: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """y[h, s] = latents[s] · weights[h] for the positions in use: keys or values [heads, S, N] of a group of heads."""
     s = tl.program_id(0) * BS + tl.arange(0, BS)
     h = tl.program_id(1).to(tl.int64)
-    last = tl.load(sequence) + T
+    last = tl.load(block_table) + T
     if tl.program_id(0) * BS >= last:
         return
     n = tl.arange(0, BN)
     used = s < last
-    row = rows_of(sequence, tl.program_id(0) * BS, BS)
+    row = rows_of(block_table, tl.program_id(0) * BS, BS)
     weights += h * head_stride + n[None, :] * n_stride
     sum_ = tl.zeros([BS, BN], tl.float32)
     for start in range(0, C, BC):
@@ -123,7 +123,7 @@ def _rebuild(
 
 @triton.jit(do_not_specialize=["T", "first_head"])
 def _materialized(
-    q, rotation, halves, sequence, keys, values, out,
+    q, rotation, halves, block_table, keys, values, out,
     T, H, S, first_head, q_stride, latents_stride, scale,
     C: tl.constexpr, SCALES: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
@@ -138,7 +138,7 @@ def _materialized(
     line = q + (t.to(tl.int64) * H + h)[:, None] * q_stride
     query = tl.load(line + n[None, :], there & (n < N)[None, :], 0.0)
     rope = rotated(line + N, rotation + t[:, None] * P, p[None, :], there & (p < P)[None, :]).to(query.dtype)
-    before = tl.load(sequence)
+    before = tl.load(block_table)
     last = tl.minimum(before + T, before + tl.program_id(0) * BM + BM)
     sum_ = tl.zeros([BM, BV], tl.float32)
     maximum, total = _start(BM)
@@ -147,7 +147,9 @@ def _materialized(
         used = s < last
         place = group_head * S + s[:, None]
         key = tl.load(keys + place * N + n[None, :], used[:, None] & (n < N)[None, :], 0.0)
-        rope_key = read_keys(halves, rows_of(sequence, start, BS), used, latents_stride, C, P, BP, SCALES, query.dtype)
+        rope_key = read_keys(
+            halves, rows_of(block_table, start, BS), used, latents_stride, C, P, BP, SCALES, query.dtype
+        )
         scores = dot(rope, rope_key.T, dot(query, key.T, tl.zeros([BM, BS], tl.float32))) * scale
         scores = tl.where(s[None, :] <= before + t[:, None], scores, float("-inf"))
         weights, older, maximum, total = _soften(scores, maximum, total)
@@ -161,7 +163,7 @@ def attention(
     q: Tensor,
     rotation: Tensor,
     latents: Tensor,
-    sequence: Tensor,
+    block_table: Tensor,
     w_uk: Matrix,
     w_uv: Matrix,
     scale: float,
@@ -172,15 +174,15 @@ def attention(
     C and V are multiples of 8, so that a head's rows are whole groups of the stored layout.
     """
     form = absorbed_attention if absorb else materialized_attention
-    return form(q.contiguous(), torch.view_as_real(rotation), latents, sequence, w_uk, w_uv, scale)
+    return form(q.contiguous(), torch.view_as_real(rotation), latents, block_table, w_uk, w_uv, scale)
 
 
 def absorbed_attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, sequence: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, block_table: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
     """Attention in the latent space; q [T, H, N + P] not rotated, rotation float32 [T, P/2, 2] -> [T, H·V]."""
     T, H, _ = q.shape
-    M, C, P, context = T * H, w_uv.cols, 2 * rotation.shape[1], most(sequence)
+    M, C, P, context = T * H, w_uv.cols, 2 * rotation.shape[1], most(block_table)
     rows = q.view(M, -1)
     q_latent = by_heads(rows, w_uk, H)
     numbers, halves, stride, scales = views(latents, C)
@@ -190,7 +192,7 @@ def absorbed_attention(
     parts = torch.empty(splits, M, C, device=q.device)
     sums, mixed = torch.empty(splits, M, device=q.device), torch.empty_like(q_latent)
     _absorbed[(triton.cdiv(M, BM), splits)](
-        q_latent, rows[:, w_uk.cols :], rotation, numbers, halves, sequence, parts, sums,
+        q_latent, rows[:, w_uk.cols :], rotation, numbers, halves, block_table, parts, sums,
         M, T, H, rows.stride(0), stride, scale * LOG2_E,
         C=C, P=P, BC=power_of_2(C), BP=power_of_2(P), SCALES=scales, BM=BM, BS=BS, SPLITS=splits,
         num_warps=4 if BM == 16 else 8, num_stages=2, **early(q.device),
@@ -210,11 +212,11 @@ def by_heads(x: Tensor, weight: Matrix, heads: int) -> Tensor:
 
 
 def materialized_attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, sequence: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, block_table: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
     """The same as `absorbed_attention`, over keys and values rebuilt for a group of heads at a time."""
     T, H, _ = q.shape
-    N, C, V, P, context = w_uk.cols, w_uv.cols, w_uv.rows // H, 2 * rotation.shape[1], most(sequence)
+    N, C, V, P, context = w_uk.cols, w_uv.cols, w_uv.rows // H, 2 * rotation.shape[1], most(block_table)
     uk = dequantize(w_uk, q.dtype).view(H, C, N)
     uv = dequantize(w_uv, q.dtype).view(H, V, C).transpose(1, 2)  # [H, C, V]
     out = q.new_empty(T, H * V)
@@ -227,11 +229,11 @@ def materialized_attention(
         for weights, rebuilt in ((uk[first:], keys), (uv[first:], values)):
             n = weights.shape[2]
             _rebuild[(triton.cdiv(context, 64), group)](
-                numbers, halves, sequence, weights, rebuilt, T, context, stride, *weights.stride(), n,
+                numbers, halves, block_table, weights, rebuilt, T, context, stride, *weights.stride(), n,
                 C=C, BS=64, BC=32, BN=power_of_2(n), SCALES=scales,
             )  # fmt: skip
         _materialized[(triton.cdiv(T, BM), group)](
-            q, rotation, halves, sequence, keys, values, out,
+            q, rotation, halves, block_table, keys, values, out,
             T, H, context, first, q.stride(1), stride, scale * LOG2_E, C=C, SCALES=scales,
             N=N, P=P, V=V, BN=power_of_2(N), BP=power_of_2(P), BV=power_of_2(V), BM=BM, BS=BS,
             num_warps=4, num_stages=2,
@@ -254,9 +256,9 @@ def _absorbed_block(q: Tensor) -> tuple[int, int]:
     return 64, 64 if shared > 230_000 else 32
 
 
-def most(sequence: Tensor) -> int:
+def most(block_table: Tensor) -> int:
     """Positions that a sequence may have."""
-    return (len(sequence) - 1) * PAGE
+    return (len(block_table) - 1) * CACHE_BLOCK
 
 
 def power_of_2(size: int) -> int:

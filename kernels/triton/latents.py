@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2_local.kernels.format import BLOCK, PAGE
+from dsv2_local.kernels.format import BLOCK, CACHE_BLOCK
 from dsv2_local.kernels.triton.dequantize import BLOCK_, contiguous
 from dsv2_local.kernels.triton.rows import normed, rotated
 from dsv2_local.kernels.triton.tuning import early, wait_for_earlier
 
-PAGE_ = tl.constexpr(PAGE)
+PAGE_ = tl.constexpr(CACHE_BLOCK)
 MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken away again, it rounds to the nearest even integer
 
 
@@ -26,17 +26,17 @@ def views(latents: Tensor, C: int) -> tuple[Tensor, Tensor, int, int]:
 
 
 @triton.jit
-def row_of(sequence, s):
+def row_of(block_table, s):
     """Which row of a layer's pages has position s of a sequence; those after it follow, to the page's end."""
     i = s // PAGE_
-    return (tl.load(sequence + 1 + i) - i) * PAGE_ + s
+    return (tl.load(block_table + 1 + i) - i) * PAGE_ + s
 
 
 @triton.jit
-def rows_of(sequence, start, BS: tl.constexpr):
+def rows_of(block_table, start, BS: tl.constexpr):
     """The same for the BS positions from `start` on, a multiple of BS, so that all lie in one page: int64 [BS]."""
     tl.static_assert(PAGE_ % BS == 0)
-    return row_of(sequence, start) + tl.arange(0, BS)
+    return row_of(block_table, start) + tl.arange(0, BS)
 
 
 @triton.jit
@@ -71,13 +71,13 @@ def read_keys(
 
 @triton.jit
 def _write_latents(
-    latents, halves, sequence, kv_a, weight, rotation, stride, kv_a_stride, P, eps,
+    latents, halves, block_table, kv_a, weight, rotation, stride, kv_a_stride, P, eps,
     C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier(EARLY)
     t = tl.program_id(0).to(tl.int64)
     kv_a += t * kv_a_stride
-    row = row_of(sequence, tl.load(sequence) + t)
+    row = row_of(block_table, tl.load(block_table) + t)
     c, p = tl.arange(0, BC), tl.arange(0, BP)
     value = normed(tl.load(kv_a + c, c < C, 0.0).to(tl.float32), weight, C, eps, c)
     key = row * stride + C
@@ -99,13 +99,13 @@ def _write_latents(
 
 
 def write_latents(
-    latents: Tensor, sequence: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+    latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
     """Fill the next rows of a sequence in a layer's cache; see `reference.write_latents`."""
     kv_a, C = contiguous(kv_a), len(weight)
     P = kv_a.shape[1] - C
     numbers, halves, stride, scales = views(latents, C)
     _write_latents[(len(kv_a),)](
-        numbers, halves, sequence, kv_a, weight, torch.view_as_real(rotation), stride, kv_a.stride(0), P, eps,
+        numbers, halves, block_table, kv_a, weight, torch.view_as_real(rotation), stride, kv_a.stride(0), P, eps,
         C=C, BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P), SCALES=scales, **early(latents.device),
     )  # fmt: skip

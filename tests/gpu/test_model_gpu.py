@@ -8,20 +8,21 @@ import torch
 from dsv2_local import llm
 from dsv2_local.kernels import cpu
 from dsv2_local.llm import LLM, bundled_model
-from dsv2_local.lookup import Lookup
-from dsv2_local.model import DecodeStep
-from dsv2_local.offload.plan import CONTEXT_BYTES, Machine, Mode, plan
-from dsv2_local.offload.schedule import OffloadedExperts
-from dsv2_local.offload.split import Costs
-from dsv2_local.sampling import Likely, SamplingParams
+from dsv2_local.offload.balance import Costs
+from dsv2_local.offload.offloaded_experts import OffloadedExperts
+from dsv2_local.offload.plan import CONTEXT_BYTES, make_plan
+from dsv2_local.offload.plan_request import Machine, Mode
+from dsv2_local.runtime.cpu_step import CpuStep
+from dsv2_local.runtime.prompt_lookup import PromptLookup
+from dsv2_local.runtime.sampler import SamplingParams, TopCandidates
 from tests.conftest import kernels
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsv2_local.graph_step import GUESSES, GraphStep
-from dsv2_local.offload.cuda import CudaDevice
+from dsv2_local.offload.cuda_device import CudaDevice
+from dsv2_local.runtime.gpu_step import GUESSES, GpuStep
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EVEN = Costs(fetch=1.0, read=1.0, token=0.1)
@@ -37,8 +38,8 @@ def loaded(mode: Mode, slots: int = 0, dtype: torch.dtype = FP32, context: int =
     """On GPU 0, of which so much is used that `slots` experts fit."""
     vram = None
     if mode in (Mode.HYBRID, Mode.STREAM):
-        wish = replace(llm.load(context=context).plan.wish, experts=Mode.STREAM)
-        made = plan(wish, Machine((1 << 34,), 1 << 40))
+        wish = replace(llm.load(context=context).plan.request, experts=Mode.STREAM)
+        made = make_plan(wish, Machine((1 << 34,), 1 << 40))
         (gpu,) = made.gpus
         fixed = sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots"))
         vram = [CONTEXT_BYTES + fixed + slots * made.expert_bytes + 1]
@@ -61,7 +62,7 @@ def expected() -> list[int | None]:
 
 def test_the_references_tokens(expected):
     with loaded(Mode.GPU) as model:
-        assert isinstance(model.engine._step, GraphStep)
+        assert isinstance(model.engine.step, GpuStep)
         assert answer(model) == expected
         assert answer(model) == expected  # from the cache, and all replays
 
@@ -69,18 +70,18 @@ def test_the_references_tokens(expected):
 def test_the_references_tokens_by_bitsandbytes(expected):
     pytest.importorskip("bitsandbytes")
     with kernels(cpu.BITSANDBYTES), loaded(Mode.GPU) as model:
-        assert not isinstance(model.engine._step, GraphStep)
+        assert not isinstance(model.engine.step, GpuStep)
         assert answer(model) == expected
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_replay_is_the_step_to_the_last_bit(dtype):
     with loaded(Mode.GPU, dtype=dtype) as model:
-        step = DecodeStep(model.engine.model, model.engine.cache)
+        step = CpuStep(model.engine.model, model.engine.cache)
         tokens = list(range(100, 130))
         launched = [step.run(token).clone() for token in tokens]
         model.engine.cache.truncate(0)
-        graphs = GraphStep(model.engine.model, model.engine.cache)
+        graphs = GpuStep(model.engine.model, model.engine.cache)
         for token, logits in zip(tokens, launched, strict=True):
             assert torch.equal(graphs.run(token), logits)
         model.engine.cache.truncate(10)  # a turn taken back, and prompts whose memory is not the graphs'
@@ -98,7 +99,7 @@ def test_the_references_tokens_wherever_experts_are(expected, mode, slots):
     with kernels(cpu.REFERENCE), loaded(mode, slots) as model:
         assert isinstance(model.experts, OffloadedExperts)
         assert answer(model) == expected
-        figures = model.experts.figures
+        figures = model.experts.stats
         assert figures.retries == 0
         if mode is not Mode.CPU:
             assert (figures.hits > 0) == (slots > 0)
@@ -108,7 +109,7 @@ def test_streamed_experts_change_no_bit():
     logits = []
     for mode, slots in ((Mode.GPU, 0), (Mode.STREAM, 0), (Mode.STREAM, 20)):
         with loaded(mode, slots, BF16) as model:
-            step = model.engine._step
+            step = model.engine.step
             logits.append(torch.stack([step.run(token).clone() for token in range(100, 130)]))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
@@ -120,19 +121,19 @@ def test_tokens_are_chosen_as_from_all_logits(monkeypatch, options):
 
     def tokens() -> list[int | None]:
         with loaded(Mode.GPU, dtype=FP32) as model:
-            assert model.engine._step.ahead
+            assert model.engine.step.asynchronous
             return [chunk.token_id for chunk in model.generate(PROMPT, max_tokens=40, **options)]
 
     narrowed = tokens()
-    monkeypatch.setattr(Likely, "unpack", lambda packed: None)
+    monkeypatch.setattr(TopCandidates, "unpack", lambda packed: None)
     assert tokens() == narrowed
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_several_tokens_in_a_step_are_several_steps_up_to_rounding(dtype):
     with loaded(Mode.GPU, dtype=dtype) as model:
-        step, cache = model.engine._step, model.engine.cache
-        assert step.guesses == GUESSES
+        step, cache = model.engine.step, model.engine.cache
+        assert step.max_draft == GUESSES
         tokens, params = list(range(100, 130)), SamplingParams(temperature=0)
         expected = torch.stack([step.run(token) for token in tokens])
         for begin in range(0, len(tokens), 1 + GUESSES):
@@ -147,13 +148,13 @@ def test_several_tokens_in_a_step_are_several_steps_up_to_rounding(dtype):
 
 def test_guesses_are_checked_in_steps_of_several_tokens(monkeypatch):
     def tokens(guess) -> tuple[list[int | None], int]:
-        monkeypatch.setattr(Lookup, "guess", guess)
+        monkeypatch.setattr(PromptLookup, "guess", guess)
         with loaded(Mode.GPU, dtype=FP32) as model:
             chunks = model.generate(
                 PROMPT, max_tokens=40, temperature=0, logit_bias=dict.fromkeys(model._end_tokens, -100.0)
             )
             prompt.append(len(model.tokenizer.encode(PROMPT)))
-            return [chunk.token_id for chunk in chunks], chunks.stats.right_guesses
+            return [chunk.token_id for chunk in chunks], chunks.stats.accepted_tokens
 
     prompt: list[int] = []
     answer, _ = tokens(lambda self, most: [])

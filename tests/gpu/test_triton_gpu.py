@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv2_local.kernels.format import Cache, ExpertLayout, Format
+from dsv2_local.kernels.format import CacheDtype, ExpertLayout, Format
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -80,7 +80,9 @@ def test_attention(shape, absorb, tokens, cached):
 @pytest.mark.parametrize("shape", [LITE, V2])
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_over_8_bit_latents(shape, absorb):
-    check.attention("cuda", BF16, (Format.INT8, Format.INT8), shape, 1 if absorb else 200, 1000, absorb, Cache.INT8)
+    check.attention(
+        "cuda", BF16, (Format.INT8, Format.INT8), shape, 1 if absorb else 200, 1000, absorb, CacheDtype.INT8
+    )
 
 
 def test_latents_are_written_in_8_bits():
@@ -102,7 +104,7 @@ def test_route():
 
 
 def test_a_captured_step_is_replayed_at_the_next_position():
-    """Slots, tokens and the sequence are read on the device: what a graph was captured with may change in between."""
+    """Slots, tokens and the block table are read on the device: they may change after the capture."""
     H, N, P, C, V = LITE
     layout = ExpertLayout(Format.NF4, 512, 256)
     records = torch.stack([check.record(layout) for _ in range(6)]).cuda()
@@ -110,18 +112,18 @@ def test_a_captured_step_is_replayed_at_the_next_position():
     x, q = torch.randn(1, 512).cuda().bfloat16(), torch.randn(1, H, N + P).cuda().bfloat16()
     latents, kv_a = torch.randn(2, 64, C + P).cuda().bfloat16(), torch.randn(1, C + P).cuda().bfloat16()
     norm, rotation = torch.ones(C).cuda(), torch.ones(1, P // 2, dtype=torch.complex64).cuda()
-    ids, weights, sequence = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([63, 1, 0]).cuda()
+    ids, weights, block_table = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([63, 1, 0]).cuda()
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        kernels.write_latents(latents, sequence, kv_a, norm, 1e-6, rotation)
-        attended = kernels.attention(q, rotation, latents, sequence, w_uk, w_uv, 0.1, True)
+        kernels.write_latents(latents, block_table, kv_a, norm, 1e-6, rotation)
+        attended = kernels.attention(q, rotation, latents, block_table, w_uk, w_uv, 0.1, True)
         return attended, kernels.experts(x, records, layout, ids, weights)
 
     step()  # tunes and compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    sequence[0] += 1
+    block_table[0] += 1
     ids += 3
     graph.replay()
     torch.cuda.synchronize()
@@ -131,4 +133,4 @@ def test_a_captured_step_is_replayed_at_the_next_position():
 
 @pytest.mark.parametrize(("temperature", "margin"), [(1.0, 0.0), (0.7, 5.0), (2.0, 60.0)])
 def test_likely(temperature, margin):
-    check.likely("cuda", 102_400, temperature, margin)
+    check.top_candidates("cuda", 102_400, temperature, margin)

@@ -108,17 +108,17 @@ void attention(Kept kept, int64_t C, int64_t P) {
     for (int64_t tokens : {1, 5, 90})
         for (int64_t cached : {0, 3, 600}) {
             const auto kv_a = numbers((cached + tokens) * (C + P)), weight = numbers(C), rotation = numbers((cached + tokens) * P);
-            const int64_t pages = (cached + tokens + dsv2::PAGE - 1) / dsv2::PAGE;
-            const std::unique_ptr<uint8_t[]> rows(new uint8_t[pages * dsv2::PAGE * row]);
-            std::vector<int64_t> sequence{0};
-            for (int64_t page = pages; page > 0; page--) sequence.push_back(page - 1);
-            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), sequence.data(),
+            const int64_t pages = (cached + tokens + dsv2::CACHE_BLOCK - 1) / dsv2::CACHE_BLOCK;
+            const std::unique_ptr<uint8_t[]> rows(new uint8_t[pages * dsv2::CACHE_BLOCK * row]);
+            std::vector<int64_t> block_table{0};
+            for (int64_t page = pages; page > 0; page--) block_table.push_back(page - 1);
+            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), block_table.data(),
                          rows.get(), int32_t(kept));
-            sequence[0] = cached;
+            block_table[0] = cached;
             for (int absorb : {0, 1}) {
                 std::vector<float> out(tokens * H * V);
                 dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.get(), int32_t(kept),
-                               sequence.data(), &uk.m, &uv.m, 0.1f, tokens, H, P, absorb, out.data());
+                               block_table.data(), &uk.m, &uv.m, 0.1f, tokens, H, P, absorb, out.data());
                 finite("attention", out);
             }
         }

@@ -1,0 +1,91 @@
+"""`dsv2 bench`: how fast this machine runs a model, beside how fast the machine is.
+
+Decoding a token reads every active weight once, so reading memory bounds it; prefill uses a weight for many tokens,
+so arithmetic bounds it. Both bounds are measured in the same run, with the same threads.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsv2_local.commands.bench import report, timing, tracing
+from dsv2_local.commands.bench.hardware import Reader, forget_peak, last_level_cache_bytes, matmul_rate, peak_bytes
+from dsv2_local.commands.bench.settings import BenchOptions, BenchPlan, settle
+from dsv2_local.commands.bench.subject import prepare
+from dsv2_local.commands.bench.timing import StatusLine
+from dsv2_local.commands.console import notice
+from dsv2_local.commands.run import gather_prompt
+from dsv2_local.errors import InputError
+from dsv2_local.kernels import ops
+from dsv2_local.machine import measurements
+from dsv2_local.quant.schema import Kind
+from dsv2_local.runtime.engine import Engine
+
+__all__ = ["BenchOptions", "measure", "run", "trace"]
+
+
+def run(options: BenchOptions, as_json: bool) -> None:
+    """Measure, and print the result on stdout.
+
+    Raises:
+        Dsv2Error: any of its kinds; InputError for what the model or this machine's memory has no room for.
+    """
+    with StatusLine() as status:
+        result = measure(settle(options), status)
+    measurements.save(report.rates(result, last_level_cache_bytes()))
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        report.show(result)
+    sys.stdout.flush()
+
+
+def trace(options: BenchOptions, file: Path, text: Path | None) -> None:
+    """Write the experts that a text (None: standard input) is routed to.
+
+    Raises:
+        InputError: there is no text, or a model of random weights was asked for, which routes by chance.
+    """
+    if options.random_weights is not None:
+        raise InputError("--trace needs a real model: random weights route by chance")
+    words = gather_prompt(None, [text] if text else [], sys.stdin)
+    with StatusLine() as status:
+        tracing.record(options.model, words, file, options.threads, status)
+
+
+def measure(plan: BenchPlan, status: StatusLine) -> dict[str, Any]:
+    """Everything that the command tells, as plain values: the object that --json prints."""
+    threads = _set_threads(plan)
+    status("measuring the machine")
+    matmul = matmul_rate(threads)
+    forget_peak()
+    subject = prepare(plan, threads, status)
+    reader = Reader(subject.records, plan.read_bytes, threads)
+    steps, contexts = plan.lengths.decode, plan.lengths.contexts
+    context = max(plan.lengths.cache, plan.warm_up_tokens + 1)
+    engine = Engine(subject.model, context, plan.cache_dtype)
+    timing.prefill(engine, plan.warm_up_tokens, status)
+    prefill = [timing.measure_prefill(engine, tokens, status) for tokens in plan.lengths.prompts]
+    decode = [timing.measure_decode(engine, context, steps, reader, status) for context in contexts]
+    parts = timing.measure_parts(engine, contexts[0], steps, status)
+    machine = report.machine_facts(decode, matmul, threads)
+    return {
+        "machine": machine,
+        "model": report.model_facts(subject, plan.cache_dtype),
+        "prefill": [report.prefill_facts(run, subject) for run in prefill],
+        "decode": [report.decode_facts(run, subject) for run in decode],
+        "predicted": report.prediction(subject, plan.lengths.cache, machine),
+        "parts": report.part_facts(parts, steps),
+        "peak_rss_bytes": peak_bytes() - reader.buffer_bytes,
+        "weight_bytes": subject.weight_bytes,
+        **report.cut_facts(plan, decode[0].seconds, parts),
+    }
+
+
+def _set_threads(plan: BenchPlan) -> int:
+    threads = ops.set_threads(plan.options.threads, plan.recipe.format_of(Kind.ROUTED))
+    for warning in (threads.warning, ops.slow_notice()):
+        if warning:
+            notice(warning)
+    return threads.count

@@ -1,0 +1,193 @@
+"""From times to the object that `--json` prints, and from there to tables for people."""
+
+from dataclasses import asdict, replace
+from statistics import harmonic_mean
+from typing import Any
+
+from rich.table import Table
+
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands.bench.settings import BenchPlan
+from dsv2_local.commands.bench.subject import Subject
+from dsv2_local.commands.bench.timing import DecodeRun, PrefillRun, layer_kind
+from dsv2_local.commands.console import human, report_console
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.machine import measurements
+from dsv2_local.offload.forecast import forecast
+from dsv2_local.offload.plan import make_plan
+from dsv2_local.offload.plan_request import RATES, Machine, PlanRequest, Rates
+
+PARTS = ("attention", "dense", "shared", "routed", "head")
+
+
+def machine_facts(decode: list[DecodeRun], matmul: float, threads: int) -> dict[str, Any]:
+    """The bandwidth is the mean over all that was read while decoding."""
+    read_gb_s = harmonic_mean([run.read_gb_s for run in decode])
+    return {"read_gb_s": read_gb_s, "matmul_gflops": matmul, "threads": threads, "kernels": ops.variant()}
+
+
+def model_facts(subject: Subject, cache_dtype: CacheDtype) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "layers": subject.config.num_hidden_layers,
+        "recipe": str(subject.recipe),
+        "cache": str(cache_dtype),
+        "parameters": sum(kind.parameters for kind in subject.kinds.values()),
+        "active_weights_per_token": subject.active_weights,
+        "weight_bytes": subject.weight_bytes,
+    }
+
+
+def prefill_facts(run: PrefillRun, subject: Subject) -> dict[str, Any]:
+    """GFLOP/s: a multiplication and an addition for each active weight and token; attention's own are left out."""
+    tok_s = run.tokens / run.seconds
+    return {**asdict(run), "tok_s": tok_s, "gflops": 2 * subject.active_weights * tok_s / 1e9}
+
+
+def decode_facts(run: DecodeRun, subject: Subject) -> dict[str, Any]:
+    """GB/s are those of the weights; reading the cache is left out."""
+    tok_s = run.steps / run.seconds
+    gb_s = subject.bytes_per_token * tok_s / 1e9
+    return {
+        "context": run.context,
+        "tok_s": tok_s,
+        "bytes_per_token": subject.bytes_per_token,
+        "gb_s": gb_s,
+        "read_gb_s": run.read_gb_s,
+        "read_fraction": gb_s / run.read_gb_s,
+    }
+
+
+def prediction(subject: Subject, context: int, machine: dict[str, Any]) -> dict[str, float]:
+    """What `dsv2 plan` expects of this model here, from the rates just measured and what was known before."""
+    known = {"cpu_gflops": machine["matmul_gflops"], **measurements.load(RATES), "ram": machine["read_gb_s"]}
+    rates = replace(Rates(), **known)
+    plan = make_plan(PlanRequest(subject.config, subject.recipe, context), Machine((), 1 << 50, rates=rates))
+    expected = forecast(plan)
+    return {"decode_tok_s": expected.decode_tok_s, "prefill_tok_s": expected.prefill_tok_s}
+
+
+def part_facts(part_seconds: dict[str, float], steps: int) -> dict[str, float]:
+    """Seconds per step of each part; the rest is router, norms, embedding, rotation and choosing the token."""
+    parts = {name: part_seconds[name] / steps for name in PARTS}
+    whole = part_seconds["steps"]
+    return {
+        **parts,
+        "rest": whole / steps - sum(parts.values()),
+        "outside_kernels": 1 - part_seconds["kernels"] / whole,
+    }
+
+
+def cut_facts(plan: BenchPlan, seconds: float, part_seconds: dict[str, float]) -> dict[str, Any]:
+    """What a model cut by --layers would do as a whole: each missing layer takes the mean time of its kind."""
+    if plan.config == plan.whole:
+        return {}
+    steps = plan.lengths.decode
+    step = seconds / steps
+    for moe in (False, True):
+        here, everywhere = (_layers_of_kind(config, moe) for config in (plan.config, plan.whole))
+        if here:
+            step += (everywhere - here) * part_seconds[layer_kind(moe)] / (here * steps)
+    return {
+        "layers": plan.config.num_hidden_layers,
+        "total_layers": plan.whole.num_hidden_layers,
+        "extrapolated": {"decode_tok_s": 1 / step},
+    }
+
+
+def _layers_of_kind(config: ModelConfig, moe: bool) -> int:
+    return sum(config.is_moe(layer) == moe for layer in range(config.num_hidden_layers))
+
+
+def rates(result: dict[str, Any], cache_bytes: int) -> dict[str, float]:
+    """What `dsv2 plan` may reckon with: a model that the processor's caches hold says nothing of larger ones."""
+    found = {"ram": result["machine"]["read_gb_s"]}
+    if result["prefill"] and result["weight_bytes"] > 2 * cache_bytes:
+        found["cpu_gflops"] = max(run["gflops"] for run in result["prefill"])
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people to read."""
+    console = report_console()
+    console.print(*_heading(result), sep="\n", markup=False, soft_wrap=True)
+    for table in (_prefill_table(result), _decode_table(result), _parts_table(result)):
+        console.print(table)
+    console.print(*_closing(result), sep="\n", markup=False, soft_wrap=True)
+
+
+def _heading(result: dict[str, Any]) -> tuple[str, str]:
+    model, machine = result["model"], result["machine"]
+    layers = f"{model['layers']} of {result['total_layers']}" if "total_layers" in result else f"{model['layers']}"
+    return (
+        f"{model['name']}, {model['recipe']}, {model['cache']} cache: {layers} layers, "
+        f"{_millions(model['parameters'])} weights in {human(model['weight_bytes'])}; "
+        f"{_millions(model['active_weights_per_token'])} compute a token",
+        f"machine: {machine['threads']} threads, {machine['kernels']} kernels, reads {machine['read_gb_s']:,.1f} GB/s, "
+        f"fp32 matrix product {machine['matmul_gflops']:,.0f} GFLOP/s",
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:,.2f} billion" if count >= 1e9 else f"{count / 1e6:,.1f} million"
+
+
+def _closing(result: dict[str, Any]) -> list[str]:
+    predicted, decode = result["predicted"], result["decode"][0]
+    lines = [
+        f"peak memory {human(result['peak_rss_bytes'])}",
+        f"`dsv2 plan` predicts {predicted['decode_tok_s']:,.1f} tok/s of decoding at this bandwidth, "
+        f"{decode['tok_s']:,.1f} were measured at context {decode['context']:,}",
+    ]
+    if result["prefill"]:
+        fastest = max(run["tok_s"] for run in result["prefill"])
+        lines.append(f"and {predicted['prefill_tok_s']:,.1f} tok/s of prefill, {fastest:,.1f} were measured")
+    if "extrapolated" in result:
+        lines.append(
+            f"whole model of {result['total_layers']} layers: {result['extrapolated']['decode_tok_s']:,.2f} tok/s at "
+            f"context {result['decode'][0]['context']:,}, EXTRAPOLATED from {result['layers']} layers, not measured"
+        )
+    return lines
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _prefill_table(result: dict[str, Any]) -> Table:
+    table = _table("Prefill", "tokens", "tok/s", "seconds", "first token", "GFLOP/s")
+    for run in result["prefill"]:
+        first = f"{run['first_token_seconds']:,.3f} s"
+        table.add_row(
+            f"{run['tokens']:,}", f"{run['tok_s']:,.2f}", f"{run['seconds']:,.3f}", first, f"{run['gflops']:,.1f}"
+        )
+    return table
+
+
+def _decode_table(result: dict[str, Any]) -> Table:
+    table = _table("Decode", "context", "tok/s", "read per token", "GB/s", "of read bandwidth")
+    for run in result["decode"]:
+        table.add_row(
+            f"{run['context']:,}",
+            f"{run['tok_s']:,.2f}",
+            human(run["bytes_per_token"]),
+            f"{run['gb_s']:,.2f}",
+            f"{run['read_fraction']:.0%}",
+        )
+    return table
+
+
+def _parts_table(result: dict[str, Any]) -> Table:
+    parts, context = dict(result["parts"]), result["decode"][0]["context"]
+    outside, step = parts.pop("outside_kernels"), sum(parts.values())
+    table = _table(f"One decoded token at context {context:,}", "part", "ms", "share")
+    table.columns[0].justify = "left"
+    for name, seconds in parts.items():
+        table.add_row(name, f"{seconds * 1e3:,.2f}", f"{seconds / step:.0%}")
+    table.add_section()
+    table.add_row("outside matrix kernels", f"{outside * step * 1e3:,.2f}", f"{outside:.0%}")
+    return table

@@ -1,0 +1,144 @@
+"""What will be measured: the options settled against the model's limits and the memory, before anything is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv2_local import llm
+from dsv2_local.architectures import released
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands.bench.hardware import last_level_cache_bytes
+from dsv2_local.commands.console import notice
+from dsv2_local.errors import InputError
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.machine.resources import choose_threads
+from dsv2_local.offload.plan import CPU_CHUNK
+from dsv2_local.quant import hub
+from dsv2_local.quant.checkpoint import Manifest
+from dsv2_local.quant.schema import Kind, Recipe, expert_layout
+from dsv2_local.runtime import random_weights
+
+PROMPTS, CONTEXTS = (128, 512), (0, 4_096, 32_768)
+DTYPE = torch.float32
+WARM_UP_TOKENS = 32  # of prefill, where weights lie in memory
+WORKING_BYTES = 1 << 30  # room to compute beside weights and cache
+READ_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The command's options as they were given; None where one was not."""
+
+    model: str | None = None
+    random_weights: str | None = None
+    layers: int | None = None
+    prompt: str | None = None
+    decode: int = 32
+    context: str | None = None
+    threads: int | None = None
+    recipe: Recipe | None = None
+    cache_dtype: CacheDtype = CacheDtype.BF16
+
+    def __post_init__(self) -> None:
+        """Raises InputError for options out of range or that contradict each other."""
+        if self.model is not None and self.random_weights is not None:
+            raise InputError("-m measures a converted model and --random-weights makes one; drop one of them")
+        if self.recipe is not None and self.random_weights is None:
+            raise InputError("--recipe belongs to --random-weights; a converted model has its own")
+        if self.decode < 1:
+            raise InputError(f"--decode must be at least 1, not {self.decode}")
+        choose_threads(self.threads)  # refuses what is no number of threads
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each prompt, tokens in the cache before each decode, and tokens decoded there."""
+
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    decode: int
+
+    @property
+    def cache(self) -> int:
+        """Tokens that the cache must hold; the engine keeps room for one after a prompt."""
+        return max(max(self.contexts) + self.decode, *(length + 1 for length in (*self.prompts, 1)))
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What will be measured. `whole` is the architecture before --layers cut it; no directory means random weights."""
+
+    options: BenchOptions
+    directory: Path | None
+    whole: ModelConfig
+    config: ModelConfig
+    recipe: Recipe
+    cache_dtype: CacheDtype
+    lengths: Lengths
+    read_bytes: int
+
+    @property
+    def warm_up_tokens(self) -> int:
+        """A prompt that does not count: a short one wakes the threads, a chunk touches nearly all of a mapped file."""
+        return min(CPU_CHUNK if self.directory else WARM_UP_TOKENS, self.config.max_position_embeddings - 1)
+
+
+def settle(options: BenchOptions) -> BenchPlan:
+    """Settle what will be measured, and refuse what cannot be, before anything large is made."""
+    directory, whole = _architecture(options)
+    config = whole if options.layers is None else random_weights.first_layers(whole, options.layers)
+    recipe = Manifest.load(directory).recipe if directory else options.recipe or Recipe.NF4
+    cache_dtype = ops.cache_dtype(recipe.format_of(Kind.KV_B), DTYPE, options.cache_dtype)
+    lengths = _lengths(options, config.max_position_embeddings)
+    read_bytes = max(READ_BYTES, 4 * last_level_cache_bytes())
+    if directory is None:
+        experts = expert_layout(config, recipe).nbytes * config.n_routed_experts * len(config.moe_layers)
+        buffer = 0 if experts >= read_bytes else read_bytes  # `hardware.Reader`'s
+        other = buffer + WORKING_BYTES
+        random_weights.require_memory(config, recipe, context=lengths.cache, cache_dtype=cache_dtype, other=other)
+    return BenchPlan(options, directory, whole, config, recipe, cache_dtype, lengths, read_bytes)
+
+
+def _architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
+    """The directory of the model that was asked for (None: random weights) and its configuration."""
+    if options.random_weights is not None:
+        return None, released.read_config(options.random_weights)
+    if options.model is None:
+        notice("measuring the bundled dsv2-nano; choose another model with -m or --random-weights")
+    directory = llm.bundled_model() if options.model is None else hub.resolve_converted(options.model)
+    return directory, ModelConfig.load(directory)
+
+
+def _lengths(options: BenchOptions, limit: int) -> Lengths:
+    """The lengths asked for, or those of the defaults that fit in `limit` tokens."""
+    if options.decode > limit:
+        raise InputError(f"--decode {options.decode:,} is more than the model's context of {limit:,} tokens")
+    prompts = _fitting("--prompt", options.prompt, PROMPTS, 1, limit - 1, limit)
+    contexts = _fitting("--context", options.context, CONTEXTS, 0, limit - options.decode, limit)
+    return Lengths(prompts, contexts, options.decode)
+
+
+def _fitting(
+    option: str, given: str | None, default: tuple[int, ...], least: int, most: int, limit: int
+) -> tuple[int, ...]:
+    """Lengths between `least` and `most`: all that were given, or InputError; of the default those that fit."""
+    lengths = default if given is None else _numbers(option, given)
+    wrong = [length for length in lengths if not least <= length <= most]
+    if not wrong:
+        return lengths
+    shown = ", ".join(f"{length:,}" for length in wrong)
+    if given is not None:
+        raise InputError(
+            f"{option} must lie between {least} and {most:,} in a context of {limit:,} tokens, not {shown}"
+        )
+    notice(f"left out {option} {shown}: the model's context is {limit:,} tokens")
+    return tuple(length for length in lengths if length not in wrong)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} must be whole numbers with commas between, not {text!r}") from None

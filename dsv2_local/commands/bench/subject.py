@@ -1,0 +1,105 @@
+"""The model that is measured, converted or of random weights, and what decoding a token of it reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dsv2_local import llm
+from dsv2_local.architectures import released
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands.bench.hardware import last_level_cache_bytes
+from dsv2_local.commands.bench.settings import DTYPE, BenchPlan
+from dsv2_local.commands.bench.timing import StatusLine
+from dsv2_local.commands.console import human, notice
+from dsv2_local.commands.inspect import KindSummary, summarise
+from dsv2_local.kernels.format import ROWS, matrix_nbytes
+from dsv2_local.machine.resources import memory_available
+from dsv2_local.offload.resident_experts import ResidentExperts
+from dsv2_local.quant.schema import Kind, Recipe, active_weights, expert_layout
+from dsv2_local.runtime import random_weights
+from dsv2_local.runtime.model import Transformer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured, with the sums of its tensors by kind and its layers' routed experts."""
+
+    name: str
+    recipe: Recipe
+    model: Transformer
+    kinds: dict[Kind, KindSummary]
+    records: list[Tensor]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(kind.bytes for kind in self.kinds.values())
+
+    @property
+    def active_weights(self) -> int:
+        """Weights that take part in computing a token."""
+        return active_weights(self.config)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that decoding a token reads: those of `active_weights`, and one row of the embedding."""
+        c = self.config
+        row = matrix_nbytes(self.recipe.format_of(Kind.EMBEDDING), ROWS, c.hidden_size) // ROWS
+        every = sum(kind.bytes for kind in self._every_token())
+        return every + row + self._chosen * expert_layout(c, self.recipe).nbytes
+
+    @property
+    def _chosen(self) -> int:
+        """Routed experts that a token takes, over all layers."""
+        return self.config.num_experts_per_tok * len(self.config.moe_layers)
+
+    def _every_token(self) -> list[KindSummary]:
+        """The kinds of which every token reads all; an embedding that is also the head is one of them."""
+        partly = (Kind.ROUTED,) if self.config.tie_word_embeddings else (Kind.ROUTED, Kind.EMBEDDING)
+        return [summary for kind, summary in self.kinds.items() if kind not in partly]
+
+
+def prepare(plan: BenchPlan, threads: int, status: StatusLine) -> Subject:
+    """Load or make the model, and warn where its figures will mislead."""
+    subject = _load(plan, plan.directory) if plan.directory else _make(plan, threads, status)
+    if plan.config != plan.whole and subject.bytes_per_token < 2 * last_level_cache_bytes():
+        notice(
+            f"these layers read {human(subject.bytes_per_token)} a token, some of which stays in the processor's "
+            "caches: the whole model is slower than they suggest; try more --layers"
+        )
+    return subject
+
+
+def _make(plan: BenchPlan, threads: int, status: StatusLine) -> Subject:
+    """A model of random weights, named after what it is a copy of."""
+    config, recipe, name = plan.config, plan.recipe, plan.options.random_weights or ""
+
+    def progress(done: int, parts: int) -> None:
+        status(f"making random weights: {done}/{parts} parts")
+
+    made = random_weights.build(config, recipe, threads=threads, progress=progress)
+    model = Transformer(config, made.weights, ResidentExperts(made.layout, made.records), DTYPE)
+    if name not in released.RELEASED:
+        path = Path(name).resolve()
+        name = path.name if path.is_dir() else path.parent.name
+    return Subject(f"random {name}", recipe, model, summarise(config, recipe), list(made.records.values()))
+
+
+def _load(plan: BenchPlan, directory: Path) -> Subject:
+    """A converted model, of which --layers leaves out the last layers."""
+    loaded = llm.load(directory, context=2, threads=plan.options.threads)  # its own cache stays unused
+    model = loaded.engine.model
+    model.config, model.layers = plan.config, model.layers[: plan.config.num_hidden_layers]
+    assert isinstance(loaded.experts, ResidentExperts)
+    records = [loaded.experts.records[layer] for layer in plan.config.moe_layers]
+    subject = Subject(loaded.name, loaded.recipe, model, summarise(plan.config, loaded.recipe), records)
+    if subject.weight_bytes > (available := memory_available()):
+        notice(
+            f"the weights take {human(subject.weight_bytes)} and {human(available)} of memory are available: "
+            "much of what follows is the disk's speed; try fewer --layers"
+        )
+    return subject

@@ -1,0 +1,227 @@
+"""Seconds of prefill, of decoding and of its parts.
+
+Token ids and the cache's contents are drawn at random: speed does not depend on what a text says.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from statistics import harmonic_mean
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands.bench import hardware
+from dsv2_local.commands.bench.hardware import Reader
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.latents import write_rows
+from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.cpu_step import CpuStep
+from dsv2_local.runtime.engine import Engine, Request, Stats
+from dsv2_local.runtime.model import MoE, Transformer
+from dsv2_local.runtime.sampling_params import SamplingParams
+
+WARM_UP_STEPS = 2  # of a burst of decoding: not counted
+BURST = 8  # steps between two looks at memory
+GREEDY = SamplingParams(temperature=0)
+MATRIX_KERNELS = ("attention", "experts", "linear", "route", "swiglu")
+
+
+class StatusLine:
+    """What is being done, in one line on stderr if that is a terminal, wiped at the end.
+
+    Nothing redraws it by itself: a spinner's thread would take its time from what is measured.
+    """
+
+    def __enter__(self) -> "StatusLine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self("")
+
+    def __call__(self, text: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class PrefillRun:
+    """Seconds from a prompt of `tokens` to its last logits, and to the token chosen from them."""
+
+    tokens: int
+    seconds: float
+    first_token_seconds: float
+
+
+def measure_prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
+    """The run of median time; a short prompt runs again until `hardware.FILLED_SECONDS` have passed."""
+    runs = [prefill(engine, tokens, status)]
+    while sum(run.first_token_seconds for run in runs) < hardware.FILLED_SECONDS:
+        runs.append(prefill(engine, tokens, status))
+    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+
+
+def prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
+    """One prompt of random tokens through the engine, from an empty cache."""
+    engine.cache.clear()
+    prompt = torch.randint(engine.model.config.vocab_size, (tokens,)).tolist()
+    stats, start = Stats(), perf_counter()
+    request = Request(prompt, GREEDY, max_tokens=1)
+    next(engine.generate(request, stats, partial(_prefill_status, status)))
+    return PrefillRun(tokens, stats.prefill_seconds, perf_counter() - start)
+
+
+def _prefill_status(status: StatusLine, done: int, tokens: int) -> None:
+    status(f"prefill of {tokens:,} tokens: {done:,} done")
+
+
+@dataclass(frozen=True)
+class DecodeRun:
+    """`steps` decoded tokens after `context` tokens, and what memory gave meanwhile."""
+
+    context: int
+    steps: int
+    seconds: float
+    read_gb_s: float
+
+
+def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, status: StatusLine) -> DecodeRun:
+    """Decode in bursts, and read memory between them: a shared machine's bandwidth changes from second to second.
+
+    Times are sums, in which slow steps count as they are felt; the steps that find their caches cold do not count.
+    """
+    fill(engine.cache, context, engine.model.config)
+    step = CpuStep(engine.model, engine.cache)
+    seconds, reads = 0.0, []
+    for begin in range(0, steps, BURST):
+        reads.append(reader.gb_s())
+        _warm_up(step, min(WARM_UP_STEPS, steps - begin))
+        seconds += _steps(step, min(BURST, steps - begin), f"decode at context {context:,}", status)
+    return DecodeRun(context, steps, seconds, harmonic_mean(reads))
+
+
+def _warm_up(step: CpuStep, steps: int) -> None:
+    """Steps that leave no trace but in the caches."""
+    length = step.cache.length
+    for _ in range(steps):
+        _timed(step)
+    step.cache.truncate(length)
+
+
+def _steps(step: CpuStep, steps: int, what: str, status: StatusLine) -> float:
+    seconds = 0.0
+    for done in range(steps):
+        status(f"{what}: {done}/{steps} tokens")
+        seconds += _timed(step)
+    return seconds
+
+
+def _timed(step: CpuStep) -> float:
+    """Seconds to decode a random token: the model, its logits, and the likeliest of them."""
+    token = int(torch.randint(step.model.config.vocab_size, (1,)))
+    start = perf_counter()
+    int(step.run(token).argmax())
+    return perf_counter() - start
+
+
+def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
+    """Make the cache hold this many tokens that were never computed: numbers of rms 1, the same in every layer."""
+    cache.match_prefix([])
+    cache.reserve(tokens)
+    latents = torch.randn(tokens, config.latent_dim)
+    for layer, block_table in zip(cache.layers, cache.block_tables, strict=True):
+        write_rows(layer, block_table, latents, config.kv_lora_rank)
+    cache.advance(tokens)
+
+
+class Stopwatch:
+    """Readings of a clock before and after callables, by name; of calls within one another under one name only the
+    outermost counts."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.spans: list[tuple[str, float, float]] = []
+        self._clock = clock
+        self._running: set[str] = set()
+
+    @contextmanager
+    def on(self, targets: list[tuple[Any, str, str]]) -> Iterator[None]:
+        """Watch the callables (owner, attribute, name) meanwhile, by putting others in their places."""
+        before = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute, _ in targets]
+        try:
+            for owner, attribute, name in targets:
+                setattr(owner, attribute, self._watched(getattr(owner, attribute), name))
+            yield
+        finally:
+            for owner, attribute, own in before:
+                if own is None:  # it was the class's
+                    vars(owner).pop(attribute, None)
+                else:
+                    setattr(owner, attribute, own)
+
+    def _watched(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watched(*args: Any, **options: Any) -> Any:
+            if name in self._running:
+                return call(*args, **options)
+            self._running.add(name)
+            start = self._clock()
+            try:
+                return call(*args, **options)
+            finally:
+                self.spans.append((name, start, self._clock()))
+                self._running.discard(name)
+
+        return watched
+
+
+def measure_parts(engine: Engine, context: int, steps: int, status: StatusLine) -> dict[str, float]:
+    """Seconds of decoding `steps` tokens, by part, and in all as "steps".
+
+    Of a step that is replayed, what is watched is its recording, on a clock that counts the calls; then replays tell
+    what each call takes.
+    """
+    fill(engine.cache, context, engine.model.config)
+    step = CpuStep(engine.model, engine.cache)
+    watch = Stopwatch(lambda: len(step.recording.names) if step.recording else perf_counter())
+    with watch.on(_targets(engine.model)):
+        _warm_up(step, 1)  # recorded, if it can be
+        if not step.recording:
+            watch.spans.clear()
+            whole = _steps(step, steps, "decode by part", status)
+    spans = watch.spans
+    if step.recording:
+        taken = step.recording.take_times()
+        whole = _steps(step, steps, "decode by part", status)
+        clock = [0.0, *accumulate(taken)]
+        spans = [(name, clock[int(start)], clock[int(end)]) for name, start, end in spans]
+    seconds = defaultdict(float, steps=whole)
+    for name, start, end in spans:
+        seconds[name] += end - start
+    return seconds
+
+
+def _targets(model: Transformer) -> list[tuple[Any, str, str]]:
+    """What to time of a model, by the names of `PARTS`, its layers by kind, and all matrix kernels as one."""
+    targets: list[tuple[Any, str, str]] = [(ops, name, "kernels") for name in MATRIX_KERNELS]
+    targets.append((model, "logits", "head"))
+    holders = {}
+    for layer in model.layers:
+        targets.append((layer.self_attn, "forward", "attention"))
+        targets.append((layer, "forward", layer_kind(isinstance(layer.mlp, MoE))))
+        if not isinstance(layer.mlp, MoE):
+            targets.append((layer.mlp, "forward", "dense"))
+            continue
+        holders[id(layer.mlp.routed_experts)] = layer.mlp.routed_experts
+        if layer.mlp.shared_experts:
+            targets.append((layer.mlp.shared_experts, "forward", "shared"))
+    return targets + [(holder, "experts", "routed") for holder in holders.values()]
+
+
+def layer_kind(moe: bool) -> str:
+    return "mixture layers" if moe else "dense layers"

@@ -1,0 +1,67 @@
+"""`dsv2 bench --trace`: which experts a model chooses for a real text, recorded for the cache's simulator."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv2_local import llm
+from dsv2_local.commands.bench.timing import StatusLine
+from dsv2_local.commands.console import notice
+from dsv2_local.errors import InputError
+from dsv2_local.kernels.graphs import PiecewiseGraph
+from dsv2_local.offload.trace import Trace
+from dsv2_local.runtime.cpu_step import CpuStep
+from dsv2_local.runtime.model import Experts, MoE
+
+PASSAGE = 512  # tokens of a text that are read from an empty cache
+
+
+class Watched:
+    """Experts that note who was chosen."""
+
+    replayable = False
+
+    def __init__(self, experts: Experts) -> None:
+        self.chosen: dict[int, list[int]] = {}
+        self._experts = experts
+
+    def start(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, capture: PiecewiseGraph | None = None
+    ) -> Callable[[], Tensor]:
+        self.chosen[layer] = ids[-1].tolist()
+        return self._experts.start(layer, x, ids, weights, capture)
+
+
+def record(model: str | None, text: str, file: Path, threads: int | None, status: StatusLine) -> None:
+    """Read `text` token by token, as decoding would, and write the trace.
+
+    Raises:
+        InputError: the model has no routed experts, or the file cannot be written.
+    """
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{file} cannot be written: there is no such directory")
+    loaded = llm.load(model, threads=threads)
+    if not loaded.config.moe_layers:
+        raise InputError(f"{loaded.name} has no routed experts to trace")
+    tokens = loaded.tokenizer.encode(text)
+    network, cache = loaded.engine.model, loaded.engine.cache
+    watched = Watched(loaded.experts)
+    for layer in network.layers:
+        if isinstance(layer.mlp, MoE):
+            layer.mlp.routed_experts = watched
+    trace = Trace(loaded.name, len(loaded.config.moe_layers), loaded.config.n_routed_experts, [])
+    step = CpuStep(network, cache)
+    with torch.inference_mode():
+        for done, token in enumerate(tokens):
+            if done % min(PASSAGE, cache.context) == 0:
+                cache.truncate(0)
+                status(f"tracing: {done:,} of {len(tokens):,} tokens")
+            step.run(token)
+            trace.tokens.append([watched.chosen[layer] for layer in loaded.config.moe_layers])
+    try:
+        trace.save(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}") from None
+    notice(f"{file}: the experts of {len(tokens):,} tokens; benchmarks/expert_cache.py makes use of it")

@@ -1,0 +1,183 @@
+"""What the commands share: lines on stderr, progress and the line of stats.
+
+stdout belongs to the model's text; everything here goes to stderr or to a console that the caller gives. rich is
+imported late, so that `dsv2 --help` stays quick.
+"""
+
+import sys
+import threading
+import time
+from collections import deque
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dsv2_local.llm import LLM
+    from dsv2_local.runtime.engine import Stats
+
+PROGRESS_AFTER = 1.0
+BESIDE_BAR = 72
+"""Columns that text takes, with room to spare: "^C" at the end of a full line would begin another, never wiped."""
+RECENT = 9
+"""Calls over which the rate is taken: reading gets slower as the context grows."""
+
+
+def notice(text: str) -> None:
+    """One line on stderr."""
+    print(f"dsv2: {text}", file=sys.stderr, flush=True)
+
+
+def report_console() -> "Console":
+    """For tables on stdout. A reader that went away is a BrokenPipeError; rich would exit with code 1."""
+    from rich.console import Console
+
+    class ReportConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return ReportConsole(highlight=False)
+
+
+def human(size: float) -> str:
+    """Bytes in the largest decimal unit that keeps the number above one."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} GB"
+
+
+class ProgressBar:
+    """How far something is that takes time; shown once it has taken over a second and wiped when it is done.
+
+    An instance is the `progress` that loading and generation call; leaving the context wipes it in any case.
+    """
+
+    def __init__(self, what: str, console: "Console | None" = None, unit: str | None = None) -> None:
+        """Show `what` is done on `console` (None: on stderr). `unit` is what is counted; None: bytes."""
+        self._what, self._console, self._unit = what, console, unit
+        self._lock = threading.Lock()
+        self._bar: Progress | None = None
+        self._timer: threading.Timer | None = None
+        self._state = (0, 0)
+        self._steps = deque[tuple[float, int]](maxlen=RECENT)
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done >= total:
+            self._stop()
+            return
+        with self._lock:
+            self._state = (done, total)
+            self._steps.append((time.monotonic(), done))
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            elif self._timer is None:
+                # One chunk of a large model takes many seconds, so the bar cannot wait for the next call.
+                self._timer = threading.Timer(PROGRESS_AFTER, self._show)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def figures(self) -> str:
+        """How many are done, how many a second lately and the time left at that rate; before, the time that it took."""
+        (done, total), now = self._state, time.monotonic()
+        (start, first), (last, _) = self._steps[0], self._steps[-1]
+        count = human if self._unit is None else lambda number: f"{number:,.0f}"
+        unit = "" if self._unit is None else f" {self._unit}"
+        if done == first:
+            return f"{count(done)}/{count(total)}{unit} · {_clock(now - start)}"
+        rate = (done - first) / (last - start)
+        left = (total - done) / rate - (now - last)
+        return f"{count(done)}/{count(total)} · {count(rate)}{unit}/s · {_clock(left)} left"
+
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.text import Text
+
+        class ExpertStats(ProgressColumn):
+            def render(_, task: Task) -> Text:  # noqa: N805 (self is the progress)
+                return Text(self.figures())
+
+        with self._lock:
+            console = self._console or Console(stderr=True)
+            if self._timer is None or not console.is_terminal:
+                return
+            bar = BarColumn(max(4, min(40, console.width - BESIDE_BAR)))
+            self._bar = Progress(TextColumn(self._what), bar, ExpertStats(), console=console, transient=True)
+            self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
+            self._bar.start()
+
+    def _stop(self) -> None:
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            if self._bar:
+                self._bar.stop()
+            self._timer = self._bar = None
+            self._steps.clear()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+def prompt_progress(console: "Console | None" = None) -> ProgressBar:
+    """The progress of reading a prompt."""
+    return ProgressBar("reading the prompt", console, "tokens")
+
+
+def describe(stats: "Stats", interrupted: bool = False) -> str:
+    """The figures of an answer in one line, with why it ended unless it ended by itself."""
+    reused = f", reused {stats.reused_tokens:,}" if stats.reused_tokens else ""
+    parts = [
+        f"prompt {stats.prompt_tokens:,} tokens{reused}, {stats.prefill_tok_s:,.1f} tok/s",
+        f"answer {stats.completion_tokens:,} tokens, {stats.decode_tok_s:,.1f} tok/s",
+        f"context {stats.context_used:,}/{stats.context:,}",
+    ]
+    if stats.draft_tokens:
+        parts.append(f"{stats.accepted_tokens:,} of {stats.draft_tokens:,} draft tokens accepted")
+    if interrupted:
+        parts.append("stopped by Ctrl-C")
+    elif stats.finish_reason == "length":
+        full = stats.context_used >= stats.context
+        parts.append("stopped: the context is full" if full else "stopped at max_tokens")
+    return " · ".join(parts)
+
+
+def describe_stop(stats: "Stats") -> str:
+    """How much of a prompt was read before Ctrl-C came."""
+    return f"read {stats.context_used:,} of {stats.prompt_tokens:,} tokens"
+
+
+def describe_experts(llm: "LLM") -> list[str]:
+    """Where the routed experts are and what happened to them since loading, line by line."""
+    from dsv2_local.offload.offloaded_experts import OffloadedExperts
+
+    expert, total = llm.plan.expert_bytes, llm.plan.experts
+    if not isinstance(llm.experts, OffloadedExperts):
+        where = "GPU memory" if llm.plan.resident else "RAM, where the CPU computes them"
+        return [f"{total:,} experts of {human(expert)} ({human(total * expert)}), all in {where}"]
+    stats = llm.experts.stats
+    lines = [
+        f"{llm.plan.slots:,} of {total:,} experts of {human(expert)} have a slot in GPU memory; "
+        f"hit rate {stats.hit_rate:.1%} of {stats.hits + stats.misses:,} uses",
+        f"link: {human(stats.fetched_bytes)}{_rate(stats.fetched_bytes, stats.fetch_seconds)}, "
+        f"{stats.streamed_layers:,} layers streamed",
+        f"CPU: {stats.host_experts:,} experts computed{_rate(stats.host_experts * expert, stats.host_seconds)}",
+    ]
+    if stats.retries:
+        lines.append(f"{stats.retries:,} layers failed on a device and were computed again on the CPU")
+    return lines
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f" at {nbytes / seconds / 1e9:,.1f} GB/s" if seconds else ""

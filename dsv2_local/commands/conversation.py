@@ -1,0 +1,92 @@
+"""A conversation: what was said and how answers are made, and its text for a file."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from dsv2_local.errors import InputError
+from dsv2_local.runtime.sampling_params import SamplingParams
+
+SETTINGS = {
+    "max_tokens": int,
+    **{f.name: int if f.name in ("top_k", "seed") else float for f in fields(SamplingParams) if f.name != "logit_bias"},
+}
+
+Message = dict[str, str]
+
+
+@dataclass
+class Conversation:
+    """What was said, and how answers are made. `messages` holds no system message; `system` does."""
+
+    system: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
+
+    def prompt(self, messages: list[Message] | None = None) -> list[Message]:
+        """The messages as the model is given them; `messages` in place of the conversation's own."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return head + (self.messages if messages is None else messages)
+
+    def ask(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+
+    def answer(self, text: str) -> None:
+        self.messages.append({"role": "assistant", "content": text})
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the last message is a question."""
+        return bool(self.messages) and self.messages[-1]["role"] == "user"
+
+    @property
+    def turns(self) -> int:
+        """Questions with their answers; a question without one counts too."""
+        return sum(message["role"] == "user" for message in self.messages)
+
+    def undo(self) -> str | None:
+        """Take back the last question and what followed it; returns the question."""
+        while self.messages:
+            message = self.messages.pop()
+            if message["role"] == "user":
+                return message["content"]
+        return None
+
+    def set(self, name: str, value: str) -> None:
+        """Change a setting; "-" returns it to the model's own. InputError for a wrong name or value."""
+        if name not in SETTINGS:
+            raise InputError(f"there is no setting {name}; the settings are {', '.join(SETTINGS)}")
+        if value == "-":
+            self.settings.pop(name, None)
+            return
+        try:
+            number = SETTINGS[name](value)
+        except ValueError:
+            raise InputError(f"{name} must be a number, not {value}") from None
+        if name == "max_tokens" and number < 1:
+            raise InputError(f"max_tokens must be at least 1, not {number}")
+        if name != "max_tokens":
+            SamplingParams().override(**{name: number})  # checks the range
+        self.settings[name] = number
+
+    def to_text(self, model: str) -> str:
+        """As JSON, with the name of the model."""
+        return json.dumps({"model": model, **asdict(self)})
+
+    @classmethod
+    def from_text(cls, text: str) -> tuple[str, "Conversation"]:
+        """What `to_text` was given and what it was called on. InputError when the text is something else."""
+        try:
+            raw = json.loads(text)
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in raw["messages"]]
+            if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+                raise TypeError("questions and answers must alternate")
+            if not isinstance(raw["system"], str | None):
+                raise TypeError("the system message is no text")
+            loaded = cls(raw["system"], {}, messages)
+            for name, value in raw["settings"].items():
+                loaded.set(name, str(value))
+            model = "".join(letter for letter in raw["model"] if letter.isprintable())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError("its conversation is damaged") from None
+        return model, loaded

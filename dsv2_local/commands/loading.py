@@ -1,0 +1,35 @@
+"""Loading a model for a command: with progress on stderr, and with what the user should know about its speed."""
+
+from dsv2_local import llm
+from dsv2_local.commands.console import ProgressBar, notice
+from dsv2_local.kernels import ops
+from dsv2_local.llm import LLM
+from dsv2_local.options import size
+
+
+def load(
+    model: str | None,
+    *,
+    context: int | None,
+    dtype: str,
+    device: str,
+    experts: str,
+    vram: str | None,
+    cache_type: str,
+    threads: int | None,
+) -> LLM:
+    """See `llm.load`; `vram` is one size or several, as people write them."""
+    if model is None:
+        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
+    limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
+    pinning = ProgressBar("bringing experts to page-locked RAM")
+    compiling = ProgressBar("preparing the GPU's kernels", unit="steps")
+    with pinning as progress, compiling as preparing:
+        loaded = llm.load(
+            model, context=context, dtype=dtype, device=device, experts=experts, vram=limits, cache_dtype=cache_type,
+            threads=threads, progress=progress, preparing=preparing,
+        )  # fmt: skip
+    for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
+        if warning:
+            notice(warning)
+    return loaded

@@ -1,0 +1,110 @@
+"""`dsv2 quantize`: fetch if need be, convert with progress on stderr, and say what came of it."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands.console import notice
+from dsv2_local.machine.numa import spread_memory
+from dsv2_local.quant.checkpoint import Manifest
+from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files
+from dsv2_local.quant.hub import resolve
+from dsv2_local.quant.schema import Kind, Recipe, parameters
+from dsv2_local.quant.verify import verify
+
+SECONDS_A_LINE = 10.0  # between plain lines, where stderr is not a terminal
+
+
+def run(
+    src: str, dst: Path, *, recipe: Recipe, check: bool, force: bool, revision: str | None, token: str | None
+) -> None:
+    """Convert `src`, a directory or a hub repository, to the checkpoint directory `dst`.
+
+    Progress goes to stderr; the table of errors that `check` asks for goes to stdout.
+
+    Raises:
+        Dsv2Error: any of its kinds; what was finished is kept, and the same call goes on from there.
+    """
+    local = Path(src).is_dir()
+    source = resolve(src, revision=revision, token=token)
+    # The hub's cache names a snapshot's directory after its commit.
+    name = source.resolve().name if local else f"{src}@{source.name}"
+    spread_memory(os.sched_getaffinity(0))  # what is written stays in memory, and is computed from there next
+    start = time.perf_counter()
+    if finished := finished_files(dst):
+        notice(f"going on with an interrupted conversion: {finished} files are finished")
+    try:
+        with _reporting("converting") as report:
+            manifest = convert(source, dst, recipe=recipe, force=force, source_name=name, report=report)
+    except KeyboardInterrupt:
+        notice("interrupted; the same command goes on from here")
+        raise
+    notice(_closing(dst, manifest, parameters(ModelConfig.load(dst)), time.perf_counter() - start))
+    if check:
+        with _reporting("verifying") as report:
+            errors = verify(source, dst, report)
+        Console().print(_error_table(errors))
+
+
+def _closing(dst: Path, manifest: Manifest, weights: int, seconds: float) -> str:
+    """The last line; bits count every byte of the tensors' files, scales and padding included."""
+    total = sum(record.bytes for record in manifest.files.values())
+    stored = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".safetensors"))
+    return f"{dst}: {total / 1e9:,.2f} GB, {8 * stored / weights:.2f} bits per weight, {seconds:,.0f} s"
+
+
+def _error_table(errors: dict[Kind, float]) -> Table:
+    table = Table("tensors", title="relative error against the source")
+    table.add_column("‖q - w‖ / ‖w‖", justify="right")
+    for kind, error in errors.items():
+        table.add_row(str(kind), f"{error:.5f}")
+    return table
+
+
+@contextmanager
+def _reporting(what: str) -> Iterator[Report]:
+    """A bar on a terminal; a plain line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _plain_lines(what)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn())
+    with Bar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(p: ConversionProgress) -> None:
+            text = f"{what} {p.tensors:,}/{p.total_tensors:,} tensors"
+            bar.update(task, description=text, completed=p.bytes, total=p.total_bytes)
+
+        yield report
+
+
+def _plain_lines(what: str) -> Report:
+    begun = last = time.monotonic()
+
+    def report(p: ConversionProgress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS_A_LINE:
+            return
+        last, rate = now, p.bytes / (now - begun)
+        left = (p.total_bytes - p.bytes) / rate if rate else 0.0
+        text = f"{what}: {p.tensors:,}/{p.total_tensors:,} tensors, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+        notice(text)
+
+    return report

@@ -1,0 +1,274 @@
+"""Sequences through the model: chunked prefill, decode with speculative drafts, prefix reuse, and the figures of each.
+
+The engine knows token ids and nothing of text. One sequence is computed at a time; generations may take turns, token by
+token, and the engine switches between their sequences through the prefix cache. (A scheduler that batches sequences
+into one step is not here yet.)
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv2_local.errors import ContextLengthError, InputError
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.offload.device import typed_errors
+from dsv2_local.offload.plan import CPU_CHUNK
+from dsv2_local.progress import Progress, no_progress
+from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.cpu_step import CpuStep
+from dsv2_local.runtime.gpu_step import GpuStep
+from dsv2_local.runtime.model import Transformer
+from dsv2_local.runtime.prompt_lookup import NGRAM, PromptLookup
+from dsv2_local.runtime.sampler import Sampler
+from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.step import Step, StepResult
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        prompt: token ids.
+        params: how to sample.
+        max_tokens: the most tokens to generate; None: until an end token or a full context.
+        end_tokens: token ids that end the answer.
+        logprobs: how many likeliest tokens to tell with each generated one (0: its own log probability alone); None: no
+            log probabilities.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    max_tokens: int | None = None
+    end_tokens: frozenset[int] = frozenset()
+    logprobs: int | None = None
+
+
+@dataclass
+class Stats:
+    """The figures of one generation, kept current while it runs. Seconds are the model's and the sampler's.
+
+    Attributes:
+        reused_tokens: of the prompt, found in the prefix cache.
+        draft_tokens, accepted_tokens: of speculative decoding: proposed, and chosen by the sampler.
+        context_used, context: tokens in the cache, and that it can hold.
+        finish_reason: "stop" (end token or stop string), "length" (max_tokens or a full context), None while running or
+            when interrupted.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    completion_tokens: int = 0
+    decode_seconds: float = 0.0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    context_used: int = 0
+    context: int = 0
+    finish_reason: str | None = None
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second after the first, whose time is prefill's."""
+        return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One generated token; `logprob` and `top_logprobs` (most likely first) only when asked for."""
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Engine:
+    """A model with its KV cache."""
+
+    def __init__(self, model: Transformer, context: int, cache_dtype: CacheDtype, chunk: int = CPU_CHUNK) -> None:
+        """Allocate a cache of `context` tokens; prefill `chunk` tokens a step."""
+        self.model, self.chunk = model, chunk
+        self.cache = model.new_cache(context, cache_dtype)
+        self.step = decode_step(model, self.cache)
+        self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
+        self._active: object = None  # the generation whose sequence is in the cache
+        self._result: StepResult | None = None  # of the active generation's latest step
+        self._early = False  # whether that step was launched before its token was yielded, and is not used yet
+
+    def warm_up(self, progress: Progress = no_progress) -> None:
+        """Do before the first prompt what would make it wait: compile kernels for GPUs."""
+        with typed_errors():
+            self.step.warm_up(progress)
+
+    @property
+    def context(self) -> int:
+        return self.cache.context
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those in the cache."""
+        return self._tokens[: self.cache.length]
+
+    def adopt(self, tokens: list[int]) -> None:
+        """Take the cache's contents for a sequence of these tokens; a prompt that begins alike reuses them."""
+        self._active, self._tokens = None, tokens
+
+    def cache_prefix(self) -> None:
+        """Put the present sequence into the prefix cache, for prompts that begin like it."""
+        self.cache.insert_prefix(self.tokens)
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """fp32 logits [T, vocab_size] after every token, by the same chunked prefill, from an empty cache."""
+        self._check(ids)
+        if len(ids) > self.context:
+            raise ContextLengthError(len(ids), self.context)
+        self._switch_to(None, [])
+        return torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, no_progress)])
+
+    def generate(self, request: Request, stats: Stats, progress: Progress = no_progress) -> Iterator[GeneratedToken]:
+        """Prefill the prompt, and yield tokens until an end token (yielded too), max_tokens or a full context.
+
+        `progress` is called with the prompt's tokens done, and all of them.
+
+        Raises:
+            ContextLengthError: the prompt and one token more do not fit.
+            InputError: an id is outside the vocabulary.
+        """
+        prompt = request.prompt
+        self._check(prompt)
+        if len(prompt) >= self.context:
+            raise ContextLengthError(len(prompt), self.context)
+        generation, text = object(), [*prompt]  # whose turn it is; its tokens in the cache
+        sampler, lookup = Sampler(request.params, prompt), PromptLookup(prompt)
+        stats.context = self.context
+        result = self._start(generation, prompt, stats, progress)
+        while True:
+            start = time.perf_counter()
+            token = sampler.choose(result)
+            if stats.completion_tokens:  # the first token's time is prefill's
+                stats.decode_seconds += time.perf_counter() - start
+            stats.completion_tokens += 1
+            stats.finish_reason = self._finish_reason(request, token, stats.completion_tokens)
+            generated = _with_logprobs(token, result, request.logprobs)
+            lookup.append(token)
+            # On a GPU the next step runs while the caller detokenises and prints this token.
+            self._early = self.step.asynchronous and not stats.finish_reason
+            launched = self._next(token, request.params, stats, lookup) if self._early else None
+            yield generated
+            if stats.finish_reason:
+                return
+            if generation is not self._active:
+                self._return_to(generation, [*text, token] if launched else text, stats)
+            result = launched or self._next(token, request.params, stats, lookup)
+            self._early = False
+            if not result.accepted:  # a new step's; what follows an accepted draft token came with it
+                result.wait()
+                stats.decode_seconds += result.seconds
+            stats.context_used = self.cache.length
+            text.append(token)
+
+    def _check(self, ids: list[int]) -> None:
+        if not ids:
+            raise InputError("the prompt is empty")
+        vocab = self.model.config.vocab_size
+        if wrong := [id for id in ids if not 0 <= id < vocab]:
+            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {vocab:,}")
+
+    def _start(self, generation: object, prompt: list[int], stats: Stats, progress: Progress) -> StepResult:
+        """Prefill what the prefix cache lacks of the prompt; the logits after its last token."""
+        start = time.perf_counter()
+        self._switch_to(generation, prompt[:-1])  # one token at least must run, to have logits
+        stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
+        stats.context_used = self.cache.length
+        for hidden in self._prefill(prompt, progress):
+            last = hidden[-1:]
+            stats.context_used = self.cache.length
+        logits = self.model.logits(last)
+        stats.prefill_seconds = time.perf_counter() - start
+        return StepResult(logits)
+
+    def _switch_to(self, generation: object, tokens: list[int]) -> None:
+        """Put the present sequence into the prefix cache, and begin another with what is cached of `tokens`."""
+        if self._early and self._result:
+            self._result.detach()  # the generation that launched it will come back for it
+        self.cache_prefix()
+        self._active, self._result, self._early = generation, None, False
+        self._tokens = tokens[: self.cache.match_prefix(tokens)]
+
+    def _return_to(self, generation: object, text: list[int], stats: Stats) -> None:
+        """Go on with a sequence after another's turn; what was evicted of it is computed again."""
+        start = time.perf_counter()
+        self._switch_to(generation, text)
+        for _ in self._prefill(text, no_progress):
+            pass
+        stats.decode_seconds += time.perf_counter() - start
+
+    def _prefill(self, ids: list[int], progress: Progress) -> Iterator[Tensor]:
+        """Run what follows the cached tokens chunk by chunk; yields each chunk's hidden states [t, D]."""
+        while (done := self.cache.length) < len(ids):
+            progress(done, len(ids))
+            yield self._run(ids[done : done + self.chunk])
+        progress(len(ids), len(ids))
+
+    def _next(self, token: int, params: SamplingParams, stats: Stats, lookup: PromptLookup) -> StepResult:
+        """Start the step for `token` plus draft tokens, unless a verified draft already holds its logits."""
+        result = self._result
+        if result and result.accept(token):
+            self._record([token])
+            self.cache.advance(1)  # its latents are there already
+            return result
+        if result:
+            lookup.observe(result.seconds, len(result.draft), result.accepted)
+            stats.draft_tokens, stats.accepted_tokens = lookup.drafted, lookup.accepted
+        length = self.cache.length
+        tokens = [token, *self._draft(lookup, self.context - length - 1)]
+        self._record(tokens)
+        with typed_errors():
+            self._result = result = self.step.launch(tokens, params)
+        if result.draft:
+            self.cache.truncate(length + 1)  # draft tokens count once they are accepted
+        return result
+
+    def _draft(self, lookup: PromptLookup, room: int) -> list[int]:
+        """Draft tokens, as many as a step verifies and the context has room for."""
+        most = min(self.step.max_draft, room)
+        return lookup.propose(most) if most >= NGRAM else []
+
+    def _run(self, ids: list[int]) -> Tensor:
+        self._record(ids)
+        with typed_errors():
+            return self.model.forward(torch.tensor(ids), self.cache)
+
+    def _record(self, ids: list[int]) -> None:
+        """Remember what a step will add before it runs, so that an interrupt leaves no unknown tokens in the cache."""
+        self._tokens[self.cache.length :] = ids
+
+    def _finish_reason(self, request: Request, token: int, count: int) -> str | None:
+        if token in request.end_tokens:
+            return "stop"
+        full = self.cache.length >= self.context
+        return "length" if full or (request.max_tokens is not None and count >= request.max_tokens) else None
+
+
+def decode_step(model: Transformer, cache: LatentCache) -> Step:
+    """The step for this model: CUDA graphs where all of it is on GPUs with Triton's kernels, else the CPU's."""
+    on_gpus = all(ops.capturable(layer.device) for layer in model.layers)
+    return GpuStep(model, cache) if on_gpus else CpuStep(model, cache)
+
+
+def _with_logprobs(token: int, result: StepResult, logprobs: int | None) -> GeneratedToken:
+    if logprobs is None:
+        return GeneratedToken(token)
+    logits = result.logits()
+    all_logprobs = logits.log_softmax(0)
+    values, ids = all_logprobs.topk(min(logprobs, len(logits)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return GeneratedToken(token, float(all_logprobs[token]), top)

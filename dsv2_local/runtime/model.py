@@ -1,0 +1,247 @@
+"""The architecture of DeepSeek-V2: multi-head latent attention and a mixture of experts, over one sequence.
+
+Shapes: `T` tokens of this step, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim, `V` v_head_dim,
+`C` kv_lora_rank, `D` hidden_size, `E` routed experts, `K` experts per token, `S` tokens in the cache.
+
+Names are those of the checkpoint. The mathematics is that of arXiv 2405.04434 and of the model's own code. `capture`,
+where a method takes it, is the CUDA graph that the step is being captured in; None: the step runs now.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.kernels import graphs, ops
+from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.kernels.graphs import PiecewiseGraph
+from dsv2_local.kernels.layout import Matrix
+from dsv2_local.runtime.cache import Allocate, LatentCache
+from dsv2_local.runtime.rope import Rope
+
+# The two norms inside the attention ignore rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+Weights = dict[str, Matrix | Tensor]
+
+
+class Experts(Protocol):
+    """The routed experts of all layers, wherever they are.
+
+    Attributes:
+        replayable: whether a step makes the same kernel calls every time, so that a CPU step can be recorded.
+    """
+
+    replayable: bool
+
+    def start(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, capture: PiecewiseGraph | None = None
+    ) -> Callable[[], Tensor]:
+        """Start what can run at once; the returned function gives Σₖ weights[t, k] · expert[ids[t, k]](x[t]), [T, D].
+
+        Args:
+            layer: its number in the model.
+            x: [T, D]; it and the others are on the layer's device.
+            ids: int64 [T, K], the experts that the router chose.
+            weights: fp32 [T, K].
+            capture: see the top of this file.
+
+        Returns:
+            A function to be called once, before the next `start`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """The weights under a prefix, so that a module names only its own."""
+
+    weights: Weights
+    prefix: str
+
+    def matrix(self, name: str) -> Matrix:
+        return cast(Matrix, self.weights[self.prefix + name])
+
+    def tensor(self, name: str) -> Tensor:
+        """A norm or router, in fp32."""
+        return cast(Tensor, self.weights[self.prefix + name]).float()
+
+    def under(self, prefix: str) -> "WeightView":
+        return WeightView(self.weights, self.prefix + prefix)
+
+
+class Attention:
+    """Multi-head latent attention; the cache holds the normed latent and the rotated rope key, nothing else."""
+
+    def __init__(self, config: ModelConfig, weights: WeightView, layer: int) -> None:
+        self.config, self.layer = config, layer
+        self.low_rank_query = config.q_lora_rank is not None
+        if self.low_rank_query:
+            self.q_a_proj = weights.matrix("q_a_proj.weight")
+            self.q_a_layernorm = weights.tensor("q_a_layernorm.weight")
+            self.q_b_proj = weights.matrix("q_b_proj.weight")
+        else:
+            self.q_proj = weights.matrix("q_proj.weight")
+        self.kv_a_proj_with_mqa = weights.matrix("kv_a_proj_with_mqa.weight")
+        self.kv_a_layernorm = weights.tensor("kv_a_layernorm.weight")
+        self.w_uk = weights.matrix("kv_b_proj.w_uk")
+        self.w_uv = weights.matrix("kv_b_proj.w_uv")
+        self.o_proj = weights.matrix("o_proj.weight")
+
+    def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
+        """x [T, D] at the positions after `cache.length` -> [T, D]."""
+        c, T = self.config, x.shape[0]
+        q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
+        kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
+        latents, block_table = cache.layers[self.layer], cache.block_tables[self.layer]  # [blocks, CACHE_BLOCK, …]
+        ops.write_latents(latents, block_table, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+        out = ops.attention(q, rotation, latents, block_table, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
+        return ops.linear(out, self.o_proj)
+
+    def query(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, H·(N + P)], with or without the low-rank step."""
+        if not self.low_rank_query:
+            return ops.linear(x, self.q_proj)
+        return ops.linear(
+            ops.rms_norm(ops.linear(x, self.q_a_proj), self.q_a_layernorm, LATENT_NORM_EPS), self.q_b_proj
+        )
+
+
+class MLP:
+    """down(silu(gate(x)) · up(x)): the dense layers and the shared experts."""
+
+    def __init__(self, weights: WeightView) -> None:
+        self.gate_proj = weights.matrix("gate_proj.weight")
+        self.up_proj = weights.matrix("up_proj.weight")
+        self.down_proj = weights.matrix("down_proj.weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return ops.swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
+
+
+class MoE:
+    """Routed experts, chosen per token, and the shared experts that every token takes."""
+
+    def __init__(self, config: ModelConfig, weights: WeightView, layer: int, experts: Experts) -> None:
+        self.config, self.layer = config, layer
+        self.gate = weights.tensor("gate.weight")  # [E, D]
+        self.shared_experts = MLP(weights.under("shared_experts.")) if config.n_shared_experts else None
+        self.routed_experts = experts
+
+    def forward(self, x: Tensor, capture: PiecewiseGraph | None = None) -> Tensor:
+        """x [T, D] -> [T, D]. The shared experts are computed while routed ones are being fetched."""
+        ids, weights = ops.route(x, self.gate, self.config)
+        routed = self.routed_experts.start(self.layer, x, ids, weights, capture)
+        if not self.shared_experts:
+            return routed()
+        shared = self.shared_experts.forward(x)
+        return ops.add(routed(), shared)
+
+
+class Block:
+    """One layer: attention, then MLP or mixture, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, weights: WeightView, layer: int, experts: Experts) -> None:
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = weights.tensor("input_layernorm.weight")
+        self.post_attention_layernorm = weights.tensor("post_attention_layernorm.weight")
+        self.self_attn = Attention(config, weights.under("self_attn."), layer)
+        mlp = weights.under("mlp.")
+        self.mlp: MLP | MoE = MoE(config, mlp, layer, experts) if config.is_moe(layer) else MLP(mlp)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights, and so of its activations."""
+        return self.input_layernorm.device
+
+    def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache, capture: PiecewiseGraph | None = None) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        attended = self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, cache)
+        x, normed = ops.add_rms_norm(x, attended, self.post_attention_layernorm, self.eps)
+        mlp = self.mlp.forward(normed, capture) if isinstance(self.mlp, MoE) else self.mlp.forward(normed)
+        return ops.add(x, mlp)
+
+
+class Transformer:
+    """The whole model. Activations go to the device of each layer's weights."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        experts: Experts,
+        dtype: torch.dtype,
+        allocate: Sequence[Allocate] | None = None,
+    ) -> None:
+        """`dtype`, float32 or bfloat16, is that of the activations; `allocate` makes each layer's cache (None: RAM)."""
+        view = WeightView(weights, "")
+        self.config, self.dtype, self._allocate = config, dtype, allocate
+        self.rope = Rope(config)
+        self.embed_tokens = view.matrix("model.embed_tokens.weight")
+        tied = "lm_head.weight" not in weights  # a model in RAM needs no second copy
+        self.lm_head = self.embed_tokens if tied else view.matrix("lm_head.weight")
+        self.norm = view.tensor("model.norm.weight")
+        layers = range(config.num_hidden_layers)
+        self.layers = [Block(config, view.under(f"model.layers.{layer}."), layer, experts) for layer in layers]
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a step makes the same kernel calls every time, as far as the experts are concerned."""
+        return all(layer.mlp.routed_experts.replayable for layer in self.layers if isinstance(layer.mlp, MoE))
+
+    def new_cache(self, context: int, dtype: CacheDtype) -> LatentCache:
+        """An empty cache of `context` tokens; `dtype` is what `ops.cache_dtype` says of this model."""
+        return LatentCache(self.config, context, dtype, self._allocate)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:
+        """Run tokens ids (int64 [T]) after those in the cache, and add them to it -> hidden states [T, D].
+
+        Raises:
+            ContextLengthError: the cache has no room for them.
+        """
+        cache.reserve(len(ids))
+        x = self.layers_of(ids, self.rotation(cache.length, len(ids)), cache)
+        cache.advance(len(ids))
+        return x
+
+    def rotation(self, position: int, tokens: int) -> Tensor:
+        """What rotates the rope parts of `tokens` from `position` on: complex64 [tokens, P/2]."""
+        return self.rope.rotation(position, tokens)
+
+    def layers_of(self, ids: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
+        """The step of `forward` without counting its tokens: ids [T], rotation [T, P/2] -> [T, D]."""
+        return self.through_layers(self.embed(ids), rotation, cache)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [T] -> [T, D], in RAM."""
+        return ops.embedding(ids, self.embed_tokens, self.dtype)
+
+    def through_layers(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: LatentCache,
+        layers: int | None = None,
+        capture: PiecewiseGraph | None = None,
+    ) -> Tensor:
+        """x [T, D] through all layers, or the first `layers` -> [T, D], on the device of the last of them."""
+        for layer in self.layers[:layers]:
+            if x.device != layer.device:
+                ops.use(layer.device)
+                x, rotation = (graphs.to_device(tensor, layer.device, capture) for tensor in (x, rotation))
+            x = layer.forward(x, rotation, cache, capture)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [T, D] -> fp32 logits [T, vocab_size], in RAM."""
+        return self.head(hidden).cpu()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [T, D] -> fp32 logits [T, vocab_size], on the device of the last layer."""
+        return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.lm_head).float()

@@ -1,0 +1,217 @@
+"""A model put where its plan says: dense weights, cache and experts on devices or in RAM."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.layout import Matrix
+from dsv2_local.offload import calibration, warm_experts
+from dsv2_local.offload.balance import Costs
+from dsv2_local.offload.device import Device
+from dsv2_local.offload.expert_cache import Policy
+from dsv2_local.offload.expert_slots import ExpertSlots
+from dsv2_local.offload.graph_experts import GraphBuffers
+from dsv2_local.offload.offloaded_experts import DeviceExperts, OffloadedExperts
+from dsv2_local.offload.pinned import PinnedArena
+from dsv2_local.offload.plan import MemoryShare, Plan
+from dsv2_local.offload.plan_request import Mode
+from dsv2_local.offload.resident_experts import ResidentExperts
+from dsv2_local.offload.sizes import STAGING_BUFFERS
+from dsv2_local.progress import Progress, no_progress
+from dsv2_local.quant.checkpoint import MANIFEST, Checkpoint
+from dsv2_local.runtime.model import Transformer, Weights
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """A model's weights in RAM, as `quant.checkpoint` names them.
+
+    Attributes:
+        config: its architecture.
+        dense: all but the routed experts, by name.
+        layout: of a routed expert's record.
+        records: uint8 [E, layout.nbytes] by MoE layer.
+        fingerprint: what is learned about the model's experts is kept under it; None: nothing is.
+    """
+
+    config: ModelConfig
+    dense: Weights
+    layout: ExpertLayout
+    records: dict[int, Tensor]
+    fingerprint: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "ModelWeights":
+        """A checkpoint, mapped."""
+        records = {layer: checkpoint.experts(layer) for layer in checkpoint.config.moe_layers}
+        manifest = (checkpoint.directory / MANIFEST).read_bytes()
+        fingerprint = hashlib.sha256(manifest).hexdigest()[:16]
+        return cls(checkpoint.config, checkpoint.dense(), checkpoint.expert_layout, records, fingerprint)
+
+
+@dataclass
+class PlacedModel:
+    """A model where it computes.
+
+    Attributes:
+        model: ready to run.
+        experts: its routed experts.
+        devices: the GPUs that it lies on.
+        notes: what is slower than it could be, and what to do about it.
+        closing: what `close` calls, the last first.
+    """
+
+    model: Transformer
+    experts: ResidentExperts | OffloadedExperts
+    devices: list[Device] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    closing: list[Callable[[], object]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Keep what was learned about this model and machine, and give back devices and page-locked memory."""
+        while self.closing:
+            self.closing.pop()()
+
+
+def place_in_ram(weights: ModelWeights, dtype: torch.dtype) -> PlacedModel:
+    """Everything where it lies, computed on the CPU; `dtype` is that of the activations."""
+    experts = ResidentExperts(weights.layout, weights.records)
+    return PlacedModel(Transformer(weights.config, weights.dense, experts, dtype), experts)
+
+
+def place_on_devices(
+    weights: ModelWeights,
+    plan: Plan,
+    devices: list[Device],
+    dtype: torch.dtype,
+    *,
+    policy: Policy = Policy.LRFU,
+    costs: Costs | None = None,
+    progress: Progress = no_progress,
+) -> PlacedModel:
+    """Each device's layers on it, and the experts as the plan says.
+
+    Args:
+        weights: of the model, in RAM.
+        plan: made for these devices, in this order.
+        devices: one for each of the plan's GPUs.
+        dtype: of the activations.
+        policy: of the expert cache.
+        costs: of fetching and computing experts; None: those of this machine, measured if need be.
+        progress: called with the bytes of experts that are in page-locked RAM, and of those that will be.
+
+    Raises:
+        DeviceMemoryError: a device has less memory than the plan counted on.
+    """
+    config = weights.config
+    owner = [device for device, share in zip(devices, plan.gpus, strict=True) for _ in range(*share.layers)]
+    dense, allocate = _place_dense(weights, owner), [device.allocate for device in owner]
+    closing: list[Callable[[], object]] = [device.close for device in devices]
+    if plan.mode is Mode.GPU:
+        records = {layer: _copy(owner[layer], weights.records[layer]) for layer in weights.records}
+        resident = ResidentExperts(weights.layout, records)
+        return PlacedModel(Transformer(config, dense, resident, dtype, allocate), resident, devices, [], closing)
+    arena = PinnedArena(weights.records, devices[0], _bytes_to_pin(weights, plan), progress)
+    notes = [_refusal(arena, weights)] if arena.refused else []
+    placed = [
+        _place_experts(weights, plan, share, device, arena.records, dtype, policy, costs)
+        for share, device in zip(plan.gpus, devices, strict=True)
+    ]
+    experts = OffloadedExperts(placed)
+    closing = [arena.close, *closing, lambda: _keep_learned(weights, plan, placed)]
+    return PlacedModel(Transformer(config, dense, experts, dtype, allocate), experts, devices, notes, closing)
+
+
+def _place_dense(weights: ModelWeights, owner: list[Device]) -> Weights:
+    """The dense weights on their layers' devices, norms and routers in fp32; the embedding stays in RAM."""
+    placed: Weights = {EMBEDDING: weights.dense[EMBEDDING]}
+    for name, weight in weights.dense.items():
+        if name != EMBEDDING:
+            placed[name] = _copy_weight(owner[_layer_of(name, len(owner))], weight)
+    if weights.config.tie_word_embeddings:
+        placed[HEAD] = _copy_weight(owner[-1], weights.dense[EMBEDDING])
+    return placed
+
+
+def _layer_of(name: str, layers: int) -> int:
+    """The layer of a weight; what comes after the layers belongs to the last."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1] == "layers" else layers - 1
+
+
+def _copy_weight(device: Device, weight: Matrix | Tensor) -> Matrix | Tensor:
+    if isinstance(weight, Matrix):
+        return weight.placed(lambda plane: _copy(device, plane))
+    return _copy(device, weight.float())
+
+
+def _copy(device: Device, tensor: Tensor) -> Tensor:
+    memory = device.allocate(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    return memory.copy_(tensor)
+
+
+def _bytes_to_pin(weights: ModelWeights, plan: Plan) -> int:
+    """Bytes of experts to page-lock."""
+    if not plan.offloads:
+        return 0
+    fitting = plan.ram_experts * weights.layout.nbytes
+    return fitting if plan.machine.lockable is None else min(fitting, plan.machine.lockable)
+
+
+def _refusal(arena: PinnedArena, weights: ModelWeights) -> str:
+    wanted = sum(records.nbytes for records in weights.records.values())
+    return (
+        f"the system let {arena.locked / 2**30:,.1f} of {wanted / 2**30:,.1f} GiB of experts be page-locked "
+        "(ulimit -l); copies of the others run at about half of the link's speed; raise memlock in "
+        "/etc/security/limits.conf"
+    )
+
+
+def _place_experts(
+    weights: ModelWeights,
+    plan: Plan,
+    share: MemoryShare,
+    device: Device,
+    records: dict[int, Tensor],
+    dtype: torch.dtype,
+    policy: Policy,
+    costs: Costs | None,
+) -> DeviceExperts:
+    """The experts of one device's layers; its slots begin with the experts that the model used most."""
+    config, layout = weights.config, weights.layout
+    own = {layer: records[layer] for layer in records if layer in range(*share.layers)}
+    slots = ExpertSlots(device, layout, share.slots, plan.staging_experts, policy)
+    if not plan.offloads:
+        return DeviceExperts(slots, layout, own, Mode.CPU, Costs(1.0, 1.0, 1.0))
+    slots.fill(own, warm_experts.load(weights.fingerprint, list(own), config.n_routed_experts))
+    costs = costs or calibration.costs(slots, layout, own)
+    return DeviceExperts(slots, layout, own, plan.mode, costs, _graph_buffers(weights, plan, device, dtype))
+
+
+def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device, dtype: torch.dtype) -> GraphBuffers | None:
+    """What captured steps need, where steps are captured and the graphs can compute with the slots of one token."""
+    config, format = weights.config, weights.layout.format
+    fits = config.num_experts_per_tok <= STAGING_BUFFERS * plan.staging_experts
+    # Products with bf16 weights do not skip absent slots.
+    if not ops.capturable(device.torch_device) or format is Format.BF16 or not fits:
+        return None
+    return GraphBuffers(device, config.hidden_size, config.num_experts_per_tok, dtype)
+
+
+def _keep_learned(weights: ModelWeights, plan: Plan, placed: list[DeviceExperts]) -> None:
+    """Keep which experts the model used most, and costs that turned out otherwise."""
+    if not plan.offloads:
+        return
+    worth = {key: device.slots.cache.worth(key) for device in placed for key in device.slots.cache.warmest()}
+    warm_experts.save(weights.fingerprint, sorted(worth, key=lambda key: worth[key], reverse=True))
+    for device in placed:
+        if device.corrected:
+            calibration.keep(device.costs, device.slots.device, weights.layout)

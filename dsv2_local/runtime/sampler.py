@@ -1,0 +1,135 @@
+"""From logits to a token: penalties, bias, temperature and the truncations, in the order that is usual in the field.
+
+Repetition penalty (arXiv 1909.05858), presence and frequency penalty and bias (as in OpenAI's API), temperature,
+top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
+"""
+
+from collections import Counter
+from functools import cache
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsv2_local.errors import InputError
+from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.step import StepResult, TopCandidates
+
+Ids: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+
+# Fractions of the largest probability: less likely tokens are looked at only where they matter.
+FLOORS = (1e-3, 1e-6, 0.0)
+
+
+class Sampler:
+    """Chooses the tokens of one answer, and remembers them for the penalties."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int]) -> None:
+        self.params = params
+        self._seen = torch.tensor(sorted(set(prompt)), dtype=torch.int64)
+        self._chosen: Counter[int] = Counter()
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def choose(self, result: StepResult) -> int:
+        """The token after the last accepted one; the logits are left as they are."""
+        token, candidates = None, result.candidates()
+        if candidates and not self._penalises:
+            token = self._sample(candidates)
+        if token is None:
+            values = self._penalised(result.logits()).numpy()
+            token = self._sample(TopCandidates(_all_ids(len(values)), values))
+        assert token is not None
+        self._chosen[token] += 1
+        return token
+
+    def _sample(self, candidates: TopCandidates) -> int | None:
+        """The next token; None where the candidates are not enough to tell."""
+        if self.params.temperature == 0:
+            return int(candidates.ids[candidates.values.argmax()])
+        kept = truncated(candidates, self.params)
+        if kept is None:
+            return None
+        ids, probabilities = kept
+        sums = probabilities.cumsum()
+        point = float(torch.rand(1, dtype=torch.float64, generator=self._generator)) * sums[-1]
+        return int(ids[min(np.searchsorted(sums, point, side="right"), len(ids) - 1)])
+
+    @property
+    def _penalises(self) -> bool:
+        p = self.params
+        return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty or p.logit_bias)
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        if not self._penalises:
+            return logits
+        p, logits = self.params, logits.clone()
+        chosen = torch.tensor(list(self._chosen), dtype=torch.int64)
+        if p.repetition_penalty != 1:
+            seen = torch.unique(torch.cat((self._seen, chosen)))
+            values = logits[seen]
+            logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+        if p.presence_penalty or p.frequency_penalty:
+            counts = torch.tensor(list(self._chosen.values()), dtype=torch.float32)
+            logits[chosen] -= p.presence_penalty + p.frequency_penalty * counts
+        for token, bias in p.logit_bias.items():
+            if not 0 <= token < len(logits):
+                raise InputError(f"logit_bias names token {token}; the vocabulary has {len(logits):,}")
+            logits[token] += bias
+        return logits
+
+
+@cache
+def _all_ids(vocab: int) -> Ids:
+    return np.arange(vocab)
+
+
+def truncated(candidates: TopCandidates, params: SamplingParams) -> tuple[Ids, Floats] | None:
+    """The distribution that temperature, top_k, top_p and min_p leave.
+
+    Sorting a vocabulary of 100,000 takes longer than a GPU takes for a token, so only the likeliest tokens are sorted,
+    as many as are provably enough.
+
+    Returns:
+        Token ids, int64 [n], and their probabilities, fp64 [n], which add up to 1; the likeliest token is among them.
+        None where tokens matter that `candidates` does not have.
+    """
+    values, whole = candidates.values, candidates.mass is None
+    with np.errstate(over="ignore"):  # the largest becomes 0 first, so that a tiny temperature gives 0 and -inf
+        all_weights = np.exp((values - values.max()) / np.float32(params.temperature))
+    mass = float(all_weights.sum(dtype=np.float64)) if candidates.mass is None else candidates.mass
+    if params.top_k and not (whole and params.top_k >= len(values)):
+        if params.top_k > len(values):
+            return None
+        least = torch.from_numpy(values).topk(params.top_k).values[-1].item()
+        at = np.flatnonzero(values >= least)  # equals of the last stay too
+        mass = float(all_weights[at].sum(dtype=np.float64))
+    elif params.top_p < 1:
+        floors = (np.flatnonzero(all_weights >= floor) for floor in FLOORS)
+        enough = (at for at in floors if all_weights[at].sum(dtype=np.float64) >= params.top_p * mass)
+        found = next(enough, None)
+        if found is None:
+            return None
+        at = found
+    elif params.min_p > candidates.floor:
+        at = np.flatnonzero(all_weights >= params.min_p)
+    elif whole:
+        return candidates.ids, all_weights.astype(np.float64) / mass
+    else:
+        return None
+    ids, weights = candidates.ids[at], all_weights[at].astype(np.float64)
+    if params.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        ids, weights = ids[order], weights[order]
+        # A token is dropped when those before it already hold top_p of the mass.
+        count = max(1, int(np.searchsorted((weights.cumsum() - weights) / mass, params.top_p)))
+        ids, weights = ids[:count], weights[:count]
+    kept = weights >= params.min_p
+    ids, weights = ids[kept], weights[kept]
+    return ids, weights / weights.sum()

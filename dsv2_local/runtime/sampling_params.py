@@ -1,0 +1,76 @@
+"""How tokens are chosen: the parameters of sampling, and the model makers' defaults for them."""
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dsv2_local.architectures.config import id_tuple
+from dsv2_local.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Temperature 0 is greedy, whatever the truncations say.
+
+    `repetition_penalty` counts prompt and answer; `presence_penalty` and `frequency_penalty` the answer alone.
+    `logit_bias` maps token ids to what is added to their logits. `top_k` 0 means all tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a value out of its range."""
+        numbers = [getattr(self, f.name) for f in fields(self) if f.type in (float, int)]
+        if not all(math.isfinite(value) for value in (*numbers, *self.logit_bias.values())):
+            raise InputError("sampling parameters must be finite numbers")
+        self._require(self.temperature >= 0, "temperature", "at least 0")
+        self._require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        self._require(self.top_k >= 0, "top_k", "at least 0 (0: no limit)")
+        self._require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        self._require(self.repetition_penalty > 0, "repetition_penalty", "above 0")
+
+    def _require(self, met: bool, name: str, rule: str) -> None:
+        if not met:
+            raise InputError(f"{name} must be {rule}, not {getattr(self, name)}")
+
+    def override(self, **given: Any) -> "SamplingParams":
+        """A copy with every given value that is not None."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The model makers' own defaults, `generation_config.json`: how to sample, and which tokens end an answer."""
+
+    params: SamplingParams = SamplingParams()
+    eos_token_id: tuple[int, ...] = ()
+
+    @classmethod
+    def load(cls, directory: Path) -> "GenerationConfig":
+        """Read the file; without one, plain sampling. ConfigError when it is damaged."""
+        path = directory / "generation_config.json"
+        if not path.is_file():
+            return cls()
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(_default_params(raw), id_tuple(raw.get("eos_token_id")))
+        except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
+            raise ConfigError(f"{path} cannot be used: {error}") from None
+
+
+def _default_params(raw: dict[str, Any]) -> SamplingParams:
+    """Greedy where the makers do not sample."""
+    if not raw.get("do_sample", False):
+        return SamplingParams(temperature=0.0)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return SamplingParams().override(**{name: raw.get(name) for name in names})

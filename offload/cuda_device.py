@@ -1,0 +1,91 @@
+"""A CUDA device for the offload engine: a stream for copies beside the one that the model computes on."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dsv2_local.errors import DeviceMemoryError
+from dsv2_local.offload.device import Event, typed_errors
+
+REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
+
+
+class CudaEvent:
+    """The start and the end of something on a stream."""
+
+    def __init__(self) -> None:
+        self.start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        with typed_errors():
+            self.end.synchronize()
+
+    @property
+    def done(self) -> bool:
+        return bool(self.end.query())  # type: ignore[no-untyped-call]
+
+    @property
+    def seconds(self) -> float:
+        return float(self.start.elapsed_time(self.end)) / 1e3
+
+
+class CudaDevice:
+    """One GPU."""
+
+    def __init__(self, index: int) -> None:
+        self.torch_device = torch.device("cuda", index)
+        self.name, self.kind = f"GPU {index}", torch.cuda.get_device_name(index)
+        self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+
+    @property
+    def free(self) -> int:
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
+    def allocate(self, nbytes: int) -> Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError:
+            raise DeviceMemoryError(self.name, nbytes, self.free) from None
+
+    def page_locked(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, pin_memory=True)
+
+    def lock(self, memory: Tensor) -> bool:
+        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, REGISTER_PORTABLE)  # type: ignore[no-untyped-call]
+        return int(code) == 0
+
+    def unlock(self, memory: Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Sequence[Event] = ()) -> Event:
+        def transfer() -> None:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+
+        return self._on(self._copies, transfer, after)
+
+    def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
+        return self._on(torch.cuda.current_stream(self.torch_device), work, after)
+
+    def join(self, event: Event) -> None:
+        """Nothing: the model computes on the stream that the work was given to."""
+
+    def synchronize(self) -> None:
+        with typed_errors():
+            torch.cuda.current_stream(self.torch_device).synchronize()
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def _on(self, stream: torch.cuda.Stream, work: Callable[[], object], after: Sequence[Event]) -> Event:
+        event = CudaEvent()
+        with typed_errors(), torch.cuda.stream(stream):
+            for earlier in after:
+                stream.wait_event(cast(CudaEvent, earlier).end)
+            event.start.record(stream)
+            work()
+            event.end.record(stream)
+        return event
