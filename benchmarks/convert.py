@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.quant.schema import parameters, source_shapes
 
 LITE: dict[str, Any] = {
@@ -41,7 +42,7 @@ def write_source(directory: Path, layers: int) -> ModelConfig:
     directory.mkdir(parents=True)
     raw = {**LITE, "num_hidden_layers": layers}
     (directory / "config.json").write_text(json.dumps(raw))
-    config = ModelConfig.from_dict(raw)
+    config = parse_config(raw)
     block = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}

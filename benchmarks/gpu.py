@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv2_local.architectures.config import ModelConfig
+    from dsv2_local.architectures.families import parse_config
     from dsv2_local.offload.device import Device, Event
     from dsv2_local.offload.plan import Plan
     from dsv2_local.offload.plan_request import Mode
@@ -61,7 +62,6 @@ def measured(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
     import gpu_kernels
 
     from dsv2_local.architectures import released
-    from dsv2_local.architectures.config import ModelConfig
     from dsv2_local.runtime.random_weights import first_layers
 
     result: dict[str, Any] = {
@@ -70,7 +70,7 @@ def measured(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
         "models": [],
     }
     yield result
-    lite = ModelConfig.from_dict(TINY) if tiny else released.read_config("deepseek-v2-lite")
+    lite = parse_config(TINY) if tiny else released.read_config("deepseek-v2-lite")
     models = [("V2-Lite", lite, [None, LONG, 8 * GIB, 4 * GIB, 3 * GIB])]
     if not tiny:
         large = first_layers(released.read_config("deepseek-v2"), LARGE_LAYERS)
@@ -106,6 +106,7 @@ def case(weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool,
     """Load, prefill, decode and give everything back."""
     import torch
 
+    from dsv2_local.offload.forecast import forecast
     from dsv2_local.offload.offloaded_experts import OffloadedExperts
     from dsv2_local.runtime import placement
     from dsv2_local.runtime.engine import Engine, Request, Stats

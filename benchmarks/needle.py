@@ -198,7 +198,7 @@ class Induction:
 
 def measure(caches: Sequence[str], needles: int, distances: Sequence[int]) -> Iterator[Figure]:
     """All tasks with every type of cache: the same needles in the same text, which the first of them answered."""
-    models = {cache: dsv2_local.load(cache=cache) for cache in caches}
+    models = {cache: dsv2_local.load(cache_dtype=cache) for cache in caches}
     first = models[caches[0]]
     dictionary = Turns(first, [what_is(word) for word in FILLING])
     small_talk = Turns(first, SMALL_TALK)

@@ -26,7 +26,7 @@ from dsv2_local.options import one_of
 from dsv2_local.progress import Progress, no_progress
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
-from dsv2_local.quant.schema import Kind
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.runtime import placement, saved_cache
 from dsv2_local.runtime.cache import bytes_per_token
 from dsv2_local.runtime.engine import Engine, GeneratedToken, Request, Stats

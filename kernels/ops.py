@@ -5,6 +5,7 @@ format, else the torch reference.
 """
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels import cpu, reference
 from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.format import CacheDtype, ExpertLayout, Format
-from dsv2_local.kernels.layout import Matrix
+from dsv2_local.kernels.layout import Matrix, planes
 from dsv2_local.machine.numa import spread_memory
 from dsv2_local.machine.resources import Threads, choose_threads
 
@@ -155,6 +156,26 @@ def _installed() -> str:
 def _module(name: str) -> cpu.Kernels:
     """The module of these kernels, imported when there is need of it."""
     return cast(cpu.Kernels, import_module(_MODULES[name]))
+
+
+def quantize(weight: Tensor, format: Format, reference: Callable[[Tensor], Matrix]) -> Matrix:
+    """Quantise [R, C] to nf4 or int8, on the calling thread; `reference` does it if there are no native kernels."""
+    native = cpu.kernels()
+    if native is None:
+        return reference(weight)
+    rows, cols = weight.shape
+    parts = [torch.empty(plane.shape, dtype=plane.dtype) for plane in planes(format, rows, cols)]
+    matrix = Matrix(format, rows, cols, *parts)
+    native.quantize(weight, matrix)
+    return matrix
+
+
+def read(data: Tensor) -> None:
+    """Read contiguous `data` once with all CPU threads and discard it, to measure the memory's bandwidth."""
+    if native := cpu.kernels():
+        native.read(data)
+    else:
+        data.view(-1)[: data.nbytes // 8 * 8].view(torch.int64).sum()
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:

@@ -21,19 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import load_config
+from dsv2_local.architectures.tensors import TensorSpec
 from dsv2_local.errors import CheckpointError
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.layout import Matrix, Plane, planes
-from dsv2_local.quant.schema import (
-    EXPERTS,
-    FORMAT_VERSION,
-    Recipe,
-    TensorSpec,
-    dense_files,
-    expert_file,
-    expert_layout,
-)
+from dsv2_local.quant.schema import EXPERTS, FORMAT_VERSION, Recipe, dense_files, expert_file, expert_layout
 
 MANIFEST = "manifest.json"
 ALIGNMENT = 4096
@@ -118,7 +111,7 @@ class Checkpoint:
         """
         self.directory = directory
         self.manifest = Manifest.load(directory)
-        self.config = ModelConfig.load(directory)
+        self.config = load_config(directory)
         self.recipe = self.manifest.recipe
         for name in [*dense_files(self.config), *map(expert_file, self.config.moe_layers)]:
             self._check_size(name)

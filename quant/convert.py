@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_local.architectures.config import ModelConfig, read_config_json
+from dsv2_local.architectures.config import read_config_json
+from dsv2_local.architectures.families import parse_config
+from dsv2_local.architectures.tensors import UNQUANTISED
 from dsv2_local.errors import CheckpointError, ConversionError
 from dsv2_local.kernels.format import BLOCK, Format
 from dsv2_local.quant.checkpoint import (
@@ -34,7 +36,7 @@ from dsv2_local.quant.checkpoint import (
 )
 from dsv2_local.quant.pieces import ConversionPlan, Piece, check_tensors
 from dsv2_local.quant.quantize import quantize
-from dsv2_local.quant.schema import FORMAT_VERSION, UNQUANTISED, Recipe
+from dsv2_local.quant.schema import FORMAT_VERSION, Recipe
 from dsv2_local.quant.source import Source
 
 MAX_WORKERS = 16
@@ -88,7 +90,7 @@ def convert(
         ConfigError: the model is not supported.
     """
     raw = read_config_json(source_dir)
-    config = ModelConfig.from_dict(raw, str(source_dir / "config.json"))
+    config = parse_config(raw, str(source_dir / "config.json"))
     _check_destination(source_dir, destination, force)
     source = Source(source_dir)
     try:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import family_of
+from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.errors import CheckpointError
 from dsv2_local.kernels.format import ROWS
 from dsv2_local.kernels.layout import Plane, planes
@@ -19,13 +21,10 @@ from dsv2_local.quant.checkpoint import safetensors_header
 from dsv2_local.quant.schema import (
     EXPERTS,
     FORMAT_VERSION,
-    Kind,
     Recipe,
-    TensorSpec,
     dense_files,
     expert_file,
     expert_layout,
-    expert_source,
     source_shapes,
 )
 from dsv2_local.quant.source import Source
@@ -73,7 +72,7 @@ class ConversionPlan:
         if file not in self.layers:
             return self.dense[file]
         experts, matrices = range(self.config.n_routed_experts), self.layout.shapes.items()
-        name = partial(expert_source, self.layers[file])
+        name = partial(family_of(self.config).expert_tensor, self.layers[file])
         return [TensorSpec(name(e, matrix), Kind.ROUTED, shape) for e in experts for matrix, shape in matrices]
 
     def totals(self) -> tuple[int, int]:

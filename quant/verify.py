@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv2_local.architectures.tensors import UNQUANTISED, Kind
 from dsv2_local.errors import CheckpointError
 from dsv2_local.kernels.layout import Matrix, planes
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant.checkpoint import Checkpoint
 from dsv2_local.quant.convert import Report, Tally
 from dsv2_local.quant.pieces import ConversionPlan, Piece, check_tensors
-from dsv2_local.quant.schema import UNQUANTISED, Kind, Recipe
+from dsv2_local.quant.schema import Recipe
 from dsv2_local.quant.source import Source
 
 

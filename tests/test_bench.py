@@ -15,14 +15,16 @@ from torch import Tensor
 from dsv2_local import cli
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.commands import bench
-from dsv2_local.commands.bench import hardware, report, request, subject
+from dsv2_local.commands.bench import hardware, report, settings, subject
 from dsv2_local.commands.bench.subject import Subject
 from dsv2_local.commands.bench.timing import Stopwatch
 from dsv2_local.commands.inspect import summarise
 from dsv2_local.errors import ConfigError, InputError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import BLOCK, ROWS, CacheDtype, Format
+from dsv2_local.kernels.graphs import PiecewiseGraph
 from dsv2_local.kernels.layout import Matrix, expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.offload.resident_experts import ResidentExperts
@@ -39,7 +41,7 @@ GB = 10**9
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    return ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, **changes})
+    return parse_config({"model_type": "deepseek_v2", **TINY, **changes})
 
 
 def write_config(directory: Path, **changes: Any) -> Path:
@@ -52,12 +54,12 @@ def write_config(directory: Path, **changes: Any) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """Measure the machine with less, and nothing twice for the sake of a better figure."""
-    monkeypatch.setattr(request, "READ_BYTES", 1 << 20)
-    for user in (request, subject):
+    monkeypatch.setattr(settings, "READ_BYTES", 1 << 20)
+    for user in (settings, subject):
         monkeypatch.setattr(user, "last_level_cache_bytes", lambda: 0)
     monkeypatch.setattr(hardware, "MATMUL_SIZE", 64)
     monkeypatch.setattr(hardware, "FILLED_SECONDS", 0.0)
-    monkeypatch.setattr(random_weights, "SOURCE_BYTES", 1 << 16)
+    monkeypatch.setattr(random_weights, "DRAWN_BYTES", 1 << 16)
     monkeypatch.delenv("DSV2_MODEL", raising=False)
 
 
@@ -187,9 +189,9 @@ def test_layers_cut_the_model_and_the_whole_is_extrapolated(told, tmp_path, caps
 def test_missing_layers_take_the_mean_of_their_kind():
     whole = tiny(num_hidden_layers=9, first_k_dense_replace=2)
     parts = {"dense layers": 0.8, "mixture layers": 1.2}  # of 2 and 2 layers in 4 steps
-    plan = request.Plan(
-        request.Request(decode=4), None, whole, random_weights.first_layers(whole, 4), Recipe.NF4,
-        request.Lengths((), (0,), 4), 0,
+    plan = settings.BenchPlan(
+        settings.BenchOptions(decode=4), None, whole, random_weights.first_layers(whole, 4), Recipe.NF4,
+        CacheDtype.BF16, settings.Lengths((), (0,), 4), 0,
     )  # fmt: skip
     facts = report.cut_facts(plan, 2.4, parts)
     assert 1 / facts["extrapolated"]["decode_tok_s"] == pytest.approx(0.6 + 5 * 0.15)
@@ -233,8 +235,8 @@ def test_the_bundled_model_leaves_out_what_does_not_fit():
         (["--random-weights", "CONFIG", "--decode", "0"], "--decode must be at least 1"),
         (["--random-weights", "CONFIG", "--decode", "8193"], "--decode 8,193 is more"),
         (["--random-weights", "CONFIG", "--threads", "0"], "--threads must be at least 1"),
-        (["--random-weights", "CONFIG", "--recipe", "q4"], "q4 is not one of"),
-        (["--random-weights", "CONFIG", "--cache-type", "fp32"], "--cache-type fp32 is not one of bf16, int8"),
+        (["--random-weights", "CONFIG", "--recipe", "q4"], "--recipe 'q4' is not one of nf4, mixed, int8, bf16"),
+        (["--random-weights", "CONFIG", "--cache-type", "fp32"], "--cache-type 'fp32' is not one of bf16, int8"),
         (["--random-weights", "no-such-model"], "neither deepseek-v2 nor deepseek-v2-lite nor a config.json"),
         (["--recipe", "nf4"], "--recipe belongs to --random-weights"),
         (["--context", "4096"], "--context must lie between 0 and 2,016"),
@@ -270,13 +272,13 @@ def test_a_file_that_is_no_configuration_is_named(text, tmp_path):
 
 def test_too_little_memory_is_refused_with_the_layers_that_fit(quick, monkeypatch):
     monkeypatch.setattr(random_weights, "memory_available", lambda: 20 * GB)
-    monkeypatch.setattr(random_weights, "empty", lambda nbytes: pytest.fail("allocated"))
+    monkeypatch.setattr(random_weights, "allocate_in_ram", lambda nbytes: pytest.fail("allocated"))
     with pytest.raises(InputError) as error:
         cli.app(["bench", "--random-weights", "deepseek-v2", "--context", "0"], standalone_mode=False)
     assert "60 layers need 127." in str(error.value)
     assert "20.00 GB are available" in str(error.value)
     layers = int(str(error.value).rsplit("--layers ", 1)[1].split()[0])
-    config, room = released.read_config("deepseek-v2"), {"context": 513, "cache": CacheDtype.BF16, "other": GB}
+    config, room = released.read_config("deepseek-v2"), {"context": 513, "cache_dtype": CacheDtype.BF16, "other": GB}
     random_weights.require_memory(random_weights.first_layers(config, layers), Recipe.NF4, **room)
     with pytest.raises(InputError, match=f"--layers {layers} fits"):
         random_weights.require_memory(random_weights.first_layers(config, layers + 1), Recipe.NF4, **room)
@@ -347,9 +349,11 @@ def test_a_random_model_computes_and_chooses_varied_experts(changes, quick):
     chosen: dict[int, Tensor] = {}
 
     class Watched(ResidentExperts):
-        def begin(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+        def start(
+            self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, capture: PiecewiseGraph | None = None
+        ) -> Callable[[], Tensor]:
             chosen[layer] = ids
-            return super().start(layer, x, ids, weights)
+            return super().start(layer, x, ids, weights, capture)
 
     network = Transformer(config, model.weights, Watched(model.layout, model.records), torch.float32)
     ids = torch.randint(config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))

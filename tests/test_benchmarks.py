@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.kernels.latents import dequantize_latents
 from dsv2_local.quant.schema import Recipe
@@ -52,7 +52,7 @@ def test_lengths_are_quarters_of_the_whole():
 
 @pytest.fixture
 def tiny(reference_kernels):
-    config = ModelConfig.from_dict({**TINY, "model_type": "deepseek_v2"})
+    config = parse_config({**TINY, "model_type": "deepseek_v2"})
     made = build(config, Recipe.NF4)
     source = placement.ModelWeights(config, made.weights, made.layout, made.records)
     return placement.place_in_ram(source, torch.float32).model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dsv2_local
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels import cpu
 from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype
@@ -18,7 +18,7 @@ from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import random_weights
 from dsv2_local.runtime.cache import LatentCache
-from dsv2_local.runtime.engine import Engine, Request, Stats, Step
+from dsv2_local.runtime.engine import Engine, GeneratedToken, Request, Stats
 from dsv2_local.runtime.model import Transformer
 from dsv2_local.runtime.sampling_params import SamplingParams
 from tests.conftest import kernels
@@ -32,14 +32,14 @@ CONFIGS: list[dict[str, Any]] = [{}, {**GROUPS, "rope_parameters": yarn(0.707, 0
 
 def engine(context: int, kind: CacheDtype = CacheDtype.BF16, **changes: Any) -> Engine:
     """Steps of up to 64 tokens, which attend in the same form as one token alone does, so that bits can be compared."""
-    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, **changes})
+    config = parse_config({"model_type": "deepseek_v2", **TINY, **changes})
     torch.manual_seed(0)
     made = random_weights.build(config, Recipe.NF4, threads=1)
     model = Transformer(config, made.weights, ResidentExperts(made.layout, made.records), torch.float32)
     return Engine(model, context, chunk=64, cache_dtype=kind)
 
 
-def answer(of: Engine, prompt: list[int], tokens: int = 5) -> tuple[list[Step], int]:
+def answer(of: Engine, prompt: list[int], tokens: int = 5) -> tuple[list[GeneratedToken], int]:
     stats = Stats()
     steps = list(of.generate(Request(prompt, GREEDY, max_tokens=tokens, logprobs=3), stats))
     return steps, stats.reused_tokens
@@ -82,7 +82,7 @@ def test_answers_with_reuse_are_those_without_to_the_last_bit(changes, kind):
         said.append(prompt + [step.token for step in steps[:-1]])
         total += reused
     assert total > 1000
-    assert ours._step.recording is not None
+    assert ours.step.recording is not None
 
 
 def test_earlier_conversations_are_found_again_and_documents_read_once():
@@ -120,7 +120,7 @@ def test_every_page_can_be_had_again():
     """Whatever was interrupted, kept and shared, a prompt that needs the whole context finds room."""
     ours, draw = engine(200), random.Random(2)
     for _, prompt in zip(range(60), conversations(draw, 200), strict=False):
-        steps = ours.generate(prompt, GREEDY, Stats(), max_tokens=8)
+        steps = ours.generate(Request(prompt, GREEDY, max_tokens=8), Stats())
         for _ in range(draw.randrange(8)):
             next(steps, None)
         if draw.random() < 0.2:
@@ -133,7 +133,7 @@ def test_every_page_can_be_had_again():
 
 
 def test_rows_are_read_and_written_wherever_they_lie():
-    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY})
+    config = parse_config({"model_type": "deepseek_v2", **TINY})
     cache, other = (LatentCache(config, 3 * CACHE_BLOCK, CacheDtype.BF16) for _ in range(2))
     rows = torch.randn(CACHE_BLOCK + 9, 80).bfloat16()
     for tokens in ([1] * CACHE_BLOCK, [2] * CACHE_BLOCK, [3] * CACHE_BLOCK):
@@ -181,8 +181,8 @@ def test_generations_in_turns_give_what_they_give_alone(context):
     for prompt in prompts:
         expected.append(answer(ours, prompt, 20)[0])
         ours.cache.clear()
-    turns = [ours.generate(prompt, GREEDY, Stats(), max_tokens=20, logprobs=3) for prompt in prompts]
-    steps: list[list[Step]] = [[], []]
+    turns = [ours.generate(Request(prompt, GREEDY, max_tokens=20, logprobs=3), Stats()) for prompt in prompts]
+    steps: list[list[GeneratedToken]] = [[], []]
     while any(len(made) < 20 for made in steps):
         which = draw.randrange(2)
         steps[which] += [step for step in [next(turns[which], None)] if step]

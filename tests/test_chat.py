@@ -20,7 +20,7 @@ from dsv2_local.errors import CheckpointError, InputError
 from dsv2_local.llm import Chunk
 from dsv2_local.runtime.engine import Stats
 from dsv2_local.runtime.sampling_params import SamplingParams
-from dsv2_local.runtime.saved_cache import head
+from dsv2_local.runtime.saved_cache import read_header
 from tests.models import heed_signals
 
 
@@ -320,12 +320,12 @@ def test_in_a_terminal(dsv2, tmp_path):
     dsv2.send("/save talk\r")
     dsv2.expect("saved session talk: 1 turn")
     file = tmp_path / "dsv2-local" / "sessions" / "talk.safetensors"
-    assert json.loads(head(file).conversation)["messages"][0]["content"] == "What is a river?"
+    assert json.loads(read_header(file).conversation)["messages"][0]["content"] == "What is a river?"
     dsv2.send("\x1b[200~two\nlines\x1b[201~\r")  # a paste keeps its line ends and does not send
     dsv2.expect("context [0-9]+/2,048")
     dsv2.send("/save\r")
     dsv2.expect("saved session talk: 2 turns")
-    assert json.loads(head(file).conversation)["messages"][2]["content"] == "two\nlines"
+    assert json.loads(read_header(file).conversation)["messages"][2]["content"] == "two\nlines"
     dsv2.send("\x04")
     dsv2.expect(pexpect.EOF)
     dsv2.wait()

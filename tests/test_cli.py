@@ -94,7 +94,7 @@ def test_seeds_and_stop_strings(answer):
         (["run", "hi", "-m", "tests"], b"", 1, "dsv2 quantize"),
         (["inspect", "tests"], b"", 1, "no config.json"),
         (["quantize", "tests", "out"], b"", 1, "no config.json"),
-        (["quantize", "tests", "out", "--recipe", "q4"], b"", 2, "q4 is not one of"),
+        (["quantize", "tests", "out", "--recipe", "q4"], b"", 2, "--recipe 'q4' is not one of nf4, mixed, int8, bf16"),
     ],
 )
 def test_mistakes_are_one_line_and_a_code(args, stdin, code, said):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import load_config, parse_config
 from dsv2_local.errors import ConfigError, UnsupportedModelError
 
 V2: dict[str, Any] = {
@@ -31,7 +31,7 @@ def changed(**values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("mscale", "scale"), [(0.707, 0.1147214), (1.0, 0.1352338)])
 def test_softmax_scale_of_the_releases(mscale, scale):
     rope = {**V2["rope_scaling"], "mscale": mscale, "mscale_all_dim": mscale}
-    config = ModelConfig.from_dict(changed(rope_scaling=rope))
+    config = parse_config(changed(rope_scaling=rope))
     assert config.softmax_scale == pytest.approx(scale, abs=1e-7)
     assert config.yarn is not None
     assert config.yarn.rotation_scale == 1
@@ -41,28 +41,28 @@ def test_both_shapes_of_the_file_mean_the_same():
     new = {key: value for key, value in V2.items() if key not in ("rope_scaling", "rope_theta")}
     rope = {key: value for key, value in V2["rope_scaling"].items() if key != "type"}
     new["rope_parameters"] = {**rope, "rope_type": "yarn", "rope_theta": 10000.0}
-    assert ModelConfig.from_dict(new) == ModelConfig.from_dict(V2)
+    assert parse_config(new) == parse_config(V2)
 
 
 def test_plain_rope_has_no_yarn():
     for rope in (None, {"rope_type": "default", "rope_theta": 500.0}):
-        config = ModelConfig.from_dict(changed(rope_scaling=rope))
+        config = parse_config(changed(rope_scaling=rope))
         assert config.yarn is None
         assert config.softmax_scale == pytest.approx(192**-0.5)
 
 
 def test_yarn_without_mscale_scales_the_rotation_alone():
     rope = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
-    config = ModelConfig.from_dict(changed(rope_scaling=rope))
+    config = parse_config(changed(rope_scaling=rope))
     assert config.softmax_scale == pytest.approx(192**-0.5)
     assert config.yarn is not None
     assert config.yarn.rotation_scale == pytest.approx(1.3688879)
 
 
 def test_which_layers_are_mixtures():
-    config = ModelConfig.from_dict(changed(num_hidden_layers=7, first_k_dense_replace=2, moe_layer_freq=2))
+    config = parse_config(changed(num_hidden_layers=7, first_k_dense_replace=2, moe_layer_freq=2))
     assert config.moe_layers == (2, 4, 6)
-    assert ModelConfig.from_dict(changed(n_routed_experts=None)).moe_layers == ()
+    assert parse_config(changed(n_routed_experts=None)).moe_layers == ()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_which_layers_are_mixtures():
 )
 def test_what_is_not_supported_is_refused_by_name(change, named):
     with pytest.raises(UnsupportedModelError, match=named):
-        ModelConfig.from_dict(changed(**change))
+        parse_config(changed(**change))
 
 
 @pytest.mark.parametrize(
@@ -101,20 +101,20 @@ def test_what_is_not_supported_is_refused_by_name(change, named):
 )
 def test_impossible_values_are_named(change, named):
     with pytest.raises(ConfigError, match=named):
-        ModelConfig.from_dict(changed(**change))
+        parse_config(changed(**change))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00\xff"])
 def test_a_damaged_file_is_one_clear_error(tmp_path: Path, text):
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        ModelConfig.load(tmp_path)
+        load_config(tmp_path)
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"config\.json"):
-        ModelConfig.load(tmp_path)
+        load_config(tmp_path)
 
 
 def test_the_file_as_it_lies_on_disk(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(V2))
-    config = ModelConfig.load(tmp_path)
+    config = load_config(tmp_path)
     assert (config.latent_dim, config.qk_head_dim, len(config.moe_layers)) == (576, 192, 59)
     assert config.eos_token_id == (100001,)

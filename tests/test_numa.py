@@ -28,7 +28,7 @@ def test_the_kernel_spreads_pages_of_memory_and_of_threads_started_later():
     """In a process of its own, over node 0 alone, which every machine has: its maps name the policy."""
     code = (
         "import threading\n"
-        "from dsv2_local import numa\n"
+        "from dsv2_local.machine import numa\n"
         "print(numa._policy())\n"
         "print(numa.interleave([0]))\n"
         "print(numa._policy())\n"

@@ -117,7 +117,7 @@ def test_experts_that_were_used_begin_in_slots(expected):
     with loaded(on=devices(20)) as model:
         answer(model)
         cold = model.experts.stats.hit_rate
-        used = model.experts.devices[0].slots.cache.favourites()
+        used = model.experts.devices[0].slots.cache.warmest()
     kept = warm_experts.load(next(warm_experts.file("x").parent.glob("*.json")).stem, [1, 2, 3, 4, 5], 24)
     assert kept[: len(used)] == used
     assert sorted(kept) == [(layer, expert) for layer in range(1, 6) for expert in range(24)]

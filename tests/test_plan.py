@@ -14,6 +14,8 @@ import dsv2_local
 from dsv2_local import llm
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands import plan
 from dsv2_local.commands.inspect import summarise
 from dsv2_local.errors import InputError, PlanError
@@ -24,12 +26,12 @@ from dsv2_local.offload.plan import Plan, make_plan
 from dsv2_local.offload.plan_request import RATES, Machine, Mode, PlanRequest, Rates
 from dsv2_local.offload.sizes import GIB
 from dsv2_local.options import size
-from dsv2_local.quant.schema import Kind, Recipe
+from dsv2_local.quant.schema import Recipe
 from tests.models import TINY
 from tests.test_cli import dsv2
 
 LARGE, LITE = released.read_config("deepseek-v2"), released.read_config("deepseek-v2-lite")
-DENSE = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, "n_routed_experts": 0})
+DENSE = parse_config({"model_type": "deepseek_v2", **TINY, "n_routed_experts": 0})
 
 
 def wishes(seed: int) -> tuple[PlanRequest, Machine]:
@@ -133,7 +135,7 @@ def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkey
     assert remedy.startswith("--context ")
     shorter = dsv2_local.load(context=int(remedy.split()[1]))
     assert shorter.plan.disk_experts > 0
-    assert "do not fit in RAM" in shorter.plan.notes[0]
+    assert "do not fit in RAM" in notes(shorter.plan)[0]
     assert [*shorter.generate([5, 6], max_tokens=2)]
 
 
@@ -234,14 +236,14 @@ def test_gpus_are_those_that_the_driver_tells(tmp_path, monkeypatch):
 def test_rates_that_bench_measured_are_reckoned_with(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert measurements.load(RATES) == {}
-    request = plan.Request("deepseek-v2-lite")
-    assumed = plan._machine(request).rates
+    options = plan.PlanOptions("deepseek-v2-lite")
+    assumed = plan._machine(options).rates
     measurements.save({"ram": 20.0, "later": 1.0})
     measurements.save({"cpu_gflops": 77.0})
-    assert plan._machine(request).rates == replace(assumed, ram=20.0, cpu_gflops=77.0)
-    given = plan.Request("deepseek-v2-lite", rates="ram=33")
+    assert plan._machine(options).rates == replace(assumed, ram=20.0, cpu_gflops=77.0)
+    given = plan.PlanOptions("deepseek-v2-lite", rates="ram=33")
     assert plan._machine(given).rates == replace(assumed, ram=33.0, cpu_gflops=77.0)
-    imagined = plan.Request("deepseek-v2-lite", ram="64GiB")
+    imagined = plan.PlanOptions("deepseek-v2-lite", ram="64GiB")
     assert plan._machine(imagined).rates == assumed
     for damaged in ("", "[]", "{", '{"a": 3}', '{"a": {"ram": "fast"}}'):
         measurements.file().write_text(damaged)
@@ -253,8 +255,8 @@ def test_rates_that_bench_measured_are_reckoned_with(tmp_path, monkeypatch):
 def test_planning_needs_no_torch():
     code = (
         "import sys\n"
-        "from dsv2_local import planning\n"
-        "planning.run(plan.Request('deepseek-v2', ram='192GiB', vram='24GiB'), True)\n"
+        "from dsv2_local.commands import plan\n"
+        "plan.run(plan.PlanOptions('deepseek-v2', ram='192GiB', vram='24GiB'), True)\n"
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run(

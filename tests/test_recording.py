@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels import cpu, ops
 from dsv2_local.kernels.format import CacheDtype
@@ -40,7 +40,7 @@ def variant(request) -> Iterator[str]:
 
 
 def model(recipe: Recipe = Recipe.NF4, dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
-    config = ModelConfig.from_dict({"model_type": "deepseek_v2", **TINY, **changes})
+    config = parse_config({"model_type": "deepseek_v2", **TINY, **changes})
     made = random_weights.build(config, recipe, threads=1)
     return Transformer(config, made.weights, ResidentExperts(made.layout, made.records), dtype)
 

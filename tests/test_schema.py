@@ -2,8 +2,9 @@
 
 import pytest
 
-from dsv2_local.architectures.config import ModelConfig
-from dsv2_local.quant.schema import Kind, Recipe, expert_layout, parameters, source_shapes
+from dsv2_local.architectures.families import parse_config
+from dsv2_local.architectures.tensors import Kind
+from dsv2_local.quant.schema import Recipe, expert_layout, parameters, source_shapes
 from tests.test_config import V2
 
 LITE = {
@@ -18,7 +19,7 @@ LITE = {
     [(V2, 235_741_434_880, 29_102, 471_482_869_760), (LITE, 15_706_484_224, 5_291, 31_412_968_448)],
 )
 def test_the_releases_add_up(raw, weights, tensors, file_bytes):
-    config = ModelConfig.from_dict(raw)
+    config = parse_config(raw)
     assert parameters(config) == weights
     assert len(source_shapes(config)) == tensors
     assert 2 * weights == file_bytes
@@ -26,7 +27,7 @@ def test_the_releases_add_up(raw, weights, tensors, file_bytes):
 
 @pytest.mark.parametrize(("raw", "record"), [(V2, 12_533_760), (LITE, 4_595_712)])
 def test_an_expert_at_4_25_bits(raw, record):
-    config = ModelConfig.from_dict(raw)
+    config = parse_config(raw)
     assert expert_layout(config, Recipe.NF4).nbytes == record
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.kernels import reference, triton
 from dsv2_local.kernels.format import MAX_CANDIDATES, CacheDtype, ExpertLayout, Format
 from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
@@ -163,7 +163,7 @@ def bytes_of_latents(device: str, C: int, P: int) -> None:
 
 def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -> None:
     raw = {**TINY, "model_type": "deepseek_v2", "routed_scaling_factor": 16.0, "n_routed_experts": experts}
-    config = ModelConfig.from_dict({**raw, "num_experts_per_tok": chosen, **changes})
+    config = parse_config({**raw, "num_experts_per_tok": chosen, **changes})
     x, gate = torch.randn(tokens, 100), torch.randn(experts, 100) / 5
     ids, weights = triton.route(x.to(device), gate.to(device), config)
     exact_ids, exact_weights = reference.route(x, gate, config)

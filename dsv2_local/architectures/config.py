@@ -1,8 +1,4 @@
-"""The model's `config.json` as a frozen dataclass; what is not supported is refused here, by name.
-
-Field names are those of `config.json`. Both shapes of it are read: the hub's (`rope_scaling` beside `rope_theta`)
-and the one transformers 5 writes (`rope_parameters`).
-"""
+"""An architecture as a frozen dataclass whose field names are those of `config.json`, with the values that follow."""
 
 import json
 import math
@@ -11,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsv2_local.errors import ConfigError, UnsupportedModelError
+from dsv2_local.errors import ConfigError
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -46,7 +42,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DeepSeek-V2 architecture. Build it with `from_dict` or `load`, which check it."""
+    """An architecture. `families.parse_config` and `load_config` make it, and check it."""
 
     vocab_size: int
     hidden_size: int
@@ -76,6 +72,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
+    model_type: str = "deepseek_v2"
 
     @property
     def qk_head_dim(self) -> int:
@@ -101,23 +98,12 @@ class ModelConfig:
         return tuple(layer for layer in range(self.num_hidden_layers) if self.is_moe(layer))
 
     @classmethod
-    def load(cls, directory: Path) -> "ModelConfig":
-        """Read and check `directory/config.json`."""
-        return cls.from_dict(read_config_json(directory), where=str(directory / "config.json"))
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Check a parsed `config.json` and keep what the architecture needs.
+    def checked(cls, values: dict[str, Any], where: str) -> "ModelConfig":
+        """Make it from values by field name; `where` is the file that errors name.
 
         Raises:
-            UnsupportedModelError: the model needs something not implemented; the text names it.
             ConfigError: a value is missing, of the wrong type or impossible.
         """
-        _refuse_unsupported(raw, where)
-        values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        values["yarn"], rope_theta = _rope(raw, where)
-        values["rope_theta"] = rope_theta
-        values["eos_token_id"] = id_tuple(raw.get("eos_token_id"))
         _check_types(values, where)
         config = cls(**values)
         _check_values(config, where)
@@ -136,51 +122,6 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return raw
-
-
-def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
-    """Name the first feature that this runtime does not implement."""
-    expected: dict[str, tuple[Any, ...]] = {
-        "model_type": ("deepseek_v2",),
-        "scoring_func": ("softmax", None),
-        "topk_method": ("greedy", "group_limited_greedy", None),
-        "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-    }
-    for key, allowed in expected.items():
-        if raw.get(key) not in allowed:
-            supported = " or ".join(repr(value) for value in allowed if value is not None)
-            raise UnsupportedModelError(f"{where}: {key} {raw.get(key)!r} is not supported (only {supported})")
-    method = (raw.get("quantization_config") or {}).get("quant_method", "dsv2")
-    if method != "dsv2":
-        raise UnsupportedModelError(
-            f"{where}: weights quantised as {method!r} are not supported; convert from the bf16, fp16 or fp32 release"
-        )
-    heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
-    if kv_heads is not None and kv_heads != heads:
-        raise UnsupportedModelError(f"{where}: num_key_value_heads {kv_heads} differs from num_attention_heads {heads}")
-
-
-def _rope(raw: dict[str, Any], where: str) -> tuple[Yarn | None, float]:
-    """YaRN's parameters (None for plain RoPE) and rope_theta, from either shape of the file."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ConfigError(f"{where}: rope_scaling must be an object, not {rope!r}")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None, float(theta)
-    if kind != "yarn":
-        raise UnsupportedModelError(f"{where}: RoPE scaling {kind!r} is not supported (only 'yarn' or none)")
-    if rope.get("attention_factor") is not None:
-        raise UnsupportedModelError(f"{where}: YaRN's attention_factor is not supported; use mscale")
-    names = {f.name for f in fields(Yarn)}
-    given = {key: value for key, value in rope.items() if key in names and value is not None}
-    given.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    if not isinstance(given.get("factor"), (int, float)) or given["factor"] <= 0:
-        raise ConfigError(f"{where}: YaRN needs a positive factor, not {given.get('factor')!r}")
-    return Yarn(**given), float(theta)
 
 
 def id_tuple(value: Any) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2_local.architectures.config import ModelConfig, read_config_json
+from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import ConfigError, InputError
 
 _FAMILY: dict[str, Any] = {
@@ -42,7 +43,7 @@ def read_config(name: str) -> ModelConfig:
         ConfigError: the file is not a supported configuration.
     """
     raw, where = _read(name)
-    return ModelConfig.from_dict(raw, where=where)
+    return parse_config(raw, where=where)
 
 
 def stored_recipe(name: str) -> str | None:

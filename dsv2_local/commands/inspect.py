@@ -10,11 +10,13 @@ from typing import Any
 from rich.table import Table
 
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import load_config
+from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.commands.console import human, report_console
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
-from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout, stored_bytes
+from dsv2_local.quant.schema import Recipe, dense_files, expert_layout, stored_bytes
 from dsv2_local.runtime.cache import bytes_per_token
 
 CONTEXTS = (8_192, 32_768, 131_072)
@@ -54,7 +56,7 @@ def _add(summary: KindSummary, spec: TensorSpec, recipe: Recipe) -> None:
 
 def describe(directory: Path) -> dict[str, Any]:
     """Everything that `dsv2 inspect` tells, as plain values."""
-    config = ModelConfig.load(directory)
+    config = load_config(directory)
     manifest = Manifest.load(directory) if is_checkpoint(directory) else None
     recipe = manifest.recipe if manifest else Recipe.NF4
     kinds = summarise(config, recipe)

@@ -19,13 +19,14 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import load_config
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.console import notice
 from dsv2_local.machine.numa import spread_memory
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
-from dsv2_local.quant.schema import Kind, Recipe, parameters
+from dsv2_local.quant.schema import Recipe, parameters
 from dsv2_local.quant.verify import verify
 
 SECONDS_A_LINE = 10.0  # between plain lines, where stderr is not a terminal
@@ -55,7 +56,7 @@ def run(
     except KeyboardInterrupt:
         notice("interrupted; the same command goes on from here")
         raise
-    notice(_closing(dst, manifest, parameters(ModelConfig.load(dst)), time.perf_counter() - start))
+    notice(_closing(dst, manifest, parameters(load_config(dst)), time.perf_counter() - start))
     if check:
         with _reporting("verifying") as report:
             errors = verify(source, dst, report)

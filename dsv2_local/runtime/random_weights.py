@@ -18,7 +18,8 @@ from dsv2_local.kernels.format import BLOCK, ROWS, CacheDtype, ExpertLayout, For
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, pack_int8, pack_nf4, unpack_int8, unpack_nf4
 from dsv2_local.machine.resources import memory_available
 from dsv2_local.progress import Progress, no_progress
-from dsv2_local.quant.schema import Kind, Recipe, TensorSpec, dense_files, expert_layout, stored_bytes
+from dsv2_local.architectures.tensors import Kind, TensorSpec
+from dsv2_local.quant.schema import Recipe, dense_files, expert_layout, stored_bytes
 from dsv2_local.runtime.cache import allocate_in_ram, bytes_per_token
 
 # Random numbers are drawn once in this many bytes and copied from there: drawing 9 GB would take minutes.

@@ -7,17 +7,18 @@ namespace dsv2 {
 namespace {
 
 #if DSV2_AVX512
-constexpr int ROWS = 8;  // rows of queries (a token's head each) that share a pass over the cache
+constexpr int ROWS = 8;  // query rows (one per token and head) that share a pass over the cache
 
-// The bf16 rows of a chunk.
+// The bf16 rows of a chunk of positions.
 struct Positions {
-    const uint16_t* pages[CHUNK / CACHE_BLOCK];
+    const uint16_t* blocks[CHUNK / CACHE_BLOCK];
     int64_t width;
 
     Positions(const Latents& latents, int64_t from, int64_t n) : width(latents.C + latents.P) {
-        for (int64_t s = 0; s < n; s += CACHE_BLOCK) pages[s / CACHE_BLOCK] = reinterpret_cast<const uint16_t*>(latents.row(from + s));
+        for (int64_t s = 0; s < n; s += CACHE_BLOCK)
+            blocks[s / CACHE_BLOCK] = reinterpret_cast<const uint16_t*>(latents.row(from + s));
     }
-    const uint16_t* row(int64_t s) const { return pages[s / CACHE_BLOCK] + s % CACHE_BLOCK * width; }
+    const uint16_t* row(int64_t s) const { return blocks[s / CACHE_BLOCK] + s % CACHE_BLOCK * width; }
 };
 
 inline Packed load_latent(const uint16_t* p) {
@@ -29,15 +30,16 @@ inline Packed load_latent(const uint16_t* p) {
 }
 
 constexpr int64_t STRIDE = STEP;
-constexpr int64_t AHEAD_ROWS = 8;  // positions that are fetched ahead of their scores
-constexpr int TILE = 2;            // positions, and registers of columns, that ROWS rows meet at a time
+constexpr int64_t AHEAD_ROWS = 8;  // positions by which the prefetch is ahead of the scores
+constexpr int TILE = 2;            // positions (in `score`) or registers of columns (in `mix`) per ROWS rows at a time
 
-// Where number d of query row `row` is kept: what ROWS rows need in one step lies together. A row is `padded` long.
-inline int64_t query_place(int64_t row, int64_t d, int64_t padded) {
+// Index of number d of query row `row` in the stored queries: what ROWS rows need in one step is adjacent. A row has `padded`
+// numbers.
+inline int64_t query_index(int64_t row, int64_t d, int64_t padded) {
     return (row / ROWS * padded + d / STEP * STEP) * ROWS + row % ROWS * STEP + d % STEP;
 }
 
-// scores[r][s] = queries[r] · latents[s] for s in [0, n); queries as `query_place` has them, zeros past a row's width.
+// scores[r][s] = queries[r] · latents[s] for s in [0, n); queries in the order of `query_index`, zeros past a row's width.
 void score(const Query* queries, const Positions& latents, int64_t n, float (*scores)[CHUNK]) {
     const int64_t width = latents.width, whole = width / STEP * STEP;
     for (int64_t s = 0; s < n; s += TILE) {
@@ -47,7 +49,7 @@ void score(const Query* queries, const Positions& latents, int64_t n, float (*sc
             ahead[k] = latents.row(std::min(s + k + AHEAD_ROWS, n - 1));
         }
         Vec sums[TILE][ROWS] = {};
-        const auto meet = [&](int64_t d, const Packed (&keys)[TILE]) {
+        const auto multiply = [&](int64_t d, const Packed (&keys)[TILE]) {
             for (int r = 0; r < ROWS; r++) {
                 const Packed query = load_query(queries + d * ROWS + r * STEP);
                 for (int k = 0; k < TILE; k++) sums[k][r] = dot_add(sums[k][r], query, keys[k]);
@@ -59,15 +61,15 @@ void score(const Query* queries, const Positions& latents, int64_t n, float (*sc
                 __builtin_prefetch(ahead[k] + d, 0, 2);
                 keys[k] = load_latent(rows[k] + d);
             }
-            meet(d, keys);
+            multiply(d, keys);
         }
-        if (whole < width) {  // the last numbers, from a copy that is as long as a register
+        if (whole < width) {  // the last numbers, from a zero-padded copy
             for (int k = 0; k < TILE; k++) {
                 uint16_t tail[STEP] = {};
                 std::memcpy(tail, rows[k] + whole, (width - whole) * sizeof *tail);
                 keys[k] = load_latent(tail);
             }
-            meet(whole, keys);
+            multiply(whole, keys);
         }
         for (int k = 0; k < TILE; k++)
             for (int r = 0; r < ROWS; r += 4) {
@@ -78,7 +80,7 @@ void score(const Query* queries, const Positions& latents, int64_t n, float (*sc
     }
 }
 
-// What a position's weights are kept as for `mix_columns`, and how many positions meet in one instruction.
+// Softmax weights in the form that `mix_columns` multiplies; BESIDE: positions that one instruction adds up.
 #if DSV2_BF16
 constexpr int BESIDE = 2;
 inline void pack_weights(const float* weights, uint32_t* packed) {
@@ -92,17 +94,17 @@ constexpr int BESIDE = 1;
 inline void pack_weights(const float* weights, uint32_t* packed) { std::memcpy(packed, weights, CHUNK * sizeof *packed); }
 #endif
 
-// out[r][c] += Σ_s weights[r][s] · latents[s][first + c] for TILE registers of columns and n positions. Weights from n on
-// are 0, so that a last row without a partner meets itself.
+// out[r][c] += Σ_s weights[r][s] · latents[s][first + c] for TILE registers of columns and n positions. Weights from n on are
+// 0, so that a last position without a partner can be paired with itself.
 inline void mix_columns(const uint32_t (*packed)[CHUNK], const Positions& latents, int64_t first, int64_t n, float* out,
                         int64_t C) {
     Vec sums[ROWS][TILE] = {};
-    for (int64_t page = 0; page < n; page += CACHE_BLOCK) {
-        const uint16_t* row = latents.row(page) + first;
-        const int64_t end = std::min(page + CACHE_BLOCK, n);
-        for (int64_t s = page; s < end; s += BESIDE, row += BESIDE * latents.width) {
+    for (int64_t block = 0; block < n; block += CACHE_BLOCK) {
+        const uint16_t* row = latents.row(block) + first;
+        const int64_t end = std::min(block + CACHE_BLOCK, n);
+        for (int64_t s = block; s < end; s += BESIDE, row += BESIDE * latents.width) {
 #if DSV2_BF16
-            // The numbers of two positions are interleaved, which permutes the lanes until the end.
+            // Interleaving the numbers of two positions permutes the lanes; `in_order` undoes it below.
             const uint16_t* next = s + 1 < end ? row + latents.width : row;
             const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(next);
             const __m512bh columns[TILE] = {(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)};
@@ -142,8 +144,8 @@ void mix(const float (*weights)[CHUNK], const Positions& latents, int64_t n, flo
             for (int64_t s = 0; s < n; s++) out[r * C + c] += weights[r][s] * from_bf16(latents.row(s)[c]);
 }
 
-// Scores to exponentials below their maximum, zero from `limit` on; returns maximum and sum.
-void soften(float* scores, int64_t limit, float& maximum_score, float& total) {
+// Replace scores by exp(score - maximum), and by 0 from `limit` on; gives their maximum and sum.
+void softmax_row(float* scores, int64_t limit, float& maximum_score, float& total) {
     limit = std::max<int64_t>(limit, 0);
     for (int64_t s = limit; s < CHUNK; s++) scores[s] = -INFINITY;
     Vec largest = splat(-INFINITY), sums{};
@@ -165,17 +167,18 @@ void attend(const Shape& shape, const Query* queries, int64_t padded, const Late
     for (; pass < end; pass++, out += ROWS * shape.C, parts++) {
         score(queries + pass * ROWS * padded, positions, n, weights);
         for (int r = 0; r < ROWS; r++)
-            soften(weights[r], std::min(n, shape.seen_by(pass * ROWS + r) - s), parts->maximum[r], parts->total[r]);
+            softmax_row(weights[r], std::min(n, shape.visible_to_row(pass * ROWS + r) - s), parts->maximum[r], parts->total[r]);
         mix(weights, positions, n, out, shape.C);
     }
 }
 
 #else
-// Lanes of scores are rows of queries; a latent's even and odd numbers are each one instruction away from fp32.
-constexpr int ROWS = 16, VECS = ROWS / LANES;  // rows of queries that share a pass over the cache
-constexpr int TILE = 4;                        // positions whose scores are made at a time
-constexpr int MIXED = 4;                       // rows whose sums are made at a time, two registers of columns each
-constexpr int64_t STRIDE = 2 * LANES;          // numbers of a latent in a register
+// Lanes of scores are query rows. The even and the odd numbers of a latent are converted to fp32 separately, since each takes
+// one instruction.
+constexpr int ROWS = 16, VECS = ROWS / LANES;  // query rows that share a pass over the cache
+constexpr int TILE = 4;                        // positions whose scores are computed at a time
+constexpr int MIXED = 4;                       // rows whose sums are computed at a time, two registers of columns each
+constexpr int64_t STRIDE = 2 * LANES;          // bf16 numbers of a latent in a register
 
 inline Int load_pairs(const uint16_t* p) {
     Int pairs;
@@ -185,18 +188,18 @@ inline Int load_pairs(const uint16_t* p) {
 inline Vec even(Int pairs) { return (Vec)(pairs << 16); }
 inline Vec odd(Int pairs) { return (Vec)(pairs & -0x10000); }
 
-// Where number d of query row `row` is kept. A row is `padded` long.
-inline int64_t query_place(int64_t row, int64_t d, int64_t padded) {
-    const int64_t place = d / STRIDE * STRIDE + d % 2 * LANES + d % STRIDE / 2;
-    return (row / ROWS * padded + place) * ROWS + row % ROWS;
+// Index of number d of query row `row` in the stored queries. A row has `padded` numbers.
+inline int64_t query_index(int64_t row, int64_t d, int64_t padded) {
+    const int64_t column = d / STRIDE * STRIDE + d % 2 * LANES + d % STRIDE / 2;
+    return (row / ROWS * padded + column) * ROWS + row % ROWS;
 }
 
-// A chunk's positions in fp32, a tile at a time: [padded / STRIDE, TILE, STRIDE], zeros past a row's width.
+// The positions of a chunk in fp32, one tile at a time: [padded / STRIDE, TILE, STRIDE], zeros past a row's width.
 struct Tiles {
     const Latents& latents;
     int64_t from, padded, width, whole;
     float *tile, *next;
-    const uint16_t *rows[TILE], *ahead[TILE];  // of the cache: the next tile's, and those after it
+    const uint16_t *rows[TILE], *ahead[TILE];  // cache rows of the next tile, and of the tile after it
 
     Tiles(Scratch& scratch, const Latents& all, int64_t first, int64_t length)
         : latents(all), from(first), padded(length), width(all.C + all.P), whole(width / STRIDE * STRIDE) {
@@ -226,8 +229,8 @@ struct Tiles {
     }
 };
 
-// scores[pass][s][row] = queries[pass][row] · latents[from + s] for s in [0, n). A tile is converted while the one before it
-// is multiplied, and the one after it is fetched.
+// scores[pass][s][row] = queries[pass][row] · latents[from + s] for s in [0, n). While one tile is multiplied, the next is
+// converted and the one after that prefetched.
 void score(const float* queries, int64_t padded, int64_t passes, const Latents& latents, int64_t from, int64_t n,
            float (*scores)[CHUNK][ROWS]) {
     thread_local Scratch scratch;
@@ -254,16 +257,16 @@ void score(const float* queries, int64_t padded, int64_t passes, const Latents& 
             for (int t = 0; t < TILE; t++)
                 for (int v = 0; v < VECS; v++) store(scores[pass][s + t] + v * LANES, sums[t][v]);
         }
-        tiles.convert_tail();  // a call, which would throw the sums out of their registers
+        tiles.convert_tail();  // outside the loop: the function call would spill the sums
     }
 }
 
-// out[row][c] += Σ_s weights[s][row] · latents[from + s][c], page by page, so that a page's columns stay in the first cache.
+// out[row][c] += Σ_s weights[s][row] · latents[from + s][c], block by block, so that the columns of a block stay in L1.
 void mix(const float (*weights)[ROWS], const Latents& latents, int64_t from, int64_t n, float* out) {
     const int64_t C = latents.C, width = C + latents.P;
-    for (int64_t page = 0; page < n; page += CACHE_BLOCK, weights += CACHE_BLOCK) {
-        const auto* rows = reinterpret_cast<const uint16_t*>(latents.row(from + page));
-        const int64_t count = std::min(CACHE_BLOCK, n - page);
+    for (int64_t block = 0; block < n; block += CACHE_BLOCK, weights += CACHE_BLOCK) {
+        const auto* rows = reinterpret_cast<const uint16_t*>(latents.row(from + block));
+        const int64_t count = std::min(CACHE_BLOCK, n - block);
         int64_t c = 0;
         for (; c + STRIDE <= C; c += STRIDE)
             for (int row = 0; row < ROWS; row += MIXED) {
@@ -296,7 +299,7 @@ void attend(const Shape& shape, const Query* queries, int64_t padded, const Late
     for (int64_t i = 0; pass + i < end; i++) {
         int32_t limits[ROWS];
         find_limits(shape, pass + i, s, n, limits);
-        soften(weights[i], n, limits, parts[i]);
+        softmax_chunk(weights[i], n, limits, parts[i]);
         mix(weights[i], latents, s, n, out + i * ROWS * shape.C);
     }
 }
@@ -312,7 +315,7 @@ void absorbed_bf16(const Shape& shape, const float* latent, const float* rope, f
     Query* queries = scratch.reserve<Query>(count);
     std::memset(queries, 0, count * sizeof(Query));
     each_row(rows, [&](int64_t row) {
-        const auto put = [&](int64_t d, float value) { queries[query_place(row, d, padded)] = to_query(value); };
+        const auto put = [&](int64_t d, float value) { queries[query_index(row, d, padded)] = to_query(value); };
         for (int64_t c = 0; c < C; c++) put(c, latent[row * C + c] * scale);
         for (int64_t d = 0; d < P; d++) put(C + d, rope[row * P + d]);
     });

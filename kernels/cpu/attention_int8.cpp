@@ -1,9 +1,9 @@
-// Absorbed attention over 8-bit latents. Lanes are rows of queries, so that scores and their softmax need no sum across
-// lanes, and a block of 64 columns is an exact sum of integers.
+// Absorbed attention over 8-bit latents. Lanes are query rows, so that scores and softmax need no sum across lanes. A block
+// here is 64 columns of a latent, which share a scale; its products are added as integers, exactly.
 //
-// Scores: the query is quantised too, with one scale per row and block: to 8 bits where VNNI multiplies bytes (0.6 % of its
-// norm), else to 16 (nothing). Sums: a position's weight times its scale of the block, to 15 bits of the largest there can
-// be (0.02 %). The rope key is bf16 and meets the query as it does in a bf16 cache.
+// Scores: the query is quantised too, with one scale per row and block: to 8 bits where VNNI multiplies bytes (an error of
+// 0.6 % of its norm), else to 16 bits (negligible). Sums: the softmax weight of a position times its scale is rounded to 15
+// bits, relative to the largest possible product (0.02 %). The rope key is bf16 and is multiplied as in a bf16 cache.
 #include "attention.hpp"
 
 #include "rows.hpp"
@@ -11,20 +11,20 @@
 namespace dsv2 {
 namespace {
 
-constexpr int ROWS = 16, VECS = ROWS / LANES;  // rows of queries that share a pass over the cache
-constexpr int TILE = DSV2_AVX512 ? 8 : 4;      // positions whose scores are made at a time
-constexpr int BATCH = 16;                      // positions whose codes are widened at a time
-constexpr int MIXED = DSV2_AVX512 ? 8 : 4;     // rows whose sums are made at a time, two registers of columns each
-constexpr int PAIR = STEP / LANES;             // numbers of a rope key that meet a lane in one instruction
-constexpr int STRIP = 2 * LANES, STRIPS = BLOCK / STRIP;  // columns whose sums are made at a time
-constexpr int64_t SPAN = 128;                  // positions of which a block of columns stays in the first cache
+constexpr int ROWS = 16, VECS = ROWS / LANES;  // query rows that share a pass over the cache
+constexpr int TILE = DSV2_AVX512 ? 8 : 4;      // positions whose scores are computed at a time
+constexpr int BATCH = 16;                      // positions whose codes are unpacked at a time
+constexpr int MIXED = DSV2_AVX512 ? 8 : 4;     // rows whose sums are computed at a time, two registers of columns each
+constexpr int PAIR = STEP / LANES;             // numbers of a rope key per lane and instruction
+constexpr int STRIP = 2 * LANES, STRIPS = BLOCK / STRIP;  // columns whose sums are computed at a time
+constexpr int64_t SPAN = 128;                  // positions whose block of columns fits in the L1 cache
 constexpr float WEIGHT_LEVELS = 32767;
 
-// Codes of a latent, and of a query, as the product of scores takes them: QUAD numbers in a lane.
+// Code types of latents and queries in the product that gives the scores: QUAD codes per lane.
 #if DSV2_AVX512
 typedef uint8_t Code;
 typedef int8_t QueryCode;
-constexpr int QUAD = 4, OFFSET = 128;  // VNNI multiplies unsigned bytes: latents are kept with an offset
+constexpr int QUAD = 4, OFFSET = 128;  // VNNI multiplies unsigned by signed bytes, so latent codes get an offset
 constexpr float QUERY_LEVELS = 127;
 #else
 typedef int16_t Code, QueryCode;
@@ -39,19 +39,19 @@ inline Int load_int(const void* p) {
 }
 inline void store_int(void* p, Int v) { std::memcpy(p, &v, sizeof v); }
 
-// The same 32 bits in every lane.
-inline Int spread(const void* p) {
+// The 32 bits at p, in every lane.
+inline Int broadcast(const void* p) {
     int32_t word;
     std::memcpy(&word, p, sizeof word);
     return splat_int(word);
 }
 #if DSV2_BF16
-inline Packed spread_key(const Query* p) { return (Packed)(__m512i)spread(p); }
+inline Packed broadcast_key(const Query* p) { return (Packed)(__m512i)broadcast(p); }
 #else
-inline Packed spread_key(const Query* p) { return splat(*p); }
+inline Packed broadcast_key(const Query* p) { return splat(*p); }
 #endif
 
-// sum + a · b, of two 16-bit numbers in each lane.
+// sum + a · b, with two 16-bit numbers per lane.
 inline Int add_pairs(Int sum, Int a, Int b) {
 #if DSV2_AVX512
     return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -62,7 +62,7 @@ inline Int add_pairs(Int sum, Int a, Int b) {
 #endif
 }
 
-// sum + latents · queries, of QUAD codes in each lane.
+// sum + latents · queries, with QUAD codes per lane.
 inline Int add_quads(Int sum, Int latents, Int queries) {
 #if DSV2_AVX512
     return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)latents, (__m512i)queries);
@@ -71,7 +71,7 @@ inline Int add_quads(Int sum, Int latents, Int queries) {
 #endif
 }
 
-// 16 codes of each of two positions as pairs of 16 bits, two codes of a column together.
+// Interleave 16 codes of position a with those of position b, widened to 16 bits: one pair per column.
 inline void store_pairs(const uint8_t* a, const uint8_t* b, int32_t* to) {
 #if DSV2_AVX512 || DSV2_AVX2
     const __m128i first = _mm_loadu_si128((const __m128i*)a), second = _mm_loadu_si128((const __m128i*)b);
@@ -82,11 +82,11 @@ inline void store_pairs(const uint8_t* a, const uint8_t* b, int32_t* to) {
 #endif
 }
 
-// ROWS rows of queries; `blocks` and `rope` numbers each.
+// ROWS query rows, quantised.
 struct Queries {
     QueryCode* codes;  // [block, BLOCK / QUAD, ROWS, QUAD]
     float* scales;     // [block, ROWS]
-    int32_t* starts;   // [block, ROWS]: where a sum begins, so that the offset of the latents cancels
+    int32_t* starts;   // [block, ROWS]: initial values of the integer sums, which cancel the offset of the latents
     Query* rope;       // [P / PAIR, ROWS, PAIR]
 
     void put_block(int64_t row, int64_t b, const float* x, int64_t count) {
@@ -107,13 +107,13 @@ struct Queries {
     }
 };
 
-// A batch of positions, ready to be multiplied with queries.
+// A batch of positions, unpacked for the product with queries.
 struct Batch {
-    int64_t width, P;  // of whole blocks, and of the rope key
-    Code* codes;       // [BATCH, width], zero past the latent
+    int64_t width, P;  // columns of whole blocks, numbers of the rope key
+    Code* codes;       // [BATCH, width], zeros past the latent
     Query* keys;       // [BATCH, P]
 
-    Batch(Scratch& scratch, const Latents& latents) : width(latents.blocks() * BLOCK), P(latents.P) {
+    Batch(Scratch& scratch, const Latents& latents) : width(latents.scale_blocks() * BLOCK), P(latents.P) {
         codes = scratch.reserve<Code>(BATCH * width + BATCH * P * int64_t(sizeof(Query) / sizeof(Code)));
         keys = reinterpret_cast<Query*>(codes + BATCH * width);
     }
@@ -140,13 +140,13 @@ struct Batch {
 #endif
     }
     static void widen(const uint8_t* from, Code* to) {
-        int8_t narrow[STRIP];  // a copy, which cannot overlap with `to`
+        int8_t narrow[STRIP];  // a copy, which the compiler knows not to overlap with `to`
         std::memcpy(narrow, from, STRIP);
         for (int i = 0; i < STRIP; i++) to[i] = Code(narrow[i] + OFFSET);
     }
 };
 
-// scores[t][row] = queries[row] · batch[first + t] for a tile, whose scales are [TILE, stride].
+// scores[t][row] = queries[row] · batch[first + t] for a tile of positions; scales [TILE, stride] of their blocks.
 void score(const Queries& q, const Batch& batch, int64_t first, const float* scales, int64_t stride, float (*scores)[ROWS]) {
     const int64_t blocks = batch.width / BLOCK;
     const Code* codes = batch.codes + first * batch.width;
@@ -160,7 +160,7 @@ void score(const Queries& q, const Batch& batch, int64_t first, const float* sca
             Int queries[VECS];
             for (int v = 0; v < VECS; v++) queries[v] = load_int(q.codes + c * ROWS + v * LANES * QUAD);
             for (int t = 0; t < TILE; t++) {
-                const Int latent = spread(codes + t * batch.width + c);
+                const Int latent = broadcast(codes + t * batch.width + c);
                 for (int v = 0; v < VECS; v++) sums[t][v] = add_quads(sums[t][v], latent, queries[v]);
             }
         }
@@ -172,7 +172,7 @@ void score(const Queries& q, const Batch& batch, int64_t first, const float* sca
     }
     for (int64_t d = 0; d < batch.P; d += PAIR)
         for (int t = 0; t < TILE; t++) {
-            const Packed key = spread_key(keys + t * batch.P + d);
+            const Packed key = broadcast_key(keys + t * batch.P + d);
             for (int v = 0; v < VECS; v++)
                 totals[t][v] = dot_add(totals[t][v], load_query(q.rope + d * ROWS + v * LANES * PAIR), key);
         }
@@ -180,8 +180,8 @@ void score(const Queries& q, const Batch& batch, int64_t first, const float* sca
         for (int v = 0; v < VECS; v++) store(scores[t] + v * LANES, totals[t][v]);
 }
 
-// What a step of a row's weights is in each block, units[block][row], so that the largest there can be is WEIGHT_LEVELS: from
-// the positions that the row sees alone, since its result must not depend on which other rows there are.
+// units[block][row]: the step of a row's quantised weights in each block, so that the largest possible weight is
+// WEIGHT_LEVELS steps. Only positions that the row attends to count: its result must not depend on the other rows.
 void find_units(const float* scales, int64_t stride, const int32_t* limits, float (*units)[ROWS]) {
     for (int row = 0; row < ROWS; row++)
         for (int64_t b = 0; b < stride; b += LANES) {
@@ -192,7 +192,7 @@ void find_units(const float* scales, int64_t stride, const int32_t* limits, floa
         }
 }
 
-// A block's weights as pairs of 16-bit numbers: weights[s / 2][row] of p[s][row] · scales[s] / units[row].
+// Quantised weights of a block as pairs of 16-bit numbers: weights[s / 2][row] = p[s][row] · scales[s] / units[row].
 void pack_weights(const float (*p)[ROWS], const float* scales, int64_t stride, int64_t n, const float* units,
                   int32_t (*weights)[ROWS]) {
     for (int at = 0; at < ROWS; at += LANES) {
@@ -206,7 +206,7 @@ void pack_weights(const float (*p)[ROWS], const float* scales, int64_t stride, i
     }
 }
 
-// Columns of block b of n positions: pairs[strip][s / 2][column], zeros past the latent.
+// The columns of block b of n positions as pairs of positions: pairs[strip][s / 2][column], zeros past the latent.
 void interleave(const Latents& latents, const uint8_t* const* rows, int64_t n, int64_t b, int32_t (*pairs)[SPAN / 2][STRIP]) {
     const int64_t columns = std::min<int64_t>(BLOCK, latents.C - b * BLOCK);
     uint8_t copies[2][BLOCK] = {};
@@ -222,7 +222,7 @@ void interleave(const Latents& latents, const uint8_t* const* rows, int64_t n, i
     }
 }
 
-// out[row][c] += unit · Σ_s weights[s][row] · pairs[s][c] for a strip, `count` pairs of positions.
+// out[row][c] += units[row] · Σ_s weights[s][row] · pairs[s][c] for one strip of columns and `count` pairs of positions.
 void mix(const int32_t (*weights)[ROWS], const int32_t (*pairs)[STRIP], int64_t count, const float* units, float* out,
          int64_t width) {
     for (int row = 0; row < ROWS; row += MIXED) {
@@ -230,7 +230,7 @@ void mix(const int32_t (*weights)[ROWS], const int32_t (*pairs)[STRIP], int64_t 
         for (int64_t s = 0; s < count; s++) {
             const Int columns[2] = {load_int(pairs[s]), load_int(pairs[s] + LANES)};
             for (int r = 0; r < MIXED; r++) {
-                const Int weight = spread(&weights[s][row + r]);
+                const Int weight = broadcast(&weights[s][row + r]);
                 for (int v = 0; v < 2; v++) sums[r][v] = add_pairs(sums[r][v], weight, columns[v]);
             }
         }
@@ -242,15 +242,15 @@ void mix(const int32_t (*weights)[ROWS], const int32_t (*pairs)[STRIP], int64_t 
     }
 }
 
-// A thread's: a chunk of the cache, and the passes of rows over it.
+// Working memory of one thread: a chunk of the cache, and the passes of query rows over it.
 struct Work {
-    const uint8_t* rows[CHUNK];  // of the cache; past the chunk's end the last one
+    const uint8_t* rows[CHUNK];  // cache rows; past the end of the chunk its last row again
     alignas(64) float weights[TOGETHER][CHUNK][ROWS];
     alignas(64) int32_t packed[TOGETHER][CHUNK / 2][ROWS], pairs[STRIPS][SPAN / 2][STRIP], limits[TOGETHER][ROWS];
 };
 
-// Scores of `count` passes as weights, and the chunk's scales [CHUNK, stride]. What a batch is made of is fetched while the one
-// before it is multiplied.
+// The scores of `count` passes into work.weights, and the chunk's scales [CHUNK, stride]. The next batch is prefetched while
+// one is multiplied.
 template <class QueriesOf>
 void score_chunk(const Latents& latents, int64_t n, int64_t count, const QueriesOf& queries_of, float* scales, int64_t stride,
                  Work& work) {
@@ -260,7 +260,7 @@ void score_chunk(const Latents& latents, int64_t n, int64_t count, const Queries
         for (int64_t t = s; t < s + BATCH; t++) {
             batch.put(latents, work.rows[t], t - s);
             for (int64_t b = 0; b < stride; b++)
-                scales[t * stride + b] = b < latents.blocks() ? load_half(work.rows[t] + latents.C + 2 * b) : 0;
+                scales[t * stride + b] = b < latents.scale_blocks() ? load_half(work.rows[t] + latents.C + 2 * b) : 0;
         }
         for (int64_t i = 0; i < count; i++)
             for (int64_t t = 0; t < BATCH; t += TILE) {
@@ -271,10 +271,10 @@ void score_chunk(const Latents& latents, int64_t n, int64_t count, const Queries
     }
 }
 
-// out[pass][row] += the sums of `count` passes.
+// out[pass][row] += the weighted sums of latents, for `count` passes.
 void mix_chunk(const Latents& latents, int64_t n, int64_t count, const float* scales, int64_t stride, Work& work, float* out) {
     thread_local Scratch scratch;
-    const int64_t blocks = latents.blocks(), width = blocks * BLOCK;
+    const int64_t blocks = latents.scale_blocks(), width = blocks * BLOCK;
     float(*units)[ROWS] = reinterpret_cast<float(*)[ROWS]>(scratch.reserve<float>(count * stride * ROWS));
     for (int64_t i = 0; i < count; i++) find_units(scales, stride, work.limits[i], units + i * stride);
     for (int64_t b = 0; b < blocks; b++) {
@@ -295,13 +295,13 @@ void mix_chunk(const Latents& latents, int64_t n, int64_t count, const float* sc
 
 void absorbed_int8(const Shape& shape, const float* latent, const float* rope, float scale, const Latents& latents,
                    float* mixed) {
-    const int64_t rows = shape.rows(), C = shape.C, P = shape.P, blocks = latents.blocks();
+    const int64_t rows = shape.rows(), C = shape.C, P = shape.P, blocks = latents.scale_blocks();
     const int64_t passes = (rows + ROWS - 1) / ROWS, width = blocks * BLOCK;
     const int64_t code_bytes = ROWS * width * int64_t(sizeof(QueryCode)), rope_bytes = round_up(ROWS * P * int64_t(sizeof(Query)), 64);
     const int64_t pass_bytes = code_bytes + 2 * blocks * ROWS * 4 + rope_bytes;
     thread_local Scratch query_scratch;
     uint8_t* storage = query_scratch.reserve<uint8_t>(passes * pass_bytes);
-    std::memset(storage, 0, passes * pass_bytes);  // rows that fill up the last pass
+    std::memset(storage, 0, passes * pass_bytes);  // zeros for the rows that pad the last pass
     const auto queries_of = [&](int64_t pass) {
         uint8_t* at = storage + pass * pass_bytes;
         float* scales = reinterpret_cast<float*>(at + code_bytes);
@@ -327,8 +327,8 @@ void absorbed_int8(const Shape& shape, const float* latent, const float* rope, f
         score_chunk(latents, n, end - pass, [&](int64_t i) { return queries_of(pass + i); }, scales, stride, work);
         for (int64_t i = 0; i < end - pass; i++) {
             find_limits(shape, pass + i, s, n, work.limits[i]);
-            soften(work.weights[i], n, work.limits[i], parts[i]);
-            if (n % 2) std::memset(work.weights[i][n], 0, sizeof work.weights[i][n]);  // of a partner
+            softmax_chunk(work.weights[i], n, work.limits[i], parts[i]);
+            if (n % 2) std::memset(work.weights[i][n], 0, sizeof work.weights[i][n]);  // the weight paired with the last position
         }
         mix_chunk(latents, n, end - pass, scales, stride, work, out);
     });

@@ -1,6 +1,6 @@
-// A row of the latent cache, as `kernels/latents.py` lays it out: bf16 [latent C | rope key P], or 8-bit
-// [codes int8 C | scales bf16, one a block of 64 | rope key bf16 P]. Rows lie in pages, and a table says which page has
-// which positions of a block_table.
+// Rows of the KV cache in the layout of `kernels/latents.py`. A bf16 row is [latent C | rope key P]; an 8-bit row is
+// [int8 codes C | bf16 scales, one per 64 codes | bf16 rope key P]. The cache is divided into blocks of CACHE_BLOCK rows,
+// and a sequence's block table gives the number of the block that stores each CACHE_BLOCK of its positions.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,10 @@
 
 namespace dsv2 {
 
-enum class Kept : int32_t { BF16 = 0, INT8 = 1 };
+// How rows are stored; `CACHES` in `__init__.py` has the same numbers.
+enum class LatentDtype : int32_t { BF16 = 0, INT8 = 1 };
 
-constexpr int64_t CACHE_BLOCK = 64;  // rows of a page
+constexpr int64_t CACHE_BLOCK = 64;  // rows (tokens) per block of the KV cache
 
 inline float load_half(const uint8_t* p) {
     uint16_t half;
@@ -20,29 +21,30 @@ inline float load_half(const uint8_t* p) {
 }
 inline void store_half(uint8_t* p, uint16_t half) { std::memcpy(p, &half, sizeof half); }
 
-// A block_table in a layer's cache.
+// One sequence's rows in a layer's KV cache.
 struct Latents {
     const uint8_t* data;
-    Kept kept;
+    LatentDtype dtype;
     int64_t C, P;
-    const int64_t* pages;  // of positions [0, CACHE_BLOCK), [CACHE_BLOCK, 2 · CACHE_BLOCK), …
+    const int64_t* blocks;  // number of the block with positions [0, CACHE_BLOCK), [CACHE_BLOCK, 2 · CACHE_BLOCK), …
 
-    int64_t blocks() const { return (C + BLOCK - 1) / BLOCK; }
-    int64_t rope_at() const { return kept == Kept::INT8 ? C + 2 * blocks() : 2 * C; }  // bytes from a row's start
+    int64_t scale_blocks() const { return (C + BLOCK - 1) / BLOCK; }  // groups of 64 latents that share a scale
+    int64_t rope_at() const { return dtype == LatentDtype::INT8 ? C + 2 * scale_blocks() : 2 * C; }  // byte offset in a row
     int64_t row_bytes() const { return rope_at() + 2 * P; }
-    int64_t place(int64_t s) const { return (pages[s / CACHE_BLOCK] * CACHE_BLOCK + s % CACHE_BLOCK) * row_bytes(); }  // bytes from `data`
-    const uint8_t* row(int64_t s) const { return data + place(s); }
+    // Byte offset of position s in `data`.
+    int64_t offset(int64_t s) const { return (blocks[s / CACHE_BLOCK] * CACHE_BLOCK + s % CACHE_BLOCK) * row_bytes(); }
+    const uint8_t* row(int64_t s) const { return data + offset(s); }
     const uint8_t* rope_key(int64_t s) const { return row(s) + rope_at(); }
     float scale(int64_t s, int64_t block) const { return load_half(row(s) + C + 2 * block); }
 
-    // Row s in fp32.
+    // The latent of position s, and below its rope key, converted to fp32.
     void latent(int64_t s, float* out) const {
         const uint8_t* from = row(s);
-        if (kept == Kept::BF16) {
+        if (dtype == LatentDtype::BF16) {
             for (int64_t c = 0; c < C; c++) out[c] = load_half(from + 2 * c);
             return;
         }
-        for (int64_t b = 0; b < blocks(); b++) {
+        for (int64_t b = 0; b < scale_blocks(); b++) {
             const float step = scale(s, b);
             for (int64_t c = b * BLOCK; c < std::min(C, (b + 1) * BLOCK); c++) out[c] = float(int8_t(from[c])) * step;
         }
@@ -53,7 +55,8 @@ struct Latents {
     }
 };
 
-// The scale of a block whose largest magnitude is `largest`: the next bf16 number that lets 127 reach it.
+// The scale of 64 latents whose largest magnitude is `largest`: largest / 127, rounded up to bf16 so that the code 127
+// reaches it.
 inline uint16_t latent_scale(float largest) {
     const float exact = largest / 127.0f;
     uint32_t bits;
@@ -61,20 +64,20 @@ inline uint16_t latent_scale(float largest) {
     return uint16_t((bits + 0xffff) >> 16);
 }
 
-// A normed latent [C] to its codes and scales.
+// Quantise a normalised latent [C] into the codes and scales of an 8-bit row.
 inline void quantize_latent(const float* x, int64_t C, uint8_t* row) {
     for (int64_t b = 0; b * BLOCK < C; b++) {
         const int64_t end = std::min(C, (b + 1) * BLOCK);
         float largest = 0;
         for (int64_t c = b * BLOCK; c < end; c++) {
             const float size = std::fabs(x[c]);
-            largest = largest >= size || largest != largest ? largest : size;  // NaN stays NaN
+            largest = largest >= size || largest != largest ? largest : size;  // propagates NaN
         }
         const uint16_t half = latent_scale(largest);
         const float scale = from_bf16(half);
-        const bool sound = scale > 0 && scale < INFINITY;  // else no code matters
+        const bool finite = scale > 0 && scale < INFINITY;  // else code · scale does not depend on the code
         store_half(row + C + 2 * b, half);
-        for (int64_t c = b * BLOCK; c < end; c++) row[c] = sound ? uint8_t(int32_t(std::nearbyint(x[c] / scale))) : 0;
+        for (int64_t c = b * BLOCK; c < end; c++) row[c] = finite ? uint8_t(int32_t(std::nearbyint(x[c] / scale))) : 0;
     }
 }
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.bench import report, timing, tracing
 from dsv2_local.commands.bench.hardware import Reader, forget_peak, last_level_cache_bytes, matmul_rate, peak_bytes
 from dsv2_local.commands.bench.settings import BenchOptions, BenchPlan, settle
@@ -19,7 +20,6 @@ from dsv2_local.commands.run import gather_prompt
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
 from dsv2_local.machine import measurements
-from dsv2_local.quant.schema import Kind
 from dsv2_local.runtime.engine import Engine
 
 __all__ = ["BenchOptions", "measure", "run", "trace"]

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from dsv2_local.kernels import cpu
+from dsv2_local.kernels import ops
 from dsv2_local.runtime.cache import allocate_in_ram
 
 FILLED_SECONDS = 1.0  # what takes less is repeated until it took this
@@ -51,16 +51,9 @@ class Reader:
         done, start = 0, perf_counter()
         while done < self._least:
             part = next(self._parts)
-            _read(part.view(-1))
+            ops.read(part.view(-1))
             done += part.nbytes
         return done / 1e9 / (perf_counter() - start)
-
-
-def _read(data: Tensor) -> None:
-    if native := cpu.kernels():
-        native.read(data)
-    else:
-        data[: data.nbytes // 8 * 8].view(torch.int64).sum()
 
 
 def matmul_rate(threads: int) -> float:

@@ -8,6 +8,8 @@ import torch
 from dsv2_local import llm
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.families import load_config
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.bench.hardware import last_level_cache_bytes
 from dsv2_local.commands.console import notice
 from dsv2_local.errors import InputError
@@ -17,7 +19,7 @@ from dsv2_local.machine.resources import choose_threads
 from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest
-from dsv2_local.quant.schema import Kind, Recipe, expert_layout
+from dsv2_local.quant.schema import Recipe, expert_layout
 from dsv2_local.runtime import random_weights
 
 PROMPTS, CONTEXTS = (128, 512), (0, 4_096, 32_768)
@@ -108,7 +110,7 @@ def _architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
     if options.model is None:
         notice("measuring the bundled dsv2-nano; choose another model with -m or --random-weights")
     directory = llm.bundled_model() if options.model is None else hub.resolve_converted(options.model)
-    return directory, ModelConfig.load(directory)
+    return directory, load_config(directory)
 
 
 def _lengths(options: BenchOptions, limit: int) -> Lengths:

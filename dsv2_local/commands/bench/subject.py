@@ -8,6 +8,7 @@ from torch import Tensor
 from dsv2_local import llm
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.bench.hardware import last_level_cache_bytes
 from dsv2_local.commands.bench.settings import DTYPE, BenchPlan
 from dsv2_local.commands.bench.timing import StatusLine
@@ -16,7 +17,7 @@ from dsv2_local.commands.inspect import KindSummary, summarise
 from dsv2_local.kernels.format import ROWS, matrix_nbytes
 from dsv2_local.machine.resources import memory_available
 from dsv2_local.offload.resident_experts import ResidentExperts
-from dsv2_local.quant.schema import Kind, Recipe, active_weights, expert_layout
+from dsv2_local.quant.schema import Recipe, active_weights, expert_layout
 from dsv2_local.runtime import random_weights
 from dsv2_local.runtime.model import Transformer
 
