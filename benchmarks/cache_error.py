@@ -1,11 +1,14 @@
-"""How far 8-bit latents move the logits after a long text: V2-Lite's shape, few layers, random weights and tokens.
+"""Error of the logits after a long text with an int8 KV cache: V2-Lite's shape, few layers, random weights and tokens.
 
     python benchmarks/cache_error.py DIR [--tokens 32768] [--layers 2] [--cases bf16,int8,other,fp32]
 
-Every case reads the text in a process of its own, and keeps the logits of the tokens that follow, at several lengths,
-in DIR; cases that are there already are not run again. "other" is bf16 with another text before the same tokens: what
-the context is worth at all. "fp32" is the torch reference, with no rounding of activations; there the finished cache is
-also rounded to bf16 and to 8 bits, which is the error of the latents alone. It takes many times as long.
+Each case reads the text in its own process and saves the logits of the tokens that follow, at several lengths, in DIR;
+cases that are saved there already are not run again.
+
+    bf16, int8   the type of the KV cache
+    other        bf16 with a different text before the same tokens, to see how much the context matters at all
+    fp32         the torch reference, without rounding of activations; its cache is also rounded to bf16 and to int8, to
+                 isolate the error of the latents. Takes many times as long.
 """
 
 import argparse
@@ -39,19 +42,19 @@ PAIRS = (
     ("int8", "bf16"), ("fp32 rounded to int8", "fp32"), ("fp32 rounded to bf16", "fp32"), ("bf16", "fp32"),
     ("int8", "fp32"), ("other", "bf16"),
 )  # fmt: skip
-NEXT = 16  # tokens whose logits are compared, at each length
+NEXT = 16  # tokens whose logits are compared at each length
 CHUNK = 1024
 Logits = dict[str, dict[int, Tensor]]
-"""What was found: fp32 [NEXT, vocab] by what kept the latents, and by length."""
+"""Logits fp32 [NEXT, vocab], by type of the cache and by length of the text."""
 
 
 def lengths(tokens: int) -> list[int]:
-    """Where to look: `tokens` and quarters of it, down to 512."""
+    """Lengths at which logits are compared: `tokens`, a quarter of it, and so on down to 512."""
     return [length for power in range(8, -1, -1) if (length := tokens // 4**power) >= min(512, tokens)]
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> tuple[float, float, float]:
-    """‖got - wanted‖ / ‖wanted‖ of logits [T, vocab]: the mean over tokens, its standard error, the largest."""
+    """‖got - wanted‖ / ‖wanted‖ of logits [T, vocab] -> mean over tokens, standard error of the mean, maximum."""
     errors = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
     return float(errors.mean()), float(errors.std() / len(errors) ** 0.5), float(errors.max())
 
@@ -62,12 +65,12 @@ def text(seed: int, tokens: int, vocab: int) -> Tensor:
 
 
 def run(case: str, layers: int, tokens: int, file: Path) -> None:
-    """One case; its logits go to `file`, whenever there are more."""
+    """Run one case and save its logits to `file` after each length."""
     config = first_layers(released.read_config("deepseek-v2-lite"), layers)
-    made = build(config, Recipe.NF4)
-    ops.set_threads(None, made.layout.format)
-    source = placement.ModelWeights(config, made.weights, made.layout, made.records)
-    model = placement.place_in_ram(source, torch.float32).model
+    random_model = build(config, Recipe.NF4)
+    ops.set_threads(None, random_model.layout.format)
+    weights = placement.ModelWeights(config, random_model.weights, random_model.layout, random_model.records)
+    model = placement.place_in_ram(weights, torch.float32).model
     cache = LatentCache(config, tokens + NEXT, CacheDtype.BF16 if case == "other" else CacheDtype(case))
     ids = text(1 if case == "other" else 0, tokens, config.vocab_size)
     following = text(2, NEXT, config.vocab_size)
@@ -87,7 +90,7 @@ def run(case: str, layers: int, tokens: int, file: Path) -> None:
 
 @torch.inference_mode()
 def read(model: Transformer, ids: Tensor, cache: LatentCache) -> None:
-    """`Transformer.forward` for the sake of the cache alone: of the last layer only the latents are needed."""
+    """Like `Transformer.forward`, but only to fill the cache: of the last layer it computes nothing but the latents."""
     cache.reserve(len(ids))
     rotation = model.rotation(cache.length, len(ids))
     x = model.through_layers(model.embed(ids), rotation, cache, layers=-1)
@@ -99,7 +102,7 @@ def read(model: Transformer, ids: Tensor, cache: LatentCache) -> None:
 
 
 def rounded(cache: LatentCache, config: ModelConfig, kind: CacheDtype) -> LatentCache:
-    """A copy of an fp32 cache that keeps its rows otherwise."""
+    """A copy of an fp32 cache with its rows rounded to `kind`."""
     copy = LatentCache(config, cache.length + NEXT, kind)
     copy.reserve(cache.length)
     for layer in range(config.num_hidden_layers):
@@ -113,12 +116,12 @@ def rounded(cache: LatentCache, config: ModelConfig, kind: CacheDtype) -> Latent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)  # in the process of a case
+    parser.add_argument("directory", type=Path, help="directory for the logits of each case")
+    parser.add_argument("--tokens", type=int, default=32_768, help="length of the text (default: 32768)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model (default: 2)")
+    parser.add_argument("--cases", default=",".join(CASES), help="cases separated by commas (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)  # given to the process of a case
     given = parser.parse_args()
     files = {case: given.directory / f"{case}-{given.layers}-{given.tokens}.pt" for case in CASES}
     if given.one:
@@ -133,7 +136,7 @@ def main() -> None:
 
 
 def show(files: dict[str, Path], out: Path | None) -> None:
-    """A table of relative errors by length, in per cent."""
+    """Print a table of relative errors in per cent, by length."""
     logits: Logits = {}
     for file in files.values():
         logits |= torch.load(file) if file.exists() else {}

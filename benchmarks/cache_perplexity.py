@@ -1,10 +1,10 @@
-"""What 8-bit latents cost dsv2-nano: the perplexity of its own answers over a bf16 and over an int8 cache.
+"""Perplexity of dsv2-nano's own answers with a bf16 and with an int8 KV cache.
 
     python benchmarks/cache_perplexity.py [--conversations 400] [--json FILE]
 
-Conversations of one to eight questions, answered at temperature 1 over the bf16 cache. Both caches then give every
-answer token its probability, twice: from a prompt read at once, and token by token, which is another form of attention.
-± is the standard error of the paired difference over conversations.
+The model answers conversations of one to eight questions at temperature 1 with the bf16 cache. Then the probability of
+every answer token is computed with both caches, in two ways: with prefill ("at once") and with decode steps ("token by
+token"), which use different forms of attention. ± is the standard error of the paired difference over conversations.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LONGEST = 480  # tokens: nano was trained on 512
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids, and the places of those that the model chose."""
+    """Token ids of a conversation, and the positions of the tokens that the model generated."""
 
     ids: list[int]
     answers: list[int]
@@ -39,7 +39,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Figure:
-    """Perplexities over `tokens` answer tokens, and how much larger the second is, in per cent."""
+    """Perplexities over `tokens` answer tokens, and by how many per cent that of int8 is larger, with its error."""
 
     how: str
     tokens: int
@@ -51,12 +51,12 @@ class Figure:
 
 
 def converse(llm: dsv2_local.LLM, random: Random) -> Conversation:
-    """One conversation, sampled."""
+    """Sample one conversation."""
     ids: list[int] = []
     answers: list[int] = []
     for question in random.sample(QUESTIONS, random.randint(1, 8)):
         asked = chat(llm, question)
-        ids += asked[1:] if ids else asked  # BOS comes once
+        ids += asked[1:] if ids else asked  # BOS only once
         if len(ids) >= LONGEST - 64:
             break
         reply = [c.token_id for c in llm.generate(ids, temperature=1.0, seed=random.randrange(1 << 30), max_tokens=64)]
@@ -67,25 +67,25 @@ def converse(llm: dsv2_local.LLM, random: Random) -> Conversation:
 
 
 def at_once(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
-    """Logits [T, vocab] after each token."""
+    """Logits [T, vocab] after each token, by prefill."""
     return llm.logits(ids)
 
 
 def token_by_token(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
-    """The same, in steps of one token."""
+    """Logits [T, vocab] after each token, by decode steps."""
     llm.engine.cache.clear()
     step = CpuStep(llm.engine.model, llm.engine.cache)
     return torch.stack([step.run(token).clone() for token in ids])
 
 
 def log_probabilities(logits: Tensor, talk: Conversation) -> Tensor:
-    """Of the answer tokens, in nats."""
-    places = torch.tensor(talk.answers)
-    return logits[places - 1].double().log_softmax(1)[torch.arange(len(places)), torch.tensor(talk.ids)[places]]
+    """Log-probabilities of the answer tokens in nats."""
+    positions = torch.tensor(talk.answers)
+    return logits[positions - 1].double().log_softmax(1)[torch.arange(len(positions)), torch.tensor(talk.ids)[positions]]
 
 
 def compare(how: str, bf16: list[Tensor], int8: list[Tensor]) -> Figure:
-    """From the log-probabilities of each conversation's answer tokens."""
+    """Compare the log-probabilities of each conversation's answer tokens."""
     tokens = sum(map(len, bf16))
     sums = torch.tensor([float((a - b).sum()) for a, b in zip(bf16, int8, strict=True)])
     sizes = torch.tensor([float(len(a)) for a in bf16])
@@ -97,16 +97,16 @@ def compare(how: str, bf16: list[Tensor], int8: list[Tensor]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conversations", type=int, default=400)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--conversations", type=int, default=400, help="number of conversations (default: 400)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     given = parser.parse_args()
-    models = {kept: dsv2_local.load(device="cpu", cache_dtype=kept) for kept in (CacheDtype.BF16, CacheDtype.INT8)}
+    models = {kind: dsv2_local.load(device="cpu", cache_dtype=kind) for kind in (CacheDtype.BF16, CacheDtype.INT8)}
     random = Random(0)
     talks = [converse(models[CacheDtype.BF16], random) for _ in range(given.conversations)]
     figures = []
     for how, logits_of in (("at once", at_once), ("token by token", token_by_token)):
         found = {
-            kept: [log_probabilities(logits_of(llm, talk.ids), talk) for talk in talks] for kept, llm in models.items()
+            kind: [log_probabilities(logits_of(llm, talk.ids), talk) for talk in talks] for kind, llm in models.items()
         }
         figures.append(compare(how, found[CacheDtype.BF16], found[CacheDtype.INT8]))
     table = Table("read", "answer tokens", "bf16", "int8", "difference", title=f"kernels: {ops.variant()}")

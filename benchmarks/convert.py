@@ -1,10 +1,10 @@
-"""Convert a random checkpoint of V2-Lite's shape: speed, peak memory, and ten kills at random moments; then load it.
+"""Converts a random checkpoint in V2-Lite's shape: measures speed and peak memory, and resumes after random kills.
 
     python benchmarks/convert.py DIRECTORY [--layers 3] [--kills 10] [--recipe nf4]
 
-DIRECTORY must not exist yet, or be empty; it takes 5 GB at three layers and 40 GB at all 27, and what is made there is
-deleted again. Loading is timed from the start of a process to its first token, with the files in the page cache.
-Prints one JSON object; exits non-zero when a resumed conversion differs from an uninterrupted one.
+DIRECTORY must not exist or must be empty. It takes 5 GB with three layers and 40 GB with all 27; the files are deleted at
+the end. Loading is timed from the start of a process to its first token, with the files in the page cache. Prints one
+JSON object; exits with a non-zero status if a resumed conversion differs from an uninterrupted one.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SHARD_BYTES = 1 << 30
 
 
 def write_source(directory: Path, layers: int) -> ModelConfig:
-    """Gaussian weights in bf16, in shards of a gigabyte; one random block serves all tensors."""
+    """Write Gaussian weights in bf16, in shards of 1 GiB; all tensors repeat one random block."""
     directory.mkdir(parents=True)
     raw = {**LITE, "num_hidden_layers": layers}
     (directory / "config.json").write_text(json.dumps(raw))
@@ -61,14 +61,15 @@ def write_source(directory: Path, layers: int) -> ModelConfig:
 
 
 def command(source: Path, destination: Path, recipe: str) -> list[str]:
+    """The command line of a conversion."""
     code = "from dsv2_local.cli import main; main()"
     return [sys.executable, "-c", code, "quantize", str(source), str(destination), "--recipe", recipe]
 
 
 def measure(args: list[str]) -> dict[str, float]:
-    """Run a whole process: wall and CPU seconds, peak resident bytes.
+    """Run a process to its end -> wall and CPU seconds, peak resident bytes.
 
-    The peak is VmHWM, polled: ru_maxrss would count this process too, as it was when it forked.
+    The peak is VmHWM, polled, because ru_maxrss would include the memory of this process at the time of the fork.
     """
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
     with subprocess.Popen(args, stderr=subprocess.DEVNULL) as process:
@@ -84,7 +85,7 @@ def measure(args: list[str]) -> dict[str, float]:
 
 
 def first_token_seconds(directory: Path) -> float:
-    """The median of five processes, after one that brings the files into the page cache."""
+    """Median time of five processes, after one that reads the files into the page cache."""
     code = (
         f"import dsv2_local; next(dsv2_local.load({str(directory)!r}, context=4096).generate([1, 2, 3], max_tokens=1))"
     )
@@ -93,7 +94,7 @@ def first_token_seconds(directory: Path) -> float:
 
 
 def killed_run(args: list[str], after: float) -> bool:
-    """Start, and kill -9 after so many seconds; whether it was still running."""
+    """Start a process and kill it after `after` seconds with SIGKILL -> whether it was still running."""
     with subprocess.Popen(args, stderr=subprocess.DEVNULL) as process:
         try:
             process.wait(after)
@@ -104,6 +105,7 @@ def killed_run(args: list[str], after: float) -> bool:
 
 
 def digests(directory: Path) -> dict[str, str]:
+    """The sha256 of each file."""
     found = {}
     for path in directory.iterdir():
         with path.open("rb") as file:
@@ -112,9 +114,9 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def kill_and_resume(source: Path, directory: Path, recipe: str, kills: int, seconds: float) -> list[bool]:
-    """Convert again and again, killing so many times at random moments; whether each result has the same bytes.
+    """Convert repeatedly with `kills` kills at random moments -> whether each result has the expected bytes.
 
-    `seconds` is what a whole conversion takes: kills are spread over all of it.
+    `seconds` is the duration of a whole conversion; kills are spread over all of it.
     """
     whole, again, same, done = directory / "whole", directory / "again", [], 0
     expected = digests(whole)
@@ -131,25 +133,25 @@ def kill_and_resume(source: Path, directory: Path, recipe: str, kills: int, seco
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--recipe", default="nf4")
+    parser.add_argument("directory", type=Path, help="new or empty directory for the model and its conversions")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the model (default: 3)")
+    parser.add_argument("--kills", type=int, default=10, help="number of kills (default: 10)")
+    parser.add_argument("--recipe", default="nf4", help="recipe of the conversion (default: nf4)")
     args = parser.parse_args()
     source, whole = args.directory / "source", args.directory / "whole"
     weights = parameters(write_source(source, args.layers))
-    figures = measure(command(source, whole, args.recipe))
+    measured = measure(command(source, whole, args.recipe))
     loading = first_token_seconds(whole)
     size = sum(path.stat().st_size for path in whole.iterdir())
-    same = kill_and_resume(source, args.directory, args.recipe, args.kills, figures["seconds"])
+    same = kill_and_resume(source, args.directory, args.recipe, args.kills, measured["seconds"])
     cores = len(os.sched_getaffinity(0))
     report = {
         "source_bytes": 2 * weights,
         "stored_bytes": size,
         "bits_per_weight": round(8 * size / weights, 3),
-        **{name: round(value, 2) for name, value in figures.items()},
+        **{name: round(value, 2) for name, value in measured.items()},
         "cores": cores,
-        "weights_per_second_per_core": round(weights / figures["seconds"] / cores),
+        "weights_per_second_per_core": round(weights / measured["seconds"] / cores),
         "seconds_to_first_token": round(loading, 2),
         "kills": args.kills,
         "conversions_finished_after_kills": len(same),

@@ -1,11 +1,11 @@
-"""Kernels side by side: GB/s of one token, GFLOP/s of many, by shape; torch's int4 and bitsandbytes beside ours.
+"""Speed of the CPU kernels: GB/s for one token and GFLOP/s for many, compared with torch's int4 and bitsandbytes.
 
-Then whole mixtures and latent attention in V2-Lite's shape, by tokens and by context.
+Matrix products come first, then the experts of a MoE layer and latent attention in V2-Lite's shape.
 
     python benchmarks/cpu_kernels.py [--threads 2] [--seconds 0.3]
 
-Weights of one shape are several matrices, more than the caches hold, used in turn, as a model's are. Every figure is
-the median of its runs; the first line is what a plain read of memory gives with the same threads.
+Each measurement cycles through several matrices of one shape, more than fit in the CPU's caches, as a model would. All
+results are medians; the first line is the bandwidth of a plain read of memory with the same threads.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from dsv2_local.quant import int8
 
 SHAPES = {"Lite's expert": (1408, 2048), "Lite's q_proj": (3072, 2048), "236B's expert": (1536, 5120)}  # [R, C]
 TOKENS = (1, 8, 64, 512)
-WORKING_SET = 300 << 20  # bytes of weights of a shape
+WORKING_SET = 300 << 20  # bytes of all weights of one shape
 
 
 def ours(format: Format, rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tensor], int]:
-    """The product with the i-th of many matrices, and how many there are."""
+    """dsv2's product with the i-th of several matrices, and the number of matrices."""
     count = WORKING_SET // matrix_nbytes(format, rows, cols)
     matrices = []
     for _ in range(count):
@@ -39,7 +39,7 @@ def ours(format: Format, rows: int, cols: int) -> tuple[Callable[[Tensor, int], 
 
 
 def torch_int4(rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tensor], int]:
-    """torch's own 4-bit product (groups of 64, bf16 activations)."""
+    """torch's 4-bit product (groups of 64, bf16 activations)."""
     count = WORKING_SET // (rows * cols // 2)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
         torch.randint(0, 16, (rows, cols), dtype=torch.int32), 1
@@ -56,12 +56,12 @@ def bitsandbytes_nf4(rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tens
     from bitsandbytes import matmul_4bit
 
     packed, state = bnb.quantize_4bit(torch.randn(rows, cols), blocksize=64, quant_type="nf4")
-    weights = [packed.clone() for _ in range(8)]  # it is far from the speed of memory
+    weights = [packed.clone() for _ in range(8)]  # few, since it is much slower than memory
     return lambda x, i: matmul_4bit(x, weights[i].t(), quant_state=state), len(weights)
 
 
 def mixture(format: Format) -> tuple[Callable[[Tensor, int], Tensor], int]:
-    """V2-Lite's routed experts, six a token of as many as the caches do not hold, other ones every time."""
+    """V2-Lite's routed experts, six per token, out of more than fit in the CPU's caches; different ones in each call."""
     layout = ExpertLayout(format, 2048, 1408)
     count = WORKING_SET // layout.nbytes
     records = torch.randint(0, 100, (count, layout.nbytes), dtype=torch.uint8)
@@ -72,19 +72,19 @@ def mixture(format: Format) -> tuple[Callable[[Tensor, int], Tensor], int]:
 
 
 def choice(tokens: int, experts: int, i: int) -> tuple[Tensor, Tensor]:
-    """Six experts for each token, all experts in turn."""
+    """Expert ids and weights: six experts per token, cycling through all experts."""
     ids = (torch.arange(6 * tokens).view(tokens, 6) + 6 * i) % experts
     return ids, torch.full((tokens, 6), 1 / 6)
 
 
 def attention(tokens: int, context: int, cache: CacheDtype) -> tuple[Callable[[Tensor, int], Tensor], int, float]:
-    """V2-Lite's attention of the last `tokens` of `context`, over several caches; with its operations."""
+    """V2-Lite's attention of the last `tokens` of `context` with the i-th of several caches, their number, and FLOPs."""
     H, N, P, C, V = 16, 128, 64, 512, 128
     width, dtype = row_shape(cache, C, P)
-    count, pages = max(2, WORKING_SET // (context * width * dtype.itemsize)), blocks_for(context)
-    caches, block_table = torch.empty(count, pages, CACHE_BLOCK, width, dtype=dtype), torch.tensor([0, *range(pages)])
-    for made in caches:
-        write_rows(made, block_table, torch.randn(context, C + P), C)
+    count, blocks = max(2, WORKING_SET // (context * width * dtype.itemsize)), blocks_for(context)
+    caches, block_table = torch.empty(count, blocks, CACHE_BLOCK, width, dtype=dtype), torch.tensor([0, *range(blocks)])
+    for pool in caches:
+        write_rows(pool, block_table, torch.randn(context, C + P), C)
     block_table[0] = context - tokens
     w_uk, w_uv = (int8.quantize(torch.randn(H * rows, cols) / cols**0.5) for rows, cols in ((C, N), (V, C)))
     rotation = torch.ones(tokens, P // 2, dtype=torch.complex64)
@@ -98,7 +98,7 @@ def attention(tokens: int, context: int, cache: CacheDtype) -> tuple[Callable[[T
 
 
 def seconds_of(product: Callable[[Tensor, int], Tensor], count: int, x: Tensor, budget: float) -> float:
-    """Median seconds of one product, the matrices in turn, for about `budget` seconds."""
+    """Median seconds of one product, cycling through the matrices for about `budget` seconds."""
     product(x, 0)
     times: list[float] = []
     while sum(times) < budget or len(times) < 3:
@@ -110,8 +110,8 @@ def seconds_of(product: Callable[[Tensor, int], Tensor], count: int, x: Tensor, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one per physical core)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="duration of each measurement (default: 0.3)")
     given = parser.parse_args()
     threads = ops.set_threads(given.threads, Format.NF4).count
     if native := cpu.kernels():
@@ -128,12 +128,12 @@ def main() -> None:
         for rival, (torch_threads, (product, count)) in rivals.items():
             torch.set_num_threads(torch_threads)
             bits = 8.25 if rival == "dsv2 int8" else 4.25
-            figures = []
+            speeds = []
             for tokens in TOKENS:
                 seconds = seconds_of(product, count, torch.randn(tokens, cols), given.seconds)
                 rate = f"{rows * cols * bits / 8 / seconds / 1e9:.1f} GB/s" if tokens == 1 else ""
-                figures.append(rate or f"{2 * tokens * rows * cols / seconds / 1e9:.0f}")
-            print(f"{name:16}{rival:18}1 token {figures[0]:>10}; {TOKENS[1:]} tokens {', '.join(figures[1:])} GFLOP/s")
+                speeds.append(rate or f"{2 * tokens * rows * cols / seconds / 1e9:.0f}")
+            print(f"{name:16}{rival:18}1 token {speeds[0]:>10}; {TOKENS[1:]} tokens {', '.join(speeds[1:])} GFLOP/s")
     torch.set_num_threads(1)
     for format in (Format.NF4, Format.INT8):
         show_mixture(format, given.seconds)

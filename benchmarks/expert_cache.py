@@ -1,10 +1,10 @@
-"""What policies of an expert cache make of a routing trace: hit rate by slots, as a table and a plot.
+"""Hit rates of expert cache policies on a routing trace, by number of slots, as a table and a plot.
 
     dsv2 bench -m MODEL --trace model.trace < text.txt
     python benchmarks/expert_cache.py model.trace [--slots 12,24,48] [--png plot.png]
 
-The PNG needs matplotlib, installed by hand. "even" is what even routing would give any policy: slots over experts;
-"best" knows the future.
+"even" is the hit rate of even routing with any policy, slots over experts; "best" is the optimal cache, which knows
+future uses (Belady). --png needs matplotlib, which is not a dependency of the package.
 """
 
 import argparse
@@ -24,25 +24,26 @@ MARKS = {"best": "B", Policy.LRU: "L", Policy.LFU: "F", Policy.LFU_AGEING: "A", 
 
 
 def rates(trace: Trace, slots: list[int]) -> dict[str, list[float]]:
-    """Hit rates by policy, one for each number of slots."""
+    """Hit rates by policy, one per number of slots."""
     found = {"best": [best_hit_rate(trace, count) for count in slots]}
     found |= {policy: [hit_rate(trace, count, policy) for count in slots] for policy in Policy}
     return found | {"even": [count / (trace.layers * trace.experts) for count in slots]}
 
 
 def show(trace: Trace, slots: list[int], found: dict[str, list[float]]) -> None:
+    """Print a table and a plot of characters."""
     console = Console(highlight=False)
     experts = trace.layers * trace.experts
     console.print(f"{trace.model}: {len(trace.tokens):,} tokens, {trace.layers} layers of {trace.experts} experts")
     table = Table("slots", "of all", *found)
-    for place, count in enumerate(slots):
-        values = (f"{curve[place]:.1%}" for curve in found.values())
+    for column, count in enumerate(slots):
+        values = (f"{curve[column]:.1%}" for curve in found.values())
         table.add_row(f"{count:,}", f"{count / experts:.0%}", *values)
     console.print(table)
     rows = [[" "] * (6 * len(slots)) for _ in range(HEIGHT + 1)]
     for name in reversed(found):
-        for place, value in enumerate(found[name]):
-            rows[HEIGHT - round(HEIGHT * value)][6 * place + 2] = MARKS[name]
+        for column, value in enumerate(found[name]):
+            rows[HEIGHT - round(HEIGHT * value)][6 * column + 2] = MARKS[name]
     for number, row in enumerate(rows):
         share = f"{1 - number / HEIGHT:>5.0%}" if number % 4 == 0 else ""
         console.print(f"{share:>5} |{''.join(row)}", markup=False)
@@ -51,6 +52,7 @@ def show(trace: Trace, slots: list[int], found: dict[str, list[float]]) -> None:
 
 
 def draw(trace: Trace, slots: list[int], found: dict[str, list[float]], file: Path) -> None:
+    """Draw the plot as a PNG."""
     import matplotlib  # type: ignore[import-not-found]
 
     matplotlib.use("Agg")
@@ -67,9 +69,9 @@ def draw(trace: Trace, slots: list[int], found: dict[str, list[float]], file: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("--slots", help="numbers with commas between; default: shares of all experts")
-    parser.add_argument("--png", type=Path)
+    parser.add_argument("trace", type=Path, help="routing trace written by `dsv2 bench --trace`")
+    parser.add_argument("--slots", help="numbers of slots, separated by commas (default: 5 to 90 %% of all experts)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the plot to this file too")
     given = parser.parse_args()
     try:
         trace = Trace.load(given.trace)

@@ -1,74 +1,75 @@
-"""Every error a user can meet; each says what is wrong, where, and what to do.
+"""Every error that a user can meet; its message says what is wrong, where, and what to do.
 
 Dsv2Error                    exit code 1
-├── ConfigError              config.json is missing a value or has a wrong one
-│   └── UnsupportedModelError    a sound model of a kind that is not supported, refused by name
+├── ConfigError              config.json lacks a value or has an impossible one
+│   └── UnsupportedModelError    a valid model with a feature that is not implemented; the message names it
 ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
-├── ConversionError          `dsv2 quantize` cannot start or go on
-├── PlanError                the model does not fit in this machine's memory; carries shortfall and remedies
-├── CacheFullError           sequences hold all pages of the latent cache
+├── ConversionError          `dsv2 quantize` cannot start or continue
+├── PlanError                the model does not fit in this machine's memory; has the shortfall and remedies
+├── CacheFullError           running sequences hold all blocks of the KV cache
 ├── SavedCacheError          a saved cache cannot be written or read, or belongs to another model
-├── DeviceError              a GPU failed at a copy or at computing
-│   └── DeviceMemoryError        it has less memory than the plan counted on
-├── HubError                 a repository cannot be reached or read
-├── TemplateError            the chat template is missing or refuses the messages
+├── DeviceError              a copy or a kernel failed on a GPU
+│   └── DeviceMemoryError        the GPU has less free memory than the plan assumed
+├── HubError                 a hub repository cannot be reached, found or read
+├── TemplateError            the chat template is missing or rejects the messages
 └── InputError               exit code 2: the request itself is wrong
-    └── ContextLengthError       more tokens than the context holds; carries both numbers
+    └── ContextLengthError       the prompt is longer than the context; has both lengths
 """
 
 
 class Dsv2Error(Exception):
-    """Base of all errors raised on purpose; the command line prints its text in one line."""
+    """Base of all errors that are raised on purpose; the `dsv2` command prints the message as one line."""
 
     exit_code = 1
 
 
 class ConfigError(Dsv2Error):
-    """config.json lacks a value or holds an impossible one."""
+    """config.json lacks a value or has an impossible one."""
 
 
 class UnsupportedModelError(ConfigError):
-    """The model is sound but uses something that this runtime does not implement."""
+    """The model is valid but uses a feature that this runtime does not implement."""
 
 
 class CheckpointError(Dsv2Error):
-    """A checkpoint's file or tensor is missing, truncated, corrupt or unknown."""
+    """A file or tensor of a checkpoint is missing, truncated, corrupt or unknown."""
 
 
 class ConversionError(Dsv2Error):
-    """A conversion cannot start or go on: no space, destination in use, another source."""
+    """A conversion cannot start or continue: no disk space, destination in use, or begun from another source."""
 
 
 class PlanError(Dsv2Error):
-    """A model does not fit.
+    """A model does not fit in memory.
 
     Attributes:
         where: the memory that is too small, "RAM" or "GPU n".
-        shortfall: bytes that it lacks.
-        remedies: options of which each alone makes it fit.
+        shortfall: bytes that this memory lacks.
+        remedies: command-line options, each of which alone makes the model fit.
     """
 
     def __init__(self, where: str, shortfall: int, remedies: tuple[str, ...] = ()) -> None:
         self.where, self.shortfall, self.remedies = where, shortfall, remedies
         helps = (
-            f"; any one of these makes it fit: {'; '.join(remedies)}"
+            f"; any one of these options makes it fit: {'; '.join(remedies)}"
             if remedies
-            else "; no single change helps (`dsv2 plan` shows what takes it)"
+            else "; no single option makes it fit (`dsv2 plan` shows what uses the memory)"
         )
-        super().__init__(f"it does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
+        super().__init__(f"the model does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
 
 
 class CacheFullError(Dsv2Error):
-    """Sequences that are held together fill the latent cache.
+    """Running sequences hold all blocks of the KV cache, so that none can be allocated or evicted.
 
     Attributes:
-        tokens: that it has room for.
+        tokens: capacity of the cache.
     """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         super().__init__(
-            f"the cache has room for {tokens:,} tokens and sequences hold it all; close one of them or raise --context"
+            f"the KV cache is full: running sequences hold all of its {tokens:,} tokens; close one of them or raise "
+            "--context"
         )
 
 
@@ -77,21 +78,22 @@ class SavedCacheError(Dsv2Error):
 
 
 class DeviceError(Dsv2Error):
-    """A GPU failed at a copy or at computing."""
+    """A copy or a kernel failed on a GPU."""
 
 
 class DeviceMemoryError(DeviceError):
-    """A GPU has less memory than the plan counted on.
+    """A GPU has less free memory than the plan assumed.
 
     Attributes:
-        requested, free: bytes.
+        requested: bytes of the allocation that failed.
+        free: bytes that were free.
     """
 
     def __init__(self, device: str, requested: int, free: int) -> None:
         self.requested, self.free = requested, free
         super().__init__(
-            f"{device} lacks memory: {requested / 2**30:,.2f} GiB asked for, {free / 2**30:,.2f} GiB free; something "
-            "else has taken it since the plan was made: close that, or give less with --vram"
+            f"{device} is out of memory: {requested / 2**30:,.2f} GiB requested, {free / 2**30:,.2f} GiB free; another "
+            "program has taken memory since the plan was made: close it, or set a lower --vram"
         )
 
 
@@ -100,7 +102,7 @@ class HubError(Dsv2Error):
 
 
 class TemplateError(Dsv2Error):
-    """The checkpoint has no chat template, or the template refuses these messages."""
+    """The checkpoint has no chat template, or the template rejects the messages."""
 
 
 class InputError(Dsv2Error):
@@ -110,11 +112,11 @@ class InputError(Dsv2Error):
 
 
 class ContextLengthError(InputError):
-    """The prompt (and at least one new token) does not fit in the context.
+    """The prompt and one new token do not fit in the context.
 
     Attributes:
-        prompt_tokens: tokens in the prompt.
-        context: tokens the loaded context holds.
+        prompt_tokens: tokens of the prompt.
+        context: tokens that the context holds.
     """
 
     def __init__(self, prompt_tokens: int, context: int) -> None:

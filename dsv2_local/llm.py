@@ -1,4 +1,4 @@
-"""The Python API: load a model, and generate or chat in text."""
+"""The Python API: `load` a model, then `generate` text or `chat`."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -36,17 +36,21 @@ from dsv2_local.text.detokenizer import Detokenizer, StopFilter
 from dsv2_local.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = (CacheDtype.BF16, CacheDtype.INT8)
-"""What a KV cache can be asked to store latents as; the torch reference makes FP32 of BF16."""
-COMPUTE_CAPABILITY = (8, 0)  # of GPUs: the least with bf16 on tensor cores
+"""Storage types of the KV cache that a user can choose; the torch reference stores fp32 instead of bf16."""
+COMPUTE_CAPABILITY = (8, 0)  # the lowest that has bf16 tensor cores, which the GPU kernels need
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the answer: the text that one token made certain (often a word, sometimes nothing).
+    """A piece of the answer: one token, and the text that is final with it (often a word, sometimes nothing).
 
-    `token_id` is None for text that was held back until the end. `logprob` is the natural logarithm of the token's
-    probability before temperature and truncation; it and `top_logprobs` are there only when asked for.
+    Attributes:
+        text: the text; empty while the token ends inside a character, or may begin a stop string.
+        token_id: the token; None for a last chunk, with the text that was held back until the end.
+        logprob: natural logarithm of the token's probability, before temperature and truncation; None unless requested.
+        top_logprobs: the most likely tokens of this step as (token id, log probability), the most likely first; empty
+            unless requested.
     """
 
     text: str
@@ -56,11 +60,11 @@ class Chunk:
 
 
 class Generation(Iterator[Chunk]):
-    """An answer while it is made: iterate for its chunks. Nothing runs before the first one is asked for.
+    """An answer that is being generated: iterate over it for its chunks. Prefill starts with the first `next`.
 
     Attributes:
-        text: everything yielded so far.
-        stats: the figures so far; complete after the last chunk.
+        text: the text yielded so far.
+        stats: the statistics so far; complete after the last chunk.
     """
 
     def __init__(self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: "TextStream") -> None:
@@ -74,14 +78,14 @@ class Generation(Iterator[Chunk]):
         return chunk
 
     def close(self) -> None:
-        """Stop generating; what was yielded stays in `text`, and the cache keeps what was computed."""
+        """Stop generating. `text` keeps what was yielded, and the KV cache what was computed."""
         self._chunks.close()
 
     def _run(
         self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: "TextStream"
     ) -> PyGenerator[Chunk, None, None]:
-        for made in tokens(self.stats):
-            yield Chunk(text.push(made.token), made.token, made.logprob, made.top_logprobs)
+        for generated in tokens(self.stats):
+            yield Chunk(text.push(generated.token), generated.token, generated.logprob, generated.top_logprobs)
             if text.stopped:
                 self.stats.finish_reason = "stop"
                 return
@@ -90,7 +94,22 @@ class Generation(Iterator[Chunk]):
 
 
 class LLM:
-    """A loaded model. Its cache keeps earlier texts while it has room; generations may take turns."""
+    """A loaded model with its KV cache.
+
+    The prefix cache keeps earlier prompts and answers while it has room, so that a prompt which begins like one of them
+    computes only the rest. Several generations may be iterated in turns; the engine switches between their sequences.
+
+    Attributes:
+        name: the model's name, to be shown.
+        directory: the checkpoint's directory.
+        config, recipe: its architecture, and the formats of its weights.
+        defaults: the sampling parameters of its generation_config.json.
+        plan: where weights, KV cache and experts are stored.
+        experts: the routed experts.
+        engine: runs sequences of token ids.
+        threads: the CPU threads in use, with a warning if they are more than the cores.
+        notes: what makes the model slower than it could be, and what to do about it.
+    """
 
     def __init__(
         self,
@@ -107,7 +126,7 @@ class LLM:
         progress: Progress = no_progress,
         preparing: Progress = no_progress,
     ) -> None:
-        """See `load`; `devices` are the GPUs to use, `costs` what `placement.place_on_devices` takes."""
+        """See `load`; `devices` are the GPUs to use, and `costs` is passed on to `placement.place_on_devices`."""
         checkpoint = Checkpoint(directory)
         device = devices[0].torch_device if devices else ops.RAM
         kv_b = checkpoint.recipe.format_of(Kind.KV_B)
@@ -139,7 +158,6 @@ class LLM:
         self.experts = self._placed.experts
         self._fingerprint = weights.fingerprint or ""
         self.notes = [*filter(None, [ops.gpu_notice(device)]), *forecast.notes(self.plan), *self._placed.notes]
-        """What is slower than it could be, and what to do about it."""
         self.engine = Engine(self._placed.model, request.context, request.cache_dtype, self.plan.chunk)
         self.engine.warm_up(preparing)
 
@@ -150,24 +168,27 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give back devices and page-locked memory, and keep which experts were used most for the next time.
+        """Free GPU memory and page-locked memory, and save which experts were used most, for the next load.
 
-        The model is of no use after it. Without GPUs there is nothing to do.
+        The model cannot be used afterwards. On the CPU alone this does nothing.
         """
         self._placed.close()
 
     def save_cache(self, path: Path, conversation: str = "") -> None:
-        """Write the cache to a file, so that what was read need not be read again; SavedCacheError if it cannot be.
+        """Write the KV cache of the current sequence to a file, so that a later process need not prefill it again.
 
-        `conversation` is any text to keep beside it; `saved_cache.read_header` reads it.
+        `conversation` is any text to store with it; `saved_cache.read_header` reads it back.
+
+        Raises:
+            SavedCacheError: the file cannot be written.
         """
         saved_cache.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
 
     def load_cache(self, path: Path) -> int:
-        """Take the cache from a file; the number of tokens in it. A prompt that begins like them computes what differs.
+        """Fill the KV cache from a file; returns the number of tokens loaded. Prompts with this prefix reuse it.
 
         Raises:
-            SavedCacheError: the file cannot be read, is damaged, or is another model's; the cache is as it was then.
+            SavedCacheError: the file cannot be read, is damaged, or belongs to another model; the cache is unchanged.
         """
         self.engine.cache_prefix()
         self.engine.adopt(saved_cache.load(path, self.engine.cache, self._fingerprint))
@@ -175,53 +196,57 @@ class LLM:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Maximum tokens of prompt and answer together."""
         return self.engine.context
 
     @property
     def cache_nbytes(self) -> int:
-        """Bytes of what the cache holds now."""
+        """Bytes of the current sequence in the KV cache."""
         return self.engine.cache.length * bytes_per_token(self.config, self.engine.cache.dtype)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer; CheckpointError where it has none (token ids still work)."""
+        """The checkpoint's tokenizer.
+
+        Raises:
+            CheckpointError: the checkpoint has no tokenizer; prompts of token ids work without one.
+        """
         if self._tokenizer is None:
             raise CheckpointError(f"{self.directory} has no tokenizer.json; copy it from the model's release")
         return self._tokenizer
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Prefill `token_ids` as generation would, from an empty cache -> fp32 logits [T, vocab_size]."""
+        """Prefill `token_ids` from an empty sequence, as generation would -> fp32 logits [T, vocab_size]."""
         return self.engine.logits(list(token_ids))
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """Continue `prompt`: text (BOS is added, special tokens are honoured) or token ids as they are.
+        """Continue `prompt`: text (BOS is prepended, special tokens in it are parsed) or token ids, used unchanged.
 
-        Options, each None for the model's own default:
-            max_tokens: at most this many; else until an end token or the context is full.
+        Options; None means the model's default:
+            max_tokens: maximum tokens to generate; default: until an end token or a full context.
             temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
                 seed: see `SamplingParams`.
-            stop: a string or several; the answer ends before the first that appears.
-            logprobs: how many likeliest tokens to tell at each step (0: only the chosen one's).
-            progress: called with (tokens done, tokens in all) before every chunk of the prompt.
+            stop: a string, or several; the answer ends before the first one that appears.
+            logprobs: how many of the most likely tokens to return with each token (0: only its own log probability).
+            progress: called with (tokens done, tokens of the prompt) before every chunk of the prefill.
 
-        Raises (at the first chunk, or at once for options):
-            ContextLengthError: the prompt does not fit.
-            InputError: an option is out of its range.
+        Raises:
+            InputError: an option is out of range (raised by this call), or a token id is (by the first `next`).
+            ContextLengthError: the prompt does not fit in the context (raised by the first `next`).
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return self._generation(ids, strip=False, **options)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
-        """Answer a conversation of messages with `role` (system, user, assistant) and `content`.
+        """Answer a conversation: messages with `role` (system, user or assistant) and `content`.
 
-        The options are those of `generate`. White space before the answer's first word is left out: the template
-        writes it itself when the answer is sent back.
+        Options and errors are those of `generate`. White space before the first word of the answer is removed: the
+        chat template inserts its own when the answer becomes part of the next prompt.
         """
         return self._generation(self.tokenizer.encode_chat(messages), strip=True, **options)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the prompt that `chat` would make of these messages."""
+        """Number of tokens of the prompt that `chat` makes of `messages`."""
         return len(self.tokenizer.encode_chat(messages))
 
     def _generation(
@@ -246,7 +271,7 @@ class LLM:
 
 
 class TextStream:
-    """Tokens to the text that is shown: detokenised, cut at stop strings, without end tokens."""
+    """Turns generated tokens into the text to show: detokenised, cut at stop strings, without end tokens."""
 
     def __init__(self, tokenizer: Tokenizer | None, end: frozenset[int], stops: list[str], strip: bool) -> None:
         if stops and tokenizer is None:
@@ -258,23 +283,23 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string has appeared."""
         return self._filter.stopped
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; always empty without a tokenizer."""
+        """Return the text that is final with this token; always empty without a tokenizer."""
         if self._detokenizer is None or token in self._end:
             return ""
         return self._strip(self._filter.push(self._detokenizer.push(token)))
 
     def flush(self) -> str:
-        """What was held back when the tokens ended."""
+        """Return the text that is still held back, after the last token."""
         if self._detokenizer is None:
             return ""
         return self._strip(self._filter.push(self._detokenizer.flush()) + self._filter.flush())
 
     def _strip(self, text: str) -> str:
-        """Leave out white space until the first visible character."""
+        """Remove white space before the first visible character of the answer."""
         if self._at_start:
             text = text.lstrip()
             self._at_start = not text
@@ -298,55 +323,58 @@ def load(
 
     Args:
         model: a directory, a hub repository that holds a converted checkpoint, or None for the bundled dsv2-nano.
-        device: "cpu", "cuda" (all GPUs), or some of them: "cuda:0,cuda:1"; "auto": all GPUs where they can run the
-            kernels and what must lie there fits, else the CPU (`LLM.notes` tells).
-        experts: who computes routed experts: "gpu", "cpu", "stream", "hybrid" or "auto" (`offload.plan_request.Mode`).
-        vram: bytes of each GPU that may be used at most; None: all that are free.
-        dtype: activations, "float32" or "bfloat16"; "auto" is float32 on the CPU, bfloat16 on GPUs.
-        context: tokens that prompt and answer may have together; None: 8,192, or the model's own limit if that is less.
-        cache_dtype: how the KV cache stores latents: "bf16" (without the native kernels: as the activations) or "int8",
-            in 57 % of the bytes.
-        threads: of the CPU kernels; None: one for each physical core that this process may use.
-        progress: called with the bytes of experts that were brought to page-locked RAM, and of those that will be.
-        preparing: called with the steps done and all steps of compiling for GPUs, half a minute the first time.
+        device: "cpu", "cuda" (all GPUs), some GPUs such as "cuda:0,cuda:1", or "auto": all GPUs if they can run the
+            kernels and the model fits, else the CPU (`LLM.notes` has the reason).
+        experts: where to compute routed experts: "gpu", "hybrid", "stream", "cpu" or "auto" (see
+            `offload.plan_request.Mode`).
+        vram: maximum bytes to use on each GPU; None: all free memory.
+        dtype: type of the activations, "float32" or "bfloat16"; "auto": float32 on the CPU, bfloat16 on GPUs.
+        context: maximum tokens of prompt and answer together; None: 8,192, or the model's limit if that is less.
+        cache_dtype: how the KV cache stores latents: "bf16", or "int8" in 57 % of the bytes. If the torch reference
+            computes in float32, "bf16" stores float32.
+        threads: CPU threads; None: one per physical core that this process may use.
+        progress: called with (bytes done, total bytes) while experts are copied to page-locked RAM.
+        preparing: called with (steps done, total steps) while GPU kernels are compiled and tuned, which takes half a
+            minute the first time on a machine.
 
     Raises:
         CheckpointError: not a converted checkpoint, or a damaged one.
-        InputError: an option that this model or machine cannot meet.
-        PlanError: weights and cache do not fit in memory; experts may lie on disk (`LLM.notes` tells).
-        DeviceMemoryError: something else took GPU memory meanwhile.
+        InputError: an option that is invalid, or impossible for this model or machine.
+        PlanError: dense weights and KV cache do not fit in memory. (Experts that do not fit are read from disk;
+            `LLM.notes` has the number.)
+        DeviceMemoryError: another program took GPU memory after the plan was made.
         HubError: the repository cannot be fetched.
     """
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
-    mode, kept = one_of("experts", experts, Mode), one_of("cache type", cache_dtype, CACHE_DTYPES)
+    mode, latents = one_of("experts", experts, Mode), one_of("cache type", cache_dtype, CACHE_DTYPES)
     devices = _devices(device)
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
 
-    def loaded(devices: list[Device]) -> LLM:
-        chosen = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
+    def load_on(devices: list[Device]) -> LLM:
+        activations = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)
         return LLM(
-            directory, dtype=chosen, context=context, threads=threads, cache_dtype=kept, experts=mode, devices=devices,
-            vram=vram, progress=progress, preparing=preparing,
+            directory, dtype=activations, context=context, threads=threads, cache_dtype=latents, experts=mode,
+            devices=devices, vram=vram, progress=progress, preparing=preparing,
         )  # fmt: skip
 
     reason = _passed_over() if device == "auto" else None
     try:
-        made = loaded(devices)
+        loaded = load_on(devices)
     except PlanError as error:
         if not devices or device != "auto" or vram is not None or mode is not Mode.AUTO:
             raise
-        made, reason = loaded([]), str(error)
+        loaded, reason = load_on([]), str(error)
     if reason:
-        made.notes.append(f"the GPU is not used: {reason}")
-    return made
+        loaded.notes.append(f"the GPU is not used: {reason}")
+    return loaded
 
 
 def _devices(names: str) -> list[Device]:
-    """The GPUs that were asked for, or those that are there and able.
+    """The GPUs that `names` asks for; for "auto" all GPUs if they are suitable, else none.
 
     Raises:
-        InputError: a name that is none, or a GPU that is not there.
+        InputError: `names` is not a valid choice, or names a GPU that this machine lacks.
     """
     if names == "cpu" or (names == "auto" and (not torch.cuda.is_available() or _passed_over())):
         return []
@@ -359,37 +387,44 @@ def _devices(names: str) -> list[Device]:
     indices = [int(number[1]) for number in numbers if number]
     if missing := [index for index in indices if index >= count]:
         found = "finds no GPU" if count == 0 else f"finds {count}"
-        raise InputError(f"there is no cuda:{missing[0]} here: torch {torch.__version__} {found}; use --device cpu")
+        raise InputError(
+            f"there is no cuda:{missing[0]} on this machine: torch {torch.__version__} {found}; use --device cpu or auto"
+        )
     from dsv2_local.offload.cuda_device import CudaDevice
 
     return [CudaDevice(index) for index in indices]
 
 
 def _passed_over() -> str | None:
-    """Why GPUs that are there are not used unasked; None where they are used, or there are none."""
+    """Why `--device auto` does not use the GPUs of this machine; None if it uses them, or there are none."""
     if not torch.cuda.is_available():
         return None
     least = min(torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count()))
     if least < COMPUTE_CAPABILITY:
-        return f"its compute capability is {least[0]}.{least[1]}, and the kernels are made for 8.0 and later"
+        return f"its compute capability is {least[0]}.{least[1]}, and the kernels need 8.0 or later"
     return None if ops.capturable(torch.device("cuda")) else "Triton is not installed"
 
 
 def bundled_model() -> Path:
-    """The directory of dsv2-nano, the small model that ships with the package."""
+    """Directory of dsv2-nano, the small model that ships with the package."""
     return Path(__file__).parent / "nano"
 
 
 def _plan(request: PlanRequest, devices: Sequence[Device], vram: Sequence[int] | None) -> Plan:
-    """Where it will lie; refused where memory is short, with what a loaded model can be asked for instead."""
+    """Plan the memory of this machine for a converted checkpoint.
+
+    Raises:
+        InputError: an option needs a GPU and there is none, or `vram` is not one size per GPU.
+        PlanError: the model does not fit; only with remedies that apply to a checkpoint as it is.
+    """
     if not devices and request.experts not in (Mode.AUTO, Mode.CPU):
-        raise InputError(f"--experts {request.experts} needs a GPU (--device cuda); without one the CPU computes them")
+        raise InputError(f"--experts {request.experts} needs a GPU (--device cuda); on the CPU leave it out")
     if not devices and vram is not None:
         raise InputError("--vram needs a GPU (--device cuda)")
     limits = list(vram) if vram is not None else [device.free + CONTEXT_BYTES for device in devices]
     if len(limits) != len(devices):
-        raise InputError(f"--vram names {len(limits)} GPUs and {len(devices)} are used; give one size for each")
-    # What a context takes of a GPU is taken already.
+        raise InputError(f"--vram has {len(limits)} sizes for {len(devices)} GPUs; give one size per GPU")
+    # The CUDA contexts exist already, so that their memory is no longer free; the plan counts it again.
     free = tuple(min(limit, device.free + CONTEXT_BYTES) for limit, device in zip(limits, devices, strict=True))
     rates = replace(Rates(), **measurements.load(RATES))
     machine = Machine(free, memory_available(), lockable_memory(), available=True, rates=rates)
@@ -406,5 +441,5 @@ def _context(requested: int | None, config: ModelConfig) -> int:
     if requested is None:
         return default_context(config)
     if not 2 <= requested <= limit:
-        raise InputError(f"context must lie between 2 and the model's {limit:,} tokens, not {requested:,}")
+        raise InputError(f"context must be between 2 and the model's {limit:,} tokens, not {requested:,}")
     return requested

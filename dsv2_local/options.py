@@ -1,4 +1,4 @@
-"""Values of options, wherever they come from: the command line, the Python API, a chat's commands."""
+"""Parsing of option values, for the command line, the Python API and the commands of a chat."""
 
 import re
 from collections.abc import Iterable
@@ -10,12 +10,15 @@ from dsv2_local.errors import InputError
 UNITS = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)} | {"": 1}
 UNITS |= {f"{letter}{rest}": 1024**power for power, letter in enumerate("KMGT", 1) for rest in ("", "iB")}
 
-
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def one_of(option: str, value: str, choices: Iterable[Choice]) -> Choice:
-    """The choice that `value` names. InputError, which names them all, where it names none."""
+    """Return the choice that `value` names.
+
+    Raises:
+        InputError: `value` names none of them; the message lists all.
+    """
     known = {str(choice): choice for choice in choices}
     if value not in known:
         raise InputError(f"{option} {value!r} is not one of {', '.join(known)}")
@@ -23,7 +26,11 @@ def one_of(option: str, value: str, choices: Iterable[Choice]) -> Choice:
 
 
 def size(option: str, text: str) -> int:
-    """Bytes from "24GiB", "24GB" (decimal), "24G" (binary, as cards are sold) or a plain number."""
+    """Parse a size in bytes: "24GiB", "24GB" (decimal), "24G" (binary, as GPUs are sold) or a plain number.
+
+    Raises:
+        InputError: `text` is not a size.
+    """
     found = re.fullmatch(r"([\d.]+)\s*([KMGT]?(?:iB|B)?)", text.strip(), re.IGNORECASE)
     unit = found and next((scale for name, scale in UNITS.items() if name.lower() == found[2].lower()), None)
     try:
@@ -31,4 +38,4 @@ def size(option: str, text: str) -> int:
             return int(float(found[1]) * unit)
     except ValueError:
         pass
-    raise InputError(f"{option} {text!r} is no size; write 24GiB, 24GB or 24G")
+    raise InputError(f"{option} {text!r} is not a size; write it like 24GiB, 24GB or 24G")

@@ -1,10 +1,10 @@
-"""How long work tells how far it is."""
+"""The callback by which long work reports its progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do in all, in a unit that the caller knows."""
+"""Called with the work done and the total, in a unit that the function which takes the callback documents."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report nothing: the default where progress is optional."""

@@ -1,8 +1,8 @@
-"""bitsandbytes' kernels for GPUs without Triton; importing this imports bitsandbytes.
+"""Kernels for GPUs without Triton: bitsandbytes for products with nf4 weights, `kernels.reference` for everything else.
 
-Signatures and meaning are those of `kernels.reference`, which does all but products with nf4 weights. bitsandbytes has
-an order of its own for the same codes, so a matrix is rearranged for each product, and nothing of that is kept. While a
-product runs it takes its weight's bytes twice more, and of many tokens a dequantised copy.
+Importing this module imports bitsandbytes. The functions are those of `kernels.reference`. bitsandbytes stores the same
+nf4 codes in another order, so a matrix is rearranged for each product and the copy is discarded. A product therefore
+needs memory for two more copies of its weight, and with many tokens for a dequantised one too.
 """
 
 from functools import cache, partial
@@ -54,13 +54,14 @@ def _levels(device: torch.device) -> Tensor:
 
 
 def rearranged(weight: Matrix, dtype: torch.dtype) -> tuple[Tensor, QuantState]:
-    """An nf4 matrix [R, C] as bitsandbytes has one of [R, 64·B]: bytes uint8 [R·32·B, 1] and their description.
+    """Rearrange an nf4 matrix [R, C] into bitsandbytes' layout of [R, 64·B]: uint8 [R·32·B, 1] and its QuantState.
 
-    Row-major, the earlier of two columns in the high nibble; columns past C are padding. `dtype` is that of products.
+    That layout is row-major, with the first of two columns in the high nibble; columns past C are padding. `dtype` is
+    the type of the activations.
     """
     assert weight.scales is not None
     groups, blocks = weight.codes.shape[:2]
-    even, odd = weight.codes[..., ::2], weight.codes[..., 1::2]  # columns 0, 2 of an octet in low nibbles, 4, 6 in high
+    even, odd = weight.codes[..., ::2], weight.codes[..., 1::2]  # columns 0, 2 in low nibbles, 4, 6 in high
     octets = torch.cat(((even << 4) | (odd & 0x0F), (even & 0xF0) | (odd >> 4)), dim=4)  # [G, B, 8o, 8r, 4]
     words = octets.view(torch.int32)[..., 0].permute(0, 3, 1, 2).contiguous()  # [G, 8r, B, 8o]
     codes = words.view(torch.uint8).view(groups * ROWS, -1)[: weight.rows]

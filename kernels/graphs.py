@@ -1,7 +1,7 @@
-"""A decode step on GPUs captured in CUDA graphs, so that one call launches what took hundreds.
+"""CUDA graph capture of a decode step on GPUs, so that a few graph launches replace hundreds of kernel launches.
 
-Some of a step has to happen in Python, because it needs numbers from the device or moves experts. It stands between
-graphs (a piecewise graph): whoever does it is given the capture and leaves it a function to call in its place.
+Some work of a step must run in Python, because it waits for values from the GPU or moves experts. It runs between
+graphs (a piecewise graph): code with such work receives the capture and registers a function that each replay calls.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,13 @@ from torch import Tensor
 
 
 class PiecewiseGraph:
-    """One step as CUDA graphs and the work for Python between them, in order.
+    """One step as a list of CUDA graphs and of Python functions between them, in order.
 
-    Tensors that a step makes lie in the graphs' own memory pool; a replay reads and writes the tensors of the capture.
+    Tensors that a step creates are allocated in the graphs' own memory pool. A replay reads and writes the tensors of
+    the captured run.
 
     Attributes:
-        fully_captured: whether a replay is launched without waiting for the device: no work stands between graphs.
+        fully_captured: whether no Python work runs between graphs, so that a replay never waits for the device.
     """
 
     def __init__(self) -> None:
@@ -29,9 +30,9 @@ class PiecewiseGraph:
         self.fully_captured = True
 
     def capture(self, step: Callable[[], Tensor]) -> Tensor:
-        """Capture what `step` launches on the current device; returns its result, which each replay fills.
+        """Capture the kernels that `step` launches on the current device; each replay overwrites the returned tensor.
 
-        All kernels must have run before, so that nothing is compiled or tuned.
+        All kernels must have run before, since a capture can neither compile nor tune them.
         """
         torch.cuda.synchronize()
         before = torch.cuda.current_stream()
@@ -40,7 +41,7 @@ class PiecewiseGraph:
             result = step()
             self._end_graph()
         except BaseException:
-            with suppress(RuntimeError):  # what was captured is of no use, but nothing works before it has ended
+            with suppress(RuntimeError):  # the graph is useless, but CUDA refuses other work until the capture ends
                 self._end_graph()
             raise
         finally:
@@ -48,14 +49,14 @@ class PiecewiseGraph:
         return result
 
     def call_between(self, work: Callable[[], object]) -> None:
-        """Have every replay call `work` here, after all that was captured so far and before the rest is launched."""
+        """Call `work` at this point of every replay: after launching what is captured so far, before the rest."""
         self.fully_captured = False
         self._end_graph()
         self._parts.append(work)
         self._begin_graph()
 
     def copy_to(self, x: Tensor, device: torch.device) -> Tensor:
-        """x on another device, on which what follows is captured."""
+        """Copy x to another device in every replay; what follows is captured on that device."""
         self._end_graph()
         target = torch.empty(x.shape, dtype=x.dtype, device=device)
         self._parts.append(lambda: target.copy_(x))
@@ -64,7 +65,7 @@ class PiecewiseGraph:
         return target
 
     def replay(self) -> None:
-        """Launch the step again on the current streams."""
+        """Run the step again: launch its graphs on the current streams and call the functions between them."""
         for part in self._parts:
             part()
 
@@ -85,7 +86,7 @@ class PiecewiseGraph:
 
 
 def to_device(x: Tensor, device: torch.device, capture: PiecewiseGraph | None) -> Tensor:
-    """x on a device, also while a step is captured; a copy from RAM does not wait for the device's earlier work."""
+    """Copy x to a device, also during capture; a copy from RAM does not wait for earlier work of the device."""
     if x.device == device:
         return x
     if capture:

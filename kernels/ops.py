@@ -1,7 +1,7 @@
-"""The one place that chooses an implementation of each kernel; the model calls these and nothing below.
+"""Kernel dispatch: the model calls these functions, and only they choose an implementation.
 
-On a GPU that is Triton, without it bitsandbytes, on the CPU the native library where it was compiled and knows the
-format, else the torch reference.
+On a GPU that is Triton, else bitsandbytes if it is installed; on the CPU the native library, if it is compiled and
+supports the weight format; otherwise the PyTorch reference. $DSV2_KERNELS overrides the choice.
 """
 
 import os
@@ -61,36 +61,38 @@ def variant() -> str:
 
 
 def slow_notice() -> str | None:
-    """One line on how to get the native kernels, where they are missing unasked."""
+    """A line of advice if the native CPU kernels are missing and were not turned off; else None."""
     if cpu.libraries() or cpu.kernels():
         return None
     return (
-        "the native CPU kernels were not compiled, so plain torch computes, 50 times slower; install a C++ compiler "
-        "(Debian: apt install g++) and this package again"
+        "the native CPU kernels are not compiled, so plain PyTorch computes, about 50 times slower; install a C++ "
+        "compiler (Debian and Ubuntu: apt install g++), then reinstall dsv2-local"
     )
 
 
-def gpu_notice(where: torch.device) -> str | None:
-    """One line on what computes on this device, where that is a GPU and Triton is missing."""
-    if where.type != "cuda" or _installed() == cpu.TRITON:
+def gpu_notice(device: torch.device) -> str | None:
+    """A line on the slower kernels in use if the device is a GPU and Triton is not installed; else None."""
+    if device.type != "cuda" or _installed() == cpu.TRITON:
         return None
     if _installed() == cpu.BITSANDBYTES:
         return (
-            "Triton is not installed, so bitsandbytes' 4-bit kernels and plain torch compute on the GPU, slower; "
-            "pip install 'triton>=3.5'"
+            "Triton is not installed, so bitsandbytes' 4-bit kernels and plain PyTorch compute on the GPU, which is "
+            "slower; pip install 'triton>=3.5'"
         )
     return (
-        "Triton is not installed, so plain torch computes on the GPU, far slower; pip install 'triton>=3.5', or "
-        "bitsandbytes where there is no Triton"
+        "Triton is not installed, so plain PyTorch computes on the GPU, which is far slower; "
+        "pip install 'triton>=3.5', or bitsandbytes if there is no Triton for this system"
     )
 
 
 def set_threads(requested: int | None, format: Format) -> Threads:
-    """Compute with this many threads; None: one a physical core that this process may use. Call it before loading.
+    """Set the number of CPU threads; None: one per physical core that this process may use. Call it before loading.
 
-    Memory is spread over the NUMA nodes of the threads' cores.
-    Where the native kernels do the work of weights in `format`, torch is left with one thread: two pools on the same
-    cores would wait for each other.
+    Memory is interleaved over the NUMA nodes of these cores. If the native kernels support weights in `format`, torch
+    gets a single thread, since two thread pools on the same cores would slow each other down.
+
+    Returns:
+        The threads, with the cores that they are pinned to.
     """
     threads = choose_threads(requested)
     spread_memory(threads.cpus or os.sched_getaffinity(0))
@@ -101,37 +103,38 @@ def set_threads(requested: int | None, format: Format) -> Threads:
     return threads
 
 
-def use(where: torch.device) -> None:
-    """Launch what follows on this device."""
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
+def use(device: torch.device) -> None:
+    """Make a GPU the current device, on which kernels are launched; does nothing for the CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
-def capturable(where: torch.device) -> bool:
-    """Whether steps on this device can be captured in graphs: all but Triton's kernels ask the device for numbers."""
-    return where.type == "cuda" and _on_gpus() == cpu.TRITON
+def capturable(device: torch.device) -> bool:
+    """Whether steps on this device can be captured in CUDA graphs: only Triton's kernels never wait for the device."""
+    return device.type == "cuda" and _on_gpus() == cpu.TRITON
 
 
-def cache_dtype(kv_b: Format, dtype: torch.dtype, asked: CacheDtype, where: torch.device = RAM) -> CacheDtype:
-    """How latents will be kept: as asked, but where the torch reference computes in fp32 it keeps fp32 for bf16.
+def cache_dtype(kv_b: Format, dtype: torch.dtype, requested: CacheDtype, device: torch.device = RAM) -> CacheDtype:
+    """The type of the KV cache: as requested, but fp32 instead of bf16 if the reference computes attention in fp32.
 
-    The native kernels compute in RAM, where they know the format of both halves of kv_b.
+    `kv_b` is the weight format of the kv_b projection and `dtype` the type of activations. On the CPU the native kernels
+    compute attention if they support that format.
     """
-    native = where == RAM and cpu.kernels() and kv_b in cpu.FORMATS
-    return CacheDtype.FP32 if asked is CacheDtype.BF16 and not native and dtype == torch.float32 else asked
+    native = device == RAM and cpu.kernels() and kv_b in cpu.FORMATS
+    return CacheDtype.FP32 if requested is CacheDtype.BF16 and not native and dtype == torch.float32 else requested
 
 
 def recording() -> Recording | None:
-    """What can note a step's calls of kernels and make them again, where there are native ones."""
+    """A new recording for a step's kernel calls, or None if there are no native kernels."""
     native = cpu.kernels()
     return native.recording() if native else None
 
 
 def _kernels(x: Tensor, format: Format | None = None) -> cpu.Kernels:
-    """Who computes on x with weights of this format (None: with none), or a module that has the same functions.
+    """The implementation for x and weights in this format (None: a kernel without weights).
 
-    On a GPU the module that `_on_gpus` names; in RAM `kernels.cpu`, where it was compiled and knows the format; else
-    `reference`, or what $DSV2_KERNELS names.
+    It is a `cpu.Kernels` or a module with the same functions. On a GPU: what `_on_gpus` names. In RAM: the native kernels,
+    if they are compiled and support the format; else `reference`, or what $DSV2_KERNELS names.
     """
     if not x.is_cpu:
         return _module(_on_gpus())
@@ -142,19 +145,19 @@ def _kernels(x: Tensor, format: Format | None = None) -> cpu.Kernels:
 
 
 def _on_gpus() -> str:
-    """The name of the kernels for GPUs; bitsandbytes' can be asked for, since Triton mostly comes with torch."""
+    """The name of the kernels for GPUs. $DSV2_KERNELS can choose bitsandbytes', since torch mostly brings Triton."""
     return cpu.BITSANDBYTES if cpu.asked() == cpu.BITSANDBYTES else _installed()
 
 
 @cache
 def _installed() -> str:
-    """The best kernels for GPUs that are installed."""
+    """The name of the best installed kernels for GPUs."""
     return next((name for name in (cpu.TRITON, cpu.BITSANDBYTES) if find_spec(name)), cpu.REFERENCE)
 
 
 @cache
 def _module(name: str) -> cpu.Kernels:
-    """The module of these kernels, imported when there is need of it."""
+    """The module of these kernels, imported on first use."""
     return cast(cpu.Kernels, import_module(_MODULES[name]))
 
 
@@ -199,46 +202,46 @@ def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
 
 
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Choose the experts; see `reference.route`."""
+    """Choose the experts of each token; see `reference.route`."""
     return _kernels(x).route(x, gate, config)
 
 
 def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
-    """The routed half of a mixture; see `reference.experts`."""
+    """The weighted sum of the routed experts; see `reference.experts`."""
     return _kernels(x, layout.format).experts(x, records, layout, ids, weights)
 
 
 def expert_outputs(
     x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
 ) -> None:
-    """What single experts make of single tokens; see `reference.expert_outputs`."""
+    """The outputs of token-expert pairs; see `reference.expert_outputs`."""
     _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out)
 
 
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
-    """Add up experts' outputs; see `reference.combine`."""
+    """Add up the outputs of experts with their weights; see `reference.combine`."""
     _kernels(y).combine(outputs, rows, ids, weights, y)
 
 
 def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + other, and its norm; see `reference.add_rms_norm`."""
+    """x + other, and the RMSNorm of that; see `reference.add_rms_norm`."""
     return _kernels(x).add_rms_norm(x, other, weight, eps)
 
 
 def top_candidates(logits: Tensor, limits: Tensor) -> Tensor:
-    """The likeliest tokens of distributions on a GPU; see `reference.top_candidates`."""
+    """The top candidates of each distribution, for sampling; see `reference.top_candidates`."""
     return _kernels(logits).top_candidates(logits, limits)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, of one shape."""
+    """a + b for tensors of the same shape."""
     return _kernels(a).add(a, b)
 
 
 def write_latents(
     latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
-    """Fill the next rows of a sequence in a layer's cache; see `reference.write_latents`."""
+    """Append rows to a sequence in a layer's KV cache; see `reference.write_latents`."""
     chosen = _kernels(kv_a)
     if latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
@@ -248,16 +251,16 @@ def write_latents(
 def attention(
     q: Tensor, rotation: Tensor, latents: Tensor, block_table: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
-    """Latent attention in the form that takes fewer operations; see `reference.attention`.
+    """Latent attention, in the form that takes fewer multiplications; see `reference.attention`.
 
-    Per head and cached position, absorbed attention does T·(2C + P) multiplications; the materialised form
-    T·(N + P + V) and C·(N + V) once to rebuild key and value.
+    Per head and cached position, the absorbed form takes T·(2C + P) of them, the materialised form T·(N + P + V), plus
+    C·(N + V) to rebuild the key and the value.
     """
     T, N, C, V = len(q), w_uk.cols, w_uv.cols, w_uv.rows // q.shape[1]
     P = q.shape[2] - N
     absorb = T * (2 * C + P) <= T * (N + P + V) + C * (N + V)
     chosen = _kernels(q, w_uk.format)
-    # The products of one head take whole groups of 8 rows.
+    # The native and Triton kernels divide the matrices among heads in whole groups of 8 rows.
     if C % 8 or V % 8 or latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
     return chosen.attention(q, rotation, latents, block_table, w_uk, w_uv, scale, absorb)

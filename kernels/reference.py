@@ -1,9 +1,11 @@
-"""The kernels in plain torch: the meaning of every other implementation, and the way that works everywhere.
+"""The kernels in plain PyTorch: the reference that defines what every implementation computes; runs on any device.
 
-Shapes: `T` tokens (queries), `S` tokens in the cache, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim,
+Shapes: `T` tokens (queries), `S` positions in the cache, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim,
 `V` v_head_dim, `C` kv_lora_rank, `D` hidden_size, `E` experts, `K` experts per token, `R` rows, `B` blocks.
-Activations are float32 or bfloat16 (never float16: DeepSeek-V2 overflows it); products keep the type of `x`.
-What is made of products with weights takes another `linear` than the one here (`kernels.bnb`).
+In `linear`, `C` is the number of columns.
+
+Activations are float32 or bfloat16 (never float16, in which DeepSeek-V2 overflows); products keep the type of `x`.
+Functions with a `linear` parameter use it for products with weights, so that `kernels.bnb` can replace that alone.
 """
 
 from collections.abc import Callable
@@ -17,8 +19,8 @@ from dsv2_local.kernels.format import BLOCK, MAX_CANDIDATES, ROWS, ExpertLayout,
 from dsv2_local.kernels.latents import read_rows, write_rows
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, unpack_int8, unpack_nf4
 
-CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of a cache's rows that `attention` reads
-# Scores or materialised keys of one group of heads in prefill, in numbers; heads are taken in groups below this.
+CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of a KV cache that `attention` reads
+# Materialised attention computes as many heads at a time as keep scores, or keys and values, below this many numbers.
 ATTENTION_WORKSPACE = 1 << 25
 
 Linear = Callable[[Tensor, Matrix], Tensor]
@@ -27,7 +29,7 @@ _LEVELS = torch.tensor(NF4_LEVELS)
 
 
 def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix [R, C] in plain numbers: level × scale in fp32, then rounded to `dtype`."""
+    """Convert a stored matrix to plain numbers [R, C]: level × scale in fp32, then rounded to `dtype`."""
     if matrix.scales is None:
         return matrix.codes.to(dtype)
     groups, blocks = matrix.codes.shape[:2]
@@ -55,12 +57,12 @@ def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32."""
+    """RMSNorm over the last dimension, x / sqrt(mean(x²) + eps) · weight: in fp32, returned in the type of x."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the pairs of x [T, …, P] by rotation [T, P/2]; computed in fp32, returned in the type of x."""
+    """Rotate adjacent pairs of x [T, …, P] by complex numbers [T, P/2]: in fp32, returned in the type of x."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     rotation = rotation.view(len(x), *(1,) * (x.dim() - 2), -1)
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
@@ -74,11 +76,11 @@ def swiglu(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, linear: Linear = l
 def experts(
     x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor, linear: Linear = linear
 ) -> Tensor:
-    """The routed half of a mixture: Σₖ weights[t, k] · expert[ids[t, k]](x[t]).
+    """The routed experts of a mixture-of-experts layer: Σₖ weights[t, k] · expert[ids[t, k]](x[t]).
 
     Args:
         x: [T, D].
-        records: uint8 [E, layout.nbytes], one record an expert.
+        records: uint8 [E, layout.nbytes], one record per expert.
         ids: int64 [T, K]; weights: float32 [T, K].
 
     Returns:
@@ -101,13 +103,14 @@ def expert_outputs(
     out: Tensor,
     linear: Linear = linear,
 ) -> None:
-    """What single experts make of single tokens: out[i] = expert in records[slots[i]] of x[tokens[i]].
+    """The outputs of n token-expert pairs: out[i] = the expert in records[slots[i]], applied to x[tokens[i]].
 
     Args:
         x: [T, D].
-        records: uint8 [S, layout.nbytes], one record a slot.
-        tokens, slots: int64 [n]. Not in the native kernels: of a slot below 0 nothing is computed.
-        out: fp32 [n, D], to be filled.
+        records: uint8 [slots, layout.nbytes], one record per slot.
+        tokens, slots: int64 [n]. Pairs with a negative slot are skipped, except in the native kernels, which do not
+            accept them.
+        out: fp32 [n, D], written to.
     """
     for slot in torch.unique(slots[slots >= 0]).tolist():
         (pairs,) = (slots == slot).nonzero(as_tuple=True)
@@ -115,15 +118,15 @@ def expert_outputs(
 
 
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
-    """Add up experts' outputs: y[t] += weights[t, k] · outputs[rows[t, k]] for every k, by ascending ids[t, k].
+    """Add up the outputs of experts: y[t] += weights[t, k] · outputs[rows[t, k]] for all k, in ascending ids[t, k].
 
-    The order of additions is that of the experts' numbers, however outputs were shared among devices and calls, so that
-    several calls, each for experts after those of the one before, give what one gives, to the last bit.
+    The terms are added in the order of the experts' ids, whichever device computed them. So the sum can be split into
+    several calls, each with higher ids than the one before, and has the same bits as a single call.
 
     Args:
         outputs: fp32 [n, D].
-        rows: int64 [T, K]; one below 0 is left out. ids: int64 [T, K]; weights: float32 [T, K].
-        y: fp32 [T, D].
+        rows: int64 [T, K]; negative rows are skipped. ids: int64 [T, K]; weights: float32 [T, K].
+        y: fp32 [T, D], updated in place.
     """
     order = ids.argsort(dim=1, stable=True)
     for row, weight in zip(rows.gather(1, order).T, weights.gather(1, order).T, strict=True):
@@ -134,14 +137,15 @@ def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tens
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Choose the experts of x [T, D] by gate (fp32 [E, D]) -> ids int64 [T, K], weights fp32 [T, K].
 
-    Scores are a softmax over all experts. group_limited_greedy keeps the groups with the best single expert; the other
-    scores count as 0. With norm_topk_prob the weights are normalised *instead of* multiplied by routed_scaling_factor.
+    Scores are a softmax over all experts. group_limited_greedy selects the topk_group groups with the best single
+    experts; the scores of experts in other groups count as 0 (arXiv 2405.04434, section 2.2.2). With norm_topk_prob the
+    weights are normalised *instead of* multiplied by routed_scaling_factor.
     """
     scores = torch.softmax(x.float() @ gate.T, dim=1)  # [T, E]
     if config.topk_method == "group_limited_greedy":
         groups = scores.view(len(scores), config.n_group, -1)  # [T, G, E/G]
-        kept = groups.amax(2).topk(config.topk_group, dim=1).indices
-        outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, kept, False)
+        selected = groups.amax(2).topk(config.topk_group, dim=1).indices
+        outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, selected, False)
         scores = groups.masked_fill(outside[..., None], 0.0).flatten(1)
     weights, ids = scores.topk(config.num_experts_per_tok, dim=1)
     if config.norm_topk_prob and config.num_experts_per_tok > 1:
@@ -150,32 +154,34 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
 
 
 def top_candidates(logits: Tensor, limits: Tensor) -> Tensor:
-    """What sampling needs to know of distributions, a few kilobytes of each.
+    """Reduce each distribution to what sampling needs: its top candidates and the sum of all exponentials.
 
     Args:
-        logits: fp32 [T, V].
-        limits: fp32 [2]: one over the temperature, and how far below the largest a logit may lie to be told.
+        logits: fp32 [T, V], here V is the size of the vocabulary.
+        limits: fp32 [2]: 1 / temperature, and the margin: candidates are the tokens whose logits are at most this far
+            below the largest.
 
     Returns:
-        int32 [T, 3 + 2 * MAX_CANDIDATES]: how many tokens lie within the limit; the bits of the largest logit and of
-        Σ exp((logit - largest) / temperature) over all tokens; token ids, and the bits of their logits. Tokens are in
-        any order. Of more than MAX_CANDIDATES, any are told; if a logit is NaN, their number may be 0.
+        int32 [T, 3 + 2 * MAX_CANDIDATES], per row: the number of candidates; the bits of two fp32 numbers, the largest
+        logit and Σ exp((logit - largest) / temperature) over all tokens; the token ids of the candidates; the bits of
+        their logits. Candidates are in no particular order. If there are more than MAX_CANDIDATES, an arbitrary subset
+        is returned. If a logit is NaN, the number of candidates may be 0.
     """
     inverse_temperature, margin = limits
     out = torch.zeros(len(logits), 3 + 2 * MAX_CANDIDATES, dtype=torch.int32, device=logits.device)
-    for row, told in zip(logits, out, strict=True):
+    for row, packed in zip(logits, out, strict=True):
         largest = row.max()
         (ids,) = (row >= largest - margin).nonzero(as_tuple=True)
         mass = ((row - largest) * inverse_temperature).exp().sum()
-        told[0], told[1:3] = len(ids), torch.stack((largest, mass)).view(torch.int32)
+        packed[0], packed[1:3] = len(ids), torch.stack((largest, mass)).view(torch.int32)
         ids = ids[:MAX_CANDIDATES]
-        told[3 : 3 + len(ids)] = ids
-        told[3 + MAX_CANDIDATES : 3 + MAX_CANDIDATES + len(ids)] = row[ids].view(torch.int32)
+        packed[3 : 3 + len(ids)] = ids
+        packed[3 + MAX_CANDIDATES : 3 + MAX_CANDIDATES + len(ids)] = row[ids].view(torch.int32)
     return out
 
 
 def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + other [T, D], and the norm of that by weight [D]."""
+    """x + other [T, D], and the RMSNorm of that with weight [D]."""
     total = x + other
     return total, rms_norm(total, weight, eps)
 
@@ -188,14 +194,15 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 def write_latents(
     latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
-    """Fill the next rows of a sequence in a layer's cache (both as in `attention`) from kv_a [T, C + P].
+    """Append the rows of T tokens to a sequence in a layer's KV cache, computed from kv_a [T, C + P].
 
-    The latent is normed by weight [C], the rope key rotated. The sequence's length and pages are read from memory, so
-    that a recorded step can be replayed at the next position.
+    The latent is normalised with weight [C], the rope key rotated; `latents`, `block_table` and `rotation` are as in
+    `attention`. Length and block numbers are read from the block table at run time, so that a recorded or captured step
+    can be replayed at the next position.
     """
     C = len(weight)
-    made = torch.cat((rms_norm(kv_a[:, :C], weight, eps), rotate(kv_a[:, C:], rotation)), 1)
-    write_rows(latents, block_table, made, C)
+    rows = torch.cat((rms_norm(kv_a[:, :C], weight, eps), rotate(kv_a[:, C:], rotation)), 1)
+    write_rows(latents, block_table, rows, C)
 
 
 def attention(
@@ -208,34 +215,34 @@ def attention(
     scale: float,
     absorb: bool,
 ) -> Tensor:
-    """Causal latent attention, in either of its forms.
+    """Causal multi-head latent attention, in either of its two forms.
 
     Args:
-        q: [T, H, N + P], not yet rotated; rotation: complex64 [T, P/2].
-        latents: a layer's cache, blocks of normed latents and rotated rope keys: [blocks, CACHE_BLOCK, C + P] or 8-bit
+        q: [T, H, N + P], the rope part not yet rotated; rotation: complex64 [T, P/2].
+        latents: a layer's KV cache, normalised latents and rotated rope keys: [blocks, CACHE_BLOCK, C + P], or 8-bit
             rows (`kernels.latents`).
-        block_table: int64 [1 + …], the number of positions before the queries', S - T, and the block numbers of all S.
+        block_table: int64 [1 + n]: S - T, the number of positions before the queries; then the block numbers of all S.
         w_uk: [H·C, N]; w_uv: [H·V, C].
-        scale: multiplies the scores; from N + P, whatever the form.
-        absorb: work in the latent space (the least work for few queries), or rebuild keys and values (for many).
+        scale: multiplies the scores.
+        absorb: whether to compute in latent space (cheaper for few queries) or from rebuilt keys and values (for many).
 
     Returns:
         [T, H·V].
     """
     P = 2 * rotation.shape[1]
-    seen = read_rows(latents, block_table, int(block_table[0]) + len(q), w_uv.cols, q.dtype)
+    rows = read_rows(latents, block_table, int(block_table[0]) + len(q), w_uv.cols, q.dtype)
     q_nope, q_rope = torch.split(q, [q.shape[2] - P, P], dim=2)
     form = absorbed_attention if absorb else materialized_attention
-    return form(q_nope, rotate(q_rope, rotation), seen, w_uk, w_uv, scale)
+    return form(q_nope, rotate(q_rope, rotation), rows, w_uk, w_uv, scale)
 
 
 def absorbed_attention(
     q_nope: Tensor, q_rope: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
-    """Attention in the latent space: the least work for few queries.
+    """Attention in latent space, which takes the fewest operations for few queries.
 
     q̃ = W_UKᵀ·q_nope; score = q̃·ĉ + q_rope·k_rope; out = W_UV·Σ p·ĉ (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-    q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H·V]; the rest as in `attention`.
+    q_nope [T, H, N], rotated q_rope [T, H, P], latents [S, C + P] -> [T, H·V]; the rest as in `attention`.
     """
     T, H, N = q_nope.shape
     C = latents.shape[1] - q_rope.shape[2]
@@ -250,9 +257,9 @@ def absorbed_attention(
 def materialized_attention(
     q_nope: Tensor, q_rope: Tensor, latents: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
-    """The same as `absorbed_attention` over keys and values rebuilt from the latents: the least work for many queries.
+    """The same result as `absorbed_attention`, from keys and values rebuilt from the latents; faster for many queries.
 
-    Heads are taken in groups, so that memory stays bounded whatever T, S and H.
+    Heads are computed in groups, so that memory stays bounded for any T, S and H.
     """
     T, H, N = q_nope.shape
     S = len(latents)
@@ -271,7 +278,7 @@ def materialized_attention(
 
 
 def _causal_softmax(scores: Tensor) -> Tensor:
-    """Softmax in fp32 over scores [H, T, S] of the last T of S positions, each blind to what comes after it."""
+    """Softmax in fp32 over scores [H, T, S]; the queries are the last T of S positions and see none after their own."""
     T, S = scores.shape[1:]
     if T > 1:
         hidden = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu_(S - T + 1)

@@ -1,44 +1,45 @@
-"""How the experts of a step that have no slot are shared between the link and the CPU. Pure, no torch.
+"""How the missing experts of a step are split between PCIe copies and the CPU. Pure, no torch.
 
-Over the link an expert takes the same time for any number of tokens; the CPU reads it once, and then works for each
-token. So the experts with the most tokens are fetched, and as many of them as let both sides end together.
+Copying an expert takes the same time however many tokens use it; the CPU reads it once and then computes for each
+token. So the experts with the most tokens are copied, as many as let both sides finish at the same time.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Streamed layers are copied while others compute, which the time of their copies does not show.
+# A streamed layer is copied while the layer before it computes, a gain that the time of the copies does not show.
 OVERLAP_GAIN = 1.1
-# Observed times are averaged over about this many; costs that are off by more than `TOLERANCE` give way to them.
+# Measured times are averaged over about this many samples; costs that are off by more than `TOLERANCE` are corrected.
 MEMORY, TOLERANCE = 32, 0.25
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, measured while link and CPU both work."""
+    """Seconds for one expert, measured while the PCIe link and the CPU are both busy."""
 
     fetch: float
-    """Of an expert over the link."""
+    """To copy the expert over the PCIe link."""
     read: float
-    """Of an expert on the CPU, for one token."""
+    """To compute the expert on the CPU for one token."""
     token: float
-    """Of each further token that the CPU's expert works for."""
+    """To compute it for each further token."""
 
     def host(self, tokens: float) -> float:
-        """Of an expert on the CPU."""
+        """Seconds to compute the expert on the CPU for this many tokens."""
         return self.read + (tokens - 1) * self.token
 
 
 def divide(counts: Sequence[int], costs: Costs) -> int:
-    """How many experts to fetch, the first ones; the CPU takes the rest.
+    """How many of the missing experts to copy, from the front of the list; the CPU computes the rest.
 
-    `counts` are their tokens, the most first. Of divisions that are equally fast it is the one that fetches least.
+    `counts` are the tokens of each expert, in descending order. Among equally fast splits, the one with the fewest
+    copies is chosen.
     """
-    rest = sum(map(costs.host, counts))
-    best, fetched = rest, 0
+    host_seconds = sum(map(costs.host, counts))
+    best, fetched = host_seconds, 0
     for number, count in enumerate(counts, 1):
-        rest -= costs.host(count)
-        longer = max(number * costs.fetch, rest)
+        host_seconds -= costs.host(count)
+        longer = max(number * costs.fetch, host_seconds)
         if longer < best:
             best, fetched = longer, number
     return fetched
@@ -47,17 +48,19 @@ def divide(counts: Sequence[int], costs: Costs) -> int:
 def streaming_pays(
     tokens: int, experts: int, per_token: int, resident: float, costs: Costs, *, shared: bool = True
 ) -> bool:
-    """Whether a layer is sooner through when all of its experts come over the link, without waiting to be chosen.
+    """Whether copying all experts of a layer ahead of time beats waiting for the router and copying what it chose.
 
     Args:
-        tokens: of the step.
-        experts: of the layer; each token takes `per_token` of them.
-        resident: the share of them that have slots.
-        costs: of this machine.
-        shared: whether the CPU computes some of those that the step chose, or all are fetched.
+        tokens: tokens of the step.
+        experts: routed experts of the layer.
+        per_token: routed experts that each token uses.
+        resident: fraction of the layer's experts that have a slot.
+        costs: seconds for one expert on this machine.
+        shared: whether the missing experts are split with the CPU; False if all of them are copied.
     """
-    if tokens == 1:  # whose few experts come sooner alone than with the rest of the layer
+    if tokens == 1:  # its few experts arrive sooner than the whole layer
         return False
+    # Distinct experts that the step is expected to choose if routing is even.
     chosen = experts * (1 - (1 - per_token / experts) ** tokens)
     missed = round(chosen * (1 - resident))
     count = max(1, round(tokens * per_token / chosen))
@@ -67,10 +70,10 @@ def streaming_pays(
 
 
 class Watch:
-    """Compares what something takes with what it was said to take.
+    """Compares measured times with the expected ones.
 
     Attributes:
-        ratio: observed over expected, averaged; 1 until something was observed.
+        ratio: measured over expected time, averaged; 1 before the first sample.
     """
 
     def __init__(self) -> None:
@@ -78,12 +81,15 @@ class Watch:
         self._count = 0
 
     def observe(self, expected: float, seconds: float) -> None:
-        """Take in one observation; the average's memory is short at first."""
+        """Add a sample to the average: a plain one for the first `MEMORY` samples, then an exponential one."""
         self._count += 1
         self.ratio += (seconds / expected - self.ratio) / min(self._count, MEMORY)
 
     def correction(self) -> float | None:
-        """What to multiply the expectation by where it is off by more than a quarter; then it begins anew."""
+        """The factor to multiply the expected time by if it is off by more than `TOLERANCE`, else None.
+
+        Returning a factor starts a new average.
+        """
         if self._count < MEMORY or 1 / (1 + TOLERANCE) <= self.ratio <= 1 + TOLERANCE:
             return None
         ratio = self.ratio

@@ -1,4 +1,4 @@
-"""A CUDA device for the offload engine: a stream for copies beside the one that the model computes on."""
+"""A CUDA device for the offload engine: a stream for copies beside the stream that the model computes on."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -13,7 +13,7 @@ REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
 
 class CudaEvent:
-    """The start and the end of something on a stream."""
+    """The start and the end of an operation on a stream."""
 
     def __init__(self) -> None:
         self.start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -65,13 +65,13 @@ class CudaDevice:
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
 
-        return self._on(self._copies, transfer, after)
+        return self._queue(self._copies, transfer, after)
 
     def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
-        return self._on(torch.cuda.current_stream(self.torch_device), work, after)
+        return self._queue(torch.cuda.current_stream(self.torch_device), work, after)
 
     def join(self, event: Event) -> None:
-        """Nothing: the model computes on the stream that the work was given to."""
+        """Do nothing: the model computes on the stream that the work was queued on."""
 
     def synchronize(self) -> None:
         with typed_errors():
@@ -80,7 +80,7 @@ class CudaDevice:
     def close(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
-    def _on(self, stream: torch.cuda.Stream, work: Callable[[], object], after: Sequence[Event]) -> Event:
+    def _queue(self, stream: torch.cuda.Stream, work: Callable[[], object], after: Sequence[Event]) -> Event:
         event = CudaEvent()
         with typed_errors(), torch.cuda.stream(stream):
             for earlier in after:

@@ -1,7 +1,8 @@
-"""What the offload engine asks of a GPU: memory, a link to copy over, and a queue of work.
+"""The interface between the offload engine and a GPU: memory, copies over the PCIe link, and a queue of work.
 
-Copies and work run on their own, each kind in the order given and beside the other; events say when something is done.
-`offload/cuda.py` is the GPU itself, `offload/stand_in.py` runs the same schedule without one.
+Copies and work run asynchronously: each kind in the order in which it was queued, and the two kinds beside each other.
+Events say when an operation is done. `cuda_device.py` is a real GPU; `simulated_device.py` runs the same schedule
+without one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,34 +16,34 @@ from dsv2_local.errors import DeviceError
 
 
 class Event(Protocol):
-    """A copy or a piece of work that was given to a device."""
+    """A copy or a piece of work that was queued on a device."""
 
     def wait(self) -> None:
-        """Return when it is done.
+        """Wait until the operation is done.
 
         Raises:
-            DeviceError: it failed, or something that it waited for did.
+            DeviceError: the operation failed, or one that it waited for did.
         """
         ...
 
     @property
     def done(self) -> bool:
-        """Whether it is done, and well; asking does not wait."""
+        """Whether the operation has finished without an error; does not wait."""
         ...
 
     @property
     def seconds(self) -> float:
-        """What it took from its start to its end, waiting for others left out; only to be asked once it is done."""
+        """Duration of the operation itself, without waiting for others; valid once it is done."""
         ...
 
 
 class Device(Protocol):
-    """A device with its memory, link and queue; all methods are called by one thread.
+    """A device with its memory, its PCIe link and its queue of work; all methods are called by one thread.
 
     Attributes:
-        name: what messages call it, "GPU 0".
-        kind: the model of the card, so that measured rates are kept for it.
-        torch_device: where its tensors lie.
+        name: its name in messages, such as "GPU 0".
+        kind: model of the card, under which measured rates are stored.
+        torch_device: the torch device of its tensors.
     """
 
     name: str
@@ -51,23 +52,23 @@ class Device(Protocol):
 
     @property
     def free(self) -> int:
-        """Bytes that `allocate` could still give."""
+        """Bytes that `allocate` can still provide."""
         ...
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Memory of the device: uint8 [nbytes], with any contents.
+        """Allocate device memory: uint8 [nbytes], uninitialised.
 
         Raises:
-            DeviceMemoryError: there is not so much.
+            DeviceMemoryError: less memory than that is free.
         """
         ...
 
     def page_locked(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A little RAM that copies from and to the device need not wait for."""
+        """Allocate a small tensor in page-locked RAM, which the device can copy to and from asynchronously."""
         ...
 
     def lock(self, memory: Tensor) -> bool:
-        """Page-lock RAM, so that copies from it run at the link's full speed; whether the system allowed it."""
+        """Page-lock existing RAM, so that copies from it run at full PCIe speed; False if the system refuses."""
         ...
 
     def unlock(self, memory: Tensor) -> None:
@@ -75,36 +76,36 @@ class Device(Protocol):
         ...
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Sequence[Event] = ()) -> Event:
-        """Copy from RAM to the device's memory over the link, one after the other, once the events are done.
+        """Queue copies from RAM to device memory, one after the other, to start once the events in `after` are done.
 
-        None of the tensors may be touched until the event, of all these copies, is done.
+        None of the tensors may be touched until the returned event, which covers all of these copies, is done.
         """
         ...
 
     def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
-        """Run `work`, which computes on the device's tensors, once the events and all work before it are done."""
+        """Queue `work`, which computes on device tensors, to run after the events in `after` and all earlier work."""
         ...
 
     def join(self, event: Event) -> None:
-        """From here on the caller may use what the work of `event` wrote.
+        """Make the results of the work of `event` available to the caller's next operations.
 
         Raises:
-            DeviceError: it failed.
+            DeviceError: the work failed.
         """
         ...
 
     def synchronize(self) -> None:
-        """Wait for all that the device was given to compute, by `compute` or by the caller itself."""
+        """Wait for all work on the device, queued by `compute` or by the caller itself."""
         ...
 
     def close(self) -> None:
-        """Wait for what is under way and give everything back."""
+        """Wait for operations in progress and release the device."""
         ...
 
 
 @contextmanager
 def typed_errors() -> Iterator[None]:
-    """Have what torch raises of a GPU's memory and state be a DeviceError."""
+    """Convert torch's errors about GPU memory and GPU state to DeviceError."""
     try:
         yield
     except torch.OutOfMemoryError as error:

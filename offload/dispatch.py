@@ -1,4 +1,4 @@
-"""Which expert works for which token in a step, arranged so that experts at one place lie together."""
+"""Sorts the token-expert pairs of a step so that experts computed in one place are adjacent."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
@@ -10,22 +10,27 @@ Ints = NDArray[np.int64]
 
 
 class Dispatch:
-    """The T · K pairs of a token and an expert, sorted by group of experts, then by expert, then by token.
+    """The T · K token-expert pairs of a step, sorted by group of experts, then by expert, then by token.
 
     Attributes:
-        tokens, experts: int64 [T · K].
-        rows: int64 [T, K], where the pair of a token and its k-th expert stands.
-        parts: where the pairs of each group stand.
+        tokens, experts: int64 [T · K], token and expert of each pair.
+        rows: int64 [T, K], the position of each token's k-th pair in that order.
+        parts: the range of positions of each group.
     """
 
     def __init__(self, ids: Ints, counts: Mapping[int, int], groups: Sequence[Sequence[int]]) -> None:
-        """`ids` [T, K] are the experts of each token, `counts` the pairs of each expert in use; `groups` divide those,
-        and others, too, where there are several tokens."""
+        """Sort the pairs.
+
+        Args:
+            ids: experts chosen for each token, [T, K].
+            counts: number of pairs of each chosen expert.
+            groups: the chosen experts, each in one group. With several tokens, groups may hold other experts too.
+        """
         members = [*chain.from_iterable(groups)]
-        if len(ids) == 1:  # decoding, hundreds of times a second: every expert in use has its one pair
-            place = dict(zip(members, range(len(members)), strict=True))
+        if len(ids) == 1:  # a shortcut for decoding, hundreds of times a second: every chosen expert has one pair
+            position = dict(zip(members, range(len(members)), strict=True))
             self.tokens, self.experts = np.zeros(len(members), dtype=np.int64), np.array(members, dtype=np.int64)
-            self.rows = np.array([[place[expert] for expert in ids[0].tolist()]])
+            self.rows = np.array([[position[expert] for expert in ids[0].tolist()]])
             ends: Sequence[int] = range(len(members) + 1)
         else:
             rank = np.empty(1 + max(members), dtype=np.int64)

@@ -1,7 +1,8 @@
 """Which routed experts have a slot in GPU memory: one cache across all layers. Pure Python, no torch.
 
-Every policy gives an expert a worth whenever it is used, and the least worth goes first. On routing traces LRFU finds
-7 to 18 % more experts than LRU, and any at all where there are fewer slots than a token needs (docs/log.md).
+Every policy gives an expert a worth when it is used, and the expert with the least worth is evicted first. On routing
+traces LRFU has 7 to 18 % more hits than LRU, and has hits even if a token needs more experts than there are slots
+(docs/log.md).
 """
 
 from collections.abc import Iterable
@@ -11,28 +12,28 @@ from heapq import heapify, heappop, heappush
 from math import inf, log2
 
 Key = tuple[int, int]
-"""(layer, expert)"""
+"""A routed expert: (layer, expert number)."""
 
 
 class Policy(StrEnum):
-    """Whom to throw out first."""
+    """Which expert to evict first."""
 
     LRU = "lru"
     LFU = "lfu"
     LFU_AGEING = "lfu-ageing"
-    """Least frequently used, but what was evicted last sets the worth from which newcomers start (LFU with dynamic
-    ageing, Arlitt et al., 1999), so that what was once popular does not stay for ever."""
+    """Least frequently used with dynamic ageing (Arlitt et al., 1999): a new expert starts from the worth of the expert
+    evicted last, so that experts that were popular long ago do not stay forever."""
     LRFU = "lrfu"
-    """Uses count half as much after every `HALF_LIFE` tokens (LRFU, Lee et al., 2001), and a newcomer that is worth
-    less than all that are there is not let in."""
+    """A use counts half as much after every `HALF_LIFE` tokens (LRFU, Lee et al., 2001), and an expert that is worth
+    less than every cached one is not admitted."""
 
 
-HALF_LIFE = 24.0
+HALF_LIFE = 24.0  # tokens
 
 
 @dataclass
 class Counter:
-    """Of one layer."""
+    """Counts of one layer."""
 
     hits: int = 0
     misses: int = 0
@@ -41,18 +42,18 @@ class Counter:
 
 @dataclass(frozen=True)
 class Admission:
-    """A slot for a newcomer, and who had it."""
+    """The slot of a newly admitted expert, and the expert that was evicted from it."""
 
     slot: int
     evicted: Key | None
 
 
 class ExpertCache:
-    """Experts by slot.
+    """Maps routed experts to slots.
 
-    A step looks its experts up with `use`, which pins those that are there until `release`; misses that are worth a
-    copy get a slot from `admit`, pinned too, and give it back with `evict` if the copy fails. Prefill touches nearly
-    every expert, and would leave a conversation without its own: it reads with `peek` and admits to free slots alone.
+    A step looks up its experts with `use`, which pins the cached ones until `release`. A miss that is worth a copy gets
+    a slot from `admit`, pinned too; `evict` frees it if the copy fails. Prefill touches nearly every expert and would
+    evict those that the conversation uses: it reads with `peek` and admits experts to free slots only.
     """
 
     def __init__(self, slots: int, policy: Policy = Policy.LRFU) -> None:
@@ -61,8 +62,8 @@ class ExpertCache:
         self.counters: dict[int, Counter] = {}
         self._slot: dict[Key, int] = {}
         self._free = list(range(slots - 1, -1, -1))
-        self._worth: dict[Key, tuple[float, int]] = {}  # and when it was used last, of all that ever were
-        self._heap: list[tuple[tuple[float, int], Key]] = []  # of those with slots; what `_worth` denies is stale
+        self._worth: dict[Key, tuple[float, int]] = {}  # and time of last use, of all experts ever used
+        self._heap: list[tuple[tuple[float, int], Key]] = []  # cached experts, and stale entries
         self._pins: set[Key] = set()
         self._steps: dict[int, int] = {}
         self._clock, self._age = 0, 0.0
@@ -72,77 +73,78 @@ class ExpertCache:
 
     @property
     def hit_rate(self) -> float:
-        """Hits over uses, of all layers."""
+        """Hits over uses, across all layers."""
         hits = sum(counter.hits for counter in self.counters.values())
         return hits / max(1, hits + sum(counter.misses for counter in self.counters.values()))
 
     def peek(self, key: Key) -> int | None:
-        """The slot of an expert, if it has one; nothing is counted or moved."""
+        """The slot of an expert, or None; does not count as a use."""
         return self._slot.get(key)
 
     def warmest(self) -> list[Key]:
-        """The experts that were used so far, the worthiest first."""
+        """All experts used so far, by descending worth."""
         return sorted(self._worth, key=self.worth, reverse=True)
 
     def use(self, layer: int, experts: Iterable[int]) -> tuple[dict[int, int], list[int]]:
-        """What a step needs of a layer -> slots by expert of those that are there, and the others, in order."""
+        """Look up the experts that a step needs, and pin the cached ones -> their slots by expert, misses in order."""
         counter = self.counters.setdefault(layer, Counter())
         self._steps[layer] = self._steps.get(layer, 0) + 1
         hits, misses = {}, []
         for expert in experts:
             key = (layer, expert)
-            self._rate(key)
+            self._count_use(key)
             slot = self._slot.get(key)
             if slot is None:
                 misses.append(expert)
             else:
                 hits[expert] = slot
-                self._rank(key)
+                self._push(key)
                 self._pins.add(key)
         counter.hits += len(hits)
         counter.misses += len(misses)
         return hits, misses
 
     def admit(self, key: Key, free_only: bool = False) -> Admission | None:
-        """A slot for a missing expert, pinned; None where it gets none.
+        """Assign a slot to a missing expert and pin it.
 
-        That is so where all others are pinned, where none is free and one must be, or where the policy holds it for
-        worth less than all that have one.
+        Returns:
+            None if all slots are pinned, if `free_only` and no slot is free, or if the policy gives the expert less
+            worth than every cached one.
         """
         assert key not in self._slot, key
         evicted = None
         if not self._free:
-            evicted = None if free_only else self._least(key)
+            evicted = None if free_only else self._victim(key)
             if evicted is None:
                 return None
             self._remove(evicted)
         if key not in self._worth:
-            self._rate(key)
+            self._count_use(key)
         slot = self._free.pop()
         self._slot[key] = slot
-        self._rank(key)
+        self._push(key)
         self._pins.add(key)
         self.counters.setdefault(key[0], Counter()).fetches += 1
         return Admission(slot, evicted)
 
     def evict(self, key: Key) -> None:
-        """Give up an expert's slot: its copy failed, or the cache shrinks."""
+        """Free an expert's slot, because its copy failed or the cache shrinks."""
         self._pins.discard(key)
         self._remove(key)
 
     def release(self) -> None:
-        """The step is done: nothing is pinned."""
+        """Unpin all experts: the step is done."""
         self._pins.clear()
 
     def worth(self, key: Key) -> tuple[float, int]:
-        """What the policy thinks of an expert; it has nothing to compare across policies."""
+        """Worth of an expert and time of its last use; comparable only within one policy."""
         return self._worth.get(key, (-inf, 0))
 
     def _remove(self, key: Key) -> None:
         self._free.append(self._slot.pop(key))
 
-    def _rate(self, key: Key) -> None:
-        """Count a use; of equals the one used longest ago is worth least."""
+    def _count_use(self, key: Key) -> None:
+        """Update an expert's worth; at equal worth the least recently used expert is evicted first."""
         self._clock += 1
         before = self._worth[key][0] if key in self._worth else -inf
         if self.policy is Policy.LRU:
@@ -153,31 +155,32 @@ class ExpertCache:
             worth = max(before, self._age if self.policy is Policy.LFU_AGEING else 0.0) + 1
         self._worth[key] = (worth, self._clock)
 
-    def _rank(self, key: Key) -> None:
+    def _push(self, key: Key) -> None:
+        """Add a cached expert to the heap, which is rebuilt when most of its entries are stale."""
         heappush(self._heap, (self._worth[key], key))
         if len(self._heap) > 8 * self.slots + 64:
-            self._heap = [(self._worth[held], held) for held in self._slot]
+            self._heap = [(self._worth[cached], cached) for cached in self._slot]
             heapify(self._heap)
 
-    def _least(self, newcomer: Key) -> Key | None:
-        """The expert to throw out for another; None if there is none."""
-        pinned, found = [], None
+    def _victim(self, newcomer: Key) -> Key | None:
+        """The expert to evict for `newcomer`; None if there is none."""
+        kept, found = [], None
         while self._heap and found is None:
             worth, key = heappop(self._heap)
-            if key not in self._slot or self._worth[key] != worth:
+            if key not in self._slot or self._worth[key] != worth:  # a stale entry
                 continue
             if key in self._pins:
-                pinned.append((worth, key))
+                kept.append((worth, key))
             elif self.policy is Policy.LRFU and worth > self.worth(newcomer):
-                pinned.append((worth, key))
+                kept.append((worth, key))
                 break
             else:
                 found, self._age = key, worth[0]
-        for entry in pinned:
+        for entry in kept:
             heappush(self._heap, entry)
         return found
 
 
 def _log_sum(a: float, b: float) -> float:
-    """log2(2^a + 2^b): sums of decaying counts, kept so that no time has to pass for those that are not used."""
+    """log2(2^a + 2^b): adds decaying counts as logarithms, so that experts that are not used need no update."""
     return max(a, b) + log2(1 + 2 ** -abs(a - b))

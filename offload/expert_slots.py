@@ -1,7 +1,7 @@
-"""The experts in one device's memory: slots that keep them, staging buffers that they pass through, copies under way.
+"""The experts in one device's memory: the slots of the expert cache, staging buffers, and copies in progress.
 
-All hazards between copies and work are settled here: work waits for the copies of what it reads, and a copy waits for
-the work that read what it overwrites.
+All hazards between copies and work are handled here: work waits for the copies of the records it reads, and a copy
+waits for the work that reads the records it overwrites.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -17,43 +17,47 @@ from dsv2_local.offload.sizes import STAGING_BUFFERS
 
 
 class ExpertSlots:
-    """Records of experts in a device's memory, by index: first the slots of `cache`, then the staging buffers.
+    """Expert records in a device's memory, by index: first the slots of `cache`, then the staging buffers.
 
     Attributes:
-        records: uint8 [slots + 3 · buffer, layout.nbytes], on the device.
-        buffer: experts that a staging buffer holds.
-        fetched: bytes that were sent over the link so far.
-        fetch_seconds: what those copies took that are known to be done.
+        records: uint8 [slots + STAGING_BUFFERS · buffer, layout.nbytes], on the device.
+        buffer: experts that one staging buffer holds.
+        fetched: bytes copied over the PCIe link so far.
+        fetch_seconds: duration of the copies that are known to be done.
     """
 
     def __init__(self, device: Device, layout: ExpertLayout, slots: int, buffer: int, policy: Policy) -> None:
-        """Allocates; raises DeviceMemoryError."""
+        """Allocate the records.
+
+        Raises:
+            DeviceMemoryError: the device has less memory than they need.
+        """
         self.device, self.buffer, self._nbytes = device, buffer, layout.nbytes
         self.cache = ExpertCache(slots, policy)
         records = slots + STAGING_BUFFERS * buffer
         self.records = device.allocate(records * layout.nbytes).view(records, layout.nbytes)
-        self._record = list(self.records)  # a view of each, since a decoded token takes hundreds
+        self._record = list(self.records)  # views made once, since a decoded token uses hundreds
         self.fetched, self.fetch_seconds = 0, 0.0
-        self._turn = 0
-        self._last: Event | None = None  # of the work that was given
-        self._arrivals: dict[int, Event] = {}  # by index, until they are known to have come
-        self._copies: dict[Event, int] = {}  # not yet known to be done, and their bytes
-        self._readers: dict[int, Event] = {}  # by index: the last work that reads it
-        self._keys: dict[int, Key] = {}  # of indices that are slots
+        self._next_buffer = 0
+        self._last: Event | None = None  # the work queued last
+        self._arrivals: dict[int, Event] = {}  # by index: the copy of a record, until it is known to be done
+        self._copies: dict[Event, int] = {}  # copies not yet known to be done, and their bytes
+        self._readers: dict[int, Event] = {}  # by index: the last work that reads a record
+        self._keys: dict[int, Key] = {}  # by slot: the expert that was last admitted to it
 
     def fetch(self, layer: int, source: Tensor, experts: Sequence[int], free_only: bool) -> dict[int, int]:
-        """Begin to copy experts that have no slot; returns the index of each.
+        """Start copying experts that have no slot, and return the index of each one's record.
 
-        They go into slots where the policy admits them (to free ones alone, if `free_only`), pinned until released,
-        and into the next staging buffer otherwise; neighbours are one copy.
+        Experts that the cache admits go to slots, pinned until released; the others go to the next staging buffer.
+        Records that are adjacent on both sides are one copy.
 
         Args:
-            layer: of the model.
+            layer: number of the layer.
             source: uint8 [E, layout.nbytes], the layer's records in RAM.
-            experts: at most `buffer`, ascending.
-            free_only: see above.
+            experts: experts to copy, at most `buffer`, ascending.
+            free_only: admit experts to free slots only, without evicting others.
         """
-        start = staging = self.cache.slots + self._turn * self.buffer
+        start = staging = self.cache.slots + self._next_buffer * self.buffer
         indices = {}
         for expert in experts:
             if admission := self.cache.admit((layer, expert), free_only):
@@ -63,17 +67,20 @@ class ExpertSlots:
                 indices[expert] = staging
                 staging += 1
         if staging > start:
-            self._turn = (self._turn + 1) % STAGING_BUFFERS
+            self._next_buffer = (self._next_buffer + 1) % STAGING_BUFFERS
         if indices:
             self._copy(indices, source)
         return indices
 
     def fill(self, records: dict[int, Tensor], keys: Iterable[Key]) -> None:
-        """Give the free slots to the first of these experts, and wait for their copies.
+        """Copy the first of these experts to the free slots, and wait for the copies.
 
-        `records`: uint8 [E, record bytes] in RAM, by layer.
+        Args:
+            records: uint8 [E, layout.nbytes] in RAM, by layer.
+            keys: experts, the most valuable first.
         """
-        for layer, expert in reversed(list(islice(keys, self.cache.slots - len(self.cache)))):  # the best is used last
+        # In reverse, so that the most valuable expert is the most recently used.
+        for layer, expert in reversed(list(islice(keys, self.cache.slots - len(self.cache)))):
             self.fetch(layer, records[layer], [expert], free_only=True)
         for event in self._copies:
             event.wait()
@@ -81,15 +88,15 @@ class ExpertSlots:
         self.settle()
 
     def compute(self, work: Callable[[], None], reads: Collection[int] = (), after: Sequence[Event] = ()) -> Event:
-        """Give the device work that reads the records at these indices, for when the events are done, too."""
+        """Queue work that reads the records at these indices, to run after their copies and the events in `after`."""
         event = self._last = self.device.compute(work, [*_of(reads, self._arrivals), *after])
         for index in reads:
             self._readers[index] = event
         return event
 
     def settle(self) -> tuple[int, float]:
-        """Forget the copies and the work that are done; the bytes of those copies, and the seconds that they took."""
-        if self._last and self._last.done:  # and so is all work before it
+        """Forget copies and work that are done; returns the bytes and the seconds of those copies."""
+        if self._last and self._last.done:  # then all work before it is done too
             self._readers.clear()
         if not self._copies:
             return 0, 0.0
@@ -103,7 +110,7 @@ class ExpertSlots:
         return nbytes, seconds
 
     def drop_failed(self) -> None:
-        """Wait for all copies and work under way, and give up the slots of those experts whose copies failed."""
+        """Wait for all copies and work in progress, and evict the experts whose copies failed."""
         for index in [index for index, event in self._arrivals.items() if _failed(event)]:
             key = self._keys.get(index)
             if key and self.cache.peek(key) == index:
@@ -129,13 +136,13 @@ class ExpertSlots:
 
 
 def _of(indices: Collection[int], events: dict[int, Event]) -> list[Event]:
-    """The events of these indices, each once."""
+    """The events of these indices, without duplicates."""
     found = [event for index in indices if (event := events.get(index))] if events else []
     return found if len(found) < 2 else list(dict.fromkeys(found))
 
 
 def _failed(event: Event) -> bool:
-    """How it ended, once it has."""
+    """Wait for an event; whether it failed."""
     try:
         event.wait()
     except DeviceError:
@@ -144,7 +151,7 @@ def _failed(event: Event) -> bool:
 
 
 def _runs(indices: dict[int, int]) -> Iterable[tuple[int, int]]:
-    """Experts that are neighbours in RAM and on the device: (the first, how many)."""
+    """Runs of experts that are adjacent both in RAM and on the device: (first expert, count)."""
     first, count = -1, 0
     for expert, index in indices.items():
         if count and expert == first + count and index == indices[first] + count:

@@ -1,4 +1,4 @@
-"""How fast a plan would run, from the rates of its machine. Pure, no torch."""
+"""Predicts how fast a plan would run, from the rates of its machine. Pure, no torch."""
 
 from dataclasses import dataclass
 
@@ -6,19 +6,21 @@ from dsv2_local.offload.plan import CPU_CHUNK, Plan
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.sizes import GB, GIB, sizes_of
 
-# Shares of a memory's bandwidth that kernels reach; docs/log.md has the CPU's, the GPU's is a target.
+# Fraction of a memory's bandwidth that kernels reach: measured on the CPU (docs/log.md), a target on the GPU.
 CPU_EFFICIENCY, GPU_EFFICIENCY, LINK_EFFICIENCY = 0.85, 0.8, 0.9
-UNLOCKED = 0.5  # of the link's speed, where RAM is not page-locked and every copy goes through the driver's buffer
+# Fraction of the PCIe link's speed if RAM is not page-locked: every copy passes through a buffer of the driver.
+UNLOCKED = 0.5
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Tokens per second that the machine's rates allow, and what they rest on.
+    """Predicted tokens per second, and the assumptions behind them.
 
     Attributes:
-        prefill_tokens: tokens of the prompt that `prefill_tok_s` is for.
-        hit_rate: that of even routing, slots over experts; `expert_cache` does better on every trace so far.
-        bound: what takes most of a decoded token's time.
+        decode_tok_s, prefill_tok_s: tokens per second that the machine's rates allow.
+        prefill_tokens: length of the prompt that `prefill_tok_s` is for.
+        hit_rate: hit rate of even routing, slots over experts; the expert cache beats it on every trace so far.
+        bound: what takes most of the time of a decoded token.
     """
 
     decode_tok_s: float
@@ -29,7 +31,7 @@ class Forecast:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What slows it down, and what to do about it."""
+    """What makes the plan slow, and what to do about it: one line each."""
     found = []
     if plan.disk_experts:
         size = plan.disk_experts * plan.expert_bytes
@@ -41,14 +43,14 @@ def notes(plan: Plan) -> list[str]:
     if plan.offloads and not plan.locked:
         locked = (plan.machine.lockable or 0) / GIB
         found.append(
-            f"only {locked:,.1f} GiB of RAM may be page-locked (ulimit -l), so that copies to the GPU run at about "
-            "half of the link's speed; raise memlock in /etc/security/limits.conf"
+            f"only {locked:,.1f} GiB of RAM may be page-locked (ulimit -l), so copies to the GPU run at about half "
+            "the speed of the PCIe link; raise memlock in /etc/security/limits.conf"
         )
     return found
 
 
 def forecast(plan: Plan) -> Forecast:
-    """What the plan's machine would reach."""
+    """Predict the speed of a plan on its machine."""
     return _gpu_forecast(plan) if plan.gpus else _cpu_forecast(plan)
 
 
@@ -62,11 +64,11 @@ def _cpu_forecast(plan: Plan) -> Forecast:
     }
     tokens = min(CPU_CHUNK, plan.request.context)
     prefill = max(tokens * sizes.flops / (rates.cpu_gflops * GB), plan.disk_experts * sizes.expert / (rates.disk * GB))
-    return _figures(seconds, tokens / prefill, tokens, 0.0)
+    return _summarise(seconds, tokens / prefill, tokens, 0.0)
 
 
 def _gpu_forecast(plan: Plan) -> Forecast:
-    """Misses are shared between the link and the CPU, which together read no faster than RAM gives."""
+    """Missing experts are split between PCIe copies and the CPU, which together read no faster than RAM allows."""
     mode = plan.mode
     sizes, rates = sizes_of(plan.request), plan.machine.rates
     hits = plan.slots / plan.experts if plan.experts else 1.0
@@ -85,14 +87,14 @@ def _gpu_forecast(plan: Plan) -> Forecast:
     streamed = plan.ram_experts * (1 - hits) * sizes.expert if plan.offloads else 0
     flops = tokens * sizes.flops
     prefill = max(
-        # Where the CPU computes the experts, most of the work is its own.
+        # If the CPU computes the experts, it does most of the work.
         flops / ((rates.cpu_gflops if mode is Mode.CPU else rates.gpu_gflops) * GB),
         streamed / (link * GB),
         plan.disk_experts * sizes.expert / (rates.disk * GB),
     )
-    return _figures(seconds, tokens / prefill, tokens, hits)
+    return _summarise(seconds, tokens / prefill, tokens, hits)
 
 
-def _figures(seconds: dict[str, float], prefill: float, tokens: int, hits: float) -> Forecast:
+def _summarise(seconds: dict[str, float], prefill: float, tokens: int, hits: float) -> Forecast:
     slowest = max(seconds, key=lambda name: seconds[name])
     return Forecast(1 / sum(seconds.values()), prefill, tokens, hits, slowest)

@@ -1,9 +1,10 @@
-"""One token's experts in a step captured in CUDA graphs: what Python decides between the graphs, and what they run.
+"""One token's experts in a step captured as CUDA graphs: what Python decides between graphs, and what the graphs run.
 
-The graphs of a step are fixed, the experts are not: a graph computes with the slots that stand in a tensor and leaves
-out those below 0. Before a layer's first graph Python reads the router's choice, starts to copy the experts that have
-no slot, and names the slots of those that have one. Before the second it names the slots of those that were copied, and
-puts the outputs of those that the CPU computed meanwhile beside theirs.
+The graphs of a step are fixed, but its experts are not: a graph reads slot numbers from a tensor and skips negative
+ones. Before a layer's first expert graph, which computes the cached experts, Python reads the router's choice, starts
+the copies of missing experts and writes all slot numbers. Before the second graph, which computes the copied experts
+and the sum, Python makes the stream wait for the copies, computes the remaining experts on the CPU, and uploads their
+outputs.
 """
 
 from typing import Protocol
@@ -19,19 +20,20 @@ from dsv2_local.offload.expert_slots import ExpertSlots
 
 
 class GraphBuffers:
-    """What the layers of one device hand between Python and their graphs, one layer after the other.
+    """Tensors through which Python and the graphs exchange data; the layers of one device take turns with them.
 
     Attributes:
-        slots: int64 [2, K] on the device, of experts that had a slot and of those that were fetched; -1: neither.
-        rows: int64 [1, K] there: in which row of `outputs` each expert's is.
-        outputs: fp32 [2·K, D] there: those of the device, then those of the CPU.
-        host_slots: `slots` and `rows` in page-locked RAM, int64 [3, K].
-        ids, x: the router's choice int64 [1, K], and what the experts compute with [1, D], in page-locked RAM.
-        host_outputs: the CPU's outputs there, fp32 [K, D].
+        slots: int64 [2, K] on the device: slots of the cached experts, then of the fetched experts; -1 for all others.
+        rows: int64 [1, K] on the device: the row of `outputs` that holds each expert's output.
+        outputs: fp32 [2·K, D] on the device: outputs of the device, then outputs of the CPU.
+        tokens: int64 [K] on the device: the token of each expert, which is token 0.
+        host_slots: int64 [3, K] in page-locked RAM: the source of `slots` and `rows`.
+        ids, x: the router's choice int64 [1, K] and the experts' input [1, D], in page-locked RAM.
+        host_outputs: fp32 [K, D] in page-locked RAM: outputs of the CPU.
     """
 
     def __init__(self, device: Device, hidden_size: int, experts_per_token: int, dtype: torch.dtype) -> None:
-        """For one token with activations in `dtype`."""
+        """Allocate the tensors for one token with activations in `dtype`."""
         K, D = experts_per_token, hidden_size
         self._sent = torch.full((3, K), -1, dtype=torch.int64, device=device.torch_device)
         self.slots, self.rows = self._sent[:2], self._sent[2:]
@@ -47,7 +49,7 @@ class GraphBuffers:
 
 
 class ExpertPlacer(Protocol):
-    """Decides where each expert of a token is computed: `offloaded_experts.DeviceExperts`."""
+    """Decides where each expert of a token is computed; `offloaded_experts.DeviceExperts` implements it."""
 
     slots: ExpertSlots
     layout: ExpertLayout
@@ -56,17 +58,17 @@ class ExpertPlacer(Protocol):
         """Decide for one token's experts, and start the copies.
 
         Returns:
-            By expert the slots of those that have one and of those that are being fetched, and whom the CPU computes.
+            Slots of the cached experts, slots of the experts being copied, and the experts that the CPU computes.
         """
         ...
 
     def compute_on_host(self, layer: int, x: Tensor, tokens: Tensor, experts: Tensor, out: Tensor) -> None:
-        """Compute pairs of a token and an expert on the CPU, all in RAM: see `reference.expert_outputs`."""
+        """Compute token-expert pairs on the CPU, with all tensors in RAM; see `reference.expert_outputs`."""
         ...
 
 
 class GraphExperts:
-    """A layer's experts of one token, x [1, D], ids and weights [1, K], in the graphs of a step."""
+    """A layer's experts for one token, x [1, D], ids and weights [1, K], in a captured step."""
 
     def __init__(
         self, placer: ExpertPlacer, buffers: GraphBuffers, layer: int, x: Tensor, ids: Tensor, weights: Tensor
@@ -77,7 +79,7 @@ class GraphExperts:
         self._on_host: list[int] = []  # positions among the K
 
     def capture_hits(self, capture: PiecewiseGraph) -> None:
-        """Capture what is computed with experts that have a slot."""
+        """Capture the computation of the cached experts."""
         buffers = self._buffers
         buffers.ids.copy_(self._ids, non_blocking=True)
         buffers.x.copy_(self._x, non_blocking=True)
@@ -85,7 +87,7 @@ class GraphExperts:
         self._compute(0)
 
     def capture_misses(self, capture: PiecewiseGraph) -> Tensor:
-        """Capture the other experts and the sum -> [1, D]."""
+        """Capture the computation of the fetched experts and the weighted sum of all experts -> [1, D]."""
         capture.call_between(self._compute_misses)
         self._compute(1)
         y = torch.zeros(self._x.shape, device=self._x.device)
@@ -98,7 +100,10 @@ class GraphExperts:
         ops.expert_outputs(self._x, placer.slots.records, placer.layout, buffers.tokens, slots, out)
 
     def _place(self) -> None:
-        """Wait for the router, and so for all work before it: no slot is being read when copies start."""
+        """Place the experts that the router chose.
+
+        Waiting for the router's choice waits for all earlier work too, so no slot is being read when the copies start.
+        """
         placer, host_slots = self._placer, self._buffers.host_slots
         placer.slots.device.synchronize()
         chosen: list[int] = self._buffers.ids[0].tolist()
@@ -113,7 +118,7 @@ class GraphExperts:
         self._buffers.send()
 
     def _compute_misses(self) -> None:
-        """Have the stream wait for the fetched experts, and compute the host's."""
+        """Make the stream wait for the fetched experts, and compute the others on the CPU."""
         placer, buffers = self._placer, self._buffers
         if self._fetched:
             placer.slots.device.join(placer.slots.compute(_nothing, reads=self._fetched.values()))
@@ -125,4 +130,4 @@ class GraphExperts:
 
 
 def _nothing() -> None:
-    """The work that the stream waits for is in the graph that follows."""
+    """Do nothing: the work that needs the copies is in the next graph."""

@@ -1,4 +1,4 @@
-"""Whole layers of experts on their way through the staging buffers, ahead of the layer that computes."""
+"""Streams whole layers of experts through the staging buffers, ahead of the layer that computes."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from dsv2_local.offload.sizes import STAGING_BUFFERS
 
 @dataclass
 class _Group:
-    """Consecutive experts of a layer, as many as a staging buffer holds of those without slots."""
+    """Consecutive experts of a layer; those without a slot fit in one staging buffer."""
 
     layer: int
     experts: list[int]
-    indices: dict[int, int] | None = None  # where each will be, once its copy has begun
+    indices: dict[int, int] | None = None  # index of each expert's record, once the copies have started
 
 
 class LayerStream:
-    """The groups of one layer after another; the first three are under way."""
+    """A queue of the groups of successive layers; copies of its first `STAGING_BUFFERS` groups are in progress."""
 
     def __init__(self, slots: ExpertSlots, records: dict[int, Tensor]) -> None:
         """`records`: uint8 [E, record bytes] in RAM, by layer, ascending."""
@@ -27,20 +27,20 @@ class LayerStream:
         self._groups: deque[_Group] = deque()
 
     def enter(self, layer: int) -> list[list[int]]:
-        """The experts of each group of a layer, whose copies begin if they have not yet."""
+        """Start the copies of a layer unless they have started already -> the experts of each of its groups."""
         if not self._groups or self._groups[0].layer != layer:
             self._groups = deque(self._grouped(layer))
         self.advance()
         return [group.experts for group in self._groups if group.layer == layer]
 
     def take(self) -> dict[int, int]:
-        """The next group, by expert its index in the device's records."""
+        """Remove the next group from the queue -> the index of each of its experts in the device's records."""
         indices = self._groups.popleft().indices
-        assert indices is not None, "a group was taken whose copies had not begun"
+        assert indices is not None, "a group was taken before its copies started"
         return indices
 
     def advance(self) -> None:
-        """Begin what the buffers have room for; to be called when work on the group taken last was given."""
+        """Start the copies that the staging buffers have room for; call it when work on the last group is queued."""
         later = [layer for layer in self._records if not self._groups or layer > self._groups[-1].layer]
         while len(self._groups) < STAGING_BUFFERS and self._groups and later:
             self._groups.extend(self._grouped(later.pop(0)))
@@ -49,7 +49,7 @@ class LayerStream:
                 group.indices = self._start_copies(group)
 
     def reset(self) -> None:
-        """Forget what is under way: the next step does not stream."""
+        """Drop all groups: the next step does not stream."""
         self._groups.clear()
 
     def _grouped(self, layer: int) -> list[_Group]:

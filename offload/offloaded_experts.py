@@ -1,9 +1,10 @@
-"""Routed experts between a GPU and RAM: who computes what, and what is copied meanwhile.
+"""Routed experts split between a GPU and RAM: which device computes an expert, and which experts are copied meanwhile.
 
-A step of few tokens learns its experts from the router: those with slots run on the device, and the misses are split
-between PCIe copies and the CPU so that both finish at the same time. A step of many tokens streams whole layers through
-the staging buffers instead, the next layer's experts while this one computes. Either way every expert's output is
-computed alone and added in the order of the experts' numbers, so that placement does not change the sum.
+A step of few tokens waits for the router's choice: cached experts run on the GPU, and missing experts are split between
+PCIe copies and the CPU so that both finish at the same time. A step of many tokens streams whole layers through the
+staging buffers instead, copying the next layer's experts while this layer computes. In both cases each expert's output
+is computed separately and the outputs are added in the order of the experts' numbers, so placement does not change the
+sum.
 """
 
 from collections import Counter
@@ -28,21 +29,23 @@ from dsv2_local.offload.layer_stream import LayerStream
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.sizes import PAIRS_AT_ONCE, STAGING_BUFFERS
 
-FAILURES = 8  # layers' steps in a row that failed on a device and were done without it, before that is an error
+FAILURES = 8  # consecutive layers that may fail on a device and be computed on the CPU; one more raises the error
 
 Result = Callable[[], Tensor]
 
 
 @dataclass
 class ExpertStats:
-    """What happened to the experts of a run.
+    """Counters of what happened to the routed experts.
+
+    An expert counts once for every layer and step that uses it.
 
     Attributes:
-        hits, misses: experts of a layer and step that had a slot, and that had none.
-        fetched_bytes, fetch_seconds: copied over the link, streamed layers included.
-        host_experts, host_seconds: computed by the CPU, counted anew in each layer and step.
+        hits, misses: experts that had a slot, and experts that had none.
+        fetched_bytes, fetch_seconds: copies over the PCIe link, including those of streamed layers.
+        host_experts, host_seconds: experts computed by the CPU.
         streamed_layers: layers whose experts were all streamed.
-        retries: layers of a step that failed on a device and were computed again on the CPU.
+        retries: layers that failed on a device and were computed again on the CPU.
     """
 
     hits: int = 0
@@ -67,7 +70,7 @@ class ExpertStats:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a layer is to compute: x [T, D], ids and weights [T, K] on the device, and their pairs, rows there, too."""
+    """The input of a layer's experts: x [T, D], ids and weights [T, K], the dispatch, and its rows on the device."""
 
     x: Tensor
     ids: Tensor
@@ -79,18 +82,18 @@ class _Step:
     def of(cls, x: Tensor, ids: Tensor, weights: Tensor, dispatch: Dispatch) -> "_Step":
         return cls(x, ids, weights, dispatch, _to(x, dispatch.rows))
 
-    def places(self, part: slice, indices: dict[int, int]) -> tuple[Tensor, Tensor]:
-        """Of some pairs the token, and the index of the expert's record; int64 [n], on the device."""
-        of_experts = [indices[expert] for expert in self.dispatch.experts[part].tolist()]
-        return _to(self.x, self.dispatch.tokens[part]), _to(self.x, np.array(of_experts, dtype=np.int64))
+    def pairs(self, part: slice, indices: dict[int, int]) -> tuple[Tensor, Tensor]:
+        """Token and record index of the pairs in this range: int64 [n], on the device."""
+        records = [indices[expert] for expert in self.dispatch.experts[part].tolist()]
+        return _to(self.x, self.dispatch.tokens[part]), _to(self.x, np.array(records, dtype=np.int64))
 
 
 class DeviceExperts:
-    """One device, with the layers whose experts it computes.
+    """The routed experts of the layers that belong to one device.
 
     Attributes:
-        costs: what fetching and computing an expert take, corrected where observation says otherwise.
-        corrected: whether it did.
+        costs: seconds to copy and to compute an expert, corrected when measured times disagree.
+        corrected: whether the costs have been corrected.
     """
 
     def __init__(
@@ -102,15 +105,15 @@ class DeviceExperts:
         costs: Costs,
         graph_buffers: GraphBuffers | None = None,
     ) -> None:
-        """The layers of one device.
+        """Join a device's slots with the records in RAM.
 
         Args:
-            slots: where experts lie on the device.
-            layout: of an expert.
+            slots: expert records on the device.
+            layout: layout of one expert's record.
             records: uint8 [E, layout.nbytes] in RAM, by layer, ascending.
-            mode: who computes the experts.
-            costs: of fetching and computing one.
-            graph_buffers: what captured steps work with; None where Python computes the experts between the graphs.
+            mode: where experts are computed.
+            costs: seconds to copy and to compute one expert.
+            graph_buffers: buffers of captured steps; None if Python computes the experts between the graphs.
         """
         self.slots, self.layout, self.records, self.mode, self.costs = slots, layout, records, mode, costs
         self.graph_buffers = graph_buffers
@@ -133,9 +136,9 @@ class DeviceExperts:
         )
 
     def start(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
-        """See `model.Experts`; not while a step is captured."""
+        """See `model.Experts`; not for use while a step is being captured."""
         if self.mode is Mode.CPU:
-            return lambda: self._alone(layer, x, ids, weights)
+            return lambda: self._compute_on_cpu(layer, x, ids, weights)
         streams = self._streams(layer, *ids.shape)
         if not streams and ids.numel() > PAIRS_AT_ONCE:
             parts = [torch.split(whole, PAIRS_AT_ONCE // ids.shape[1]) for whole in (x, ids, weights)]
@@ -145,7 +148,7 @@ class DeviceExperts:
             finish = (self._start_streamed if streams else self._start_split)(layer, x, ids, weights)
         except DeviceError as error:
             failed = error
-            return lambda: self._again(failed, layer, x, ids, weights)
+            return lambda: self._retry_on_cpu(failed, layer, x, ids, weights)
         return lambda: self._finish(finish, layer, x, ids, weights)
 
     def _streams(self, layer: int, tokens: int, per_token: int) -> bool:
@@ -158,22 +161,22 @@ class DeviceExperts:
         try:
             y = finish().to(x.dtype)
         except DeviceError as error:
-            return self._again(error, layer, x, ids, weights)
+            return self._retry_on_cpu(error, layer, x, ids, weights)
         self._failures = 0
         return y
 
-    def _again(self, error: DeviceError, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """A step that failed on the device, without it; the experts whose copies failed are given up."""
+    def _retry_on_cpu(self, error: DeviceError, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Compute a layer that failed on the device without it, and evict the experts whose copies failed."""
         self._failures += 1
         if self._failures > FAILURES:
             raise error
         self._stats.retries += 1
         self._stream.reset()
         self.slots.drop_failed()
-        return self._alone(layer, x, ids, weights)
+        return self._compute_on_cpu(layer, x, ids, weights)
 
-    def _alone(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The whole step on the CPU."""
+    def _compute_on_cpu(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Compute all experts of a layer on the CPU."""
         chosen = ids.cpu()
         start = perf_counter()
         y = ops.experts(x.cpu(), self.records[layer], self.layout, chosen, weights.cpu())
@@ -181,9 +184,9 @@ class DeviceExperts:
         return y.to(x.device)
 
     def _start_split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
-        """A step of few tokens."""
+        """Start a step of few tokens: missing experts are split between PCIe copies and the CPU."""
         self._stream.reset()
-        chosen = ids.cpu().numpy()  # waits for the router, and so for all work before
+        chosen = ids.cpu().numpy()  # waits for the router, and so for all earlier work
         self._observe()
         counts = Counter(chosen.ravel().tolist())
         hits, misses = self.slots.cache.use(layer, sorted(counts))
@@ -192,30 +195,30 @@ class DeviceExperts:
         dispatch = Dispatch(chosen, counts, [sorted(hits), *batches, on_host])
         step, out = _Step.of(x, ids, weights, dispatch), torch.empty(chosen.size, x.shape[1], device=x.device)
         indices = [self._fetch(layer, batch) for batch in batches[:STAGING_BUFFERS]]
-        given = [self._outputs(step, dispatch.parts[0], hits, out)] if hits else []
+        queued = [self._queue_outputs(step, dispatch.parts[0], hits, out)] if hits else []
         x_host = x.cpu() if on_host else x
 
         def finish() -> Tensor:
             for number in range(len(batches)):
-                given.append(self._outputs(step, dispatch.parts[1 + number], indices[number], out))
+                queued.append(self._queue_outputs(step, dispatch.parts[1 + number], indices[number], out))
                 if number + STAGING_BUFFERS < len(batches):
                     indices.append(self._fetch(layer, batches[number + STAGING_BUFFERS]))
             part = dispatch.parts[-1]
-            here = self._host_outputs(layer, x_host, dispatch) if on_host else out
+            host_out = self._host_outputs(layer, x_host, dispatch) if on_host else out
             y = torch.zeros(x.shape, device=x.device)
 
             def add_up() -> None:
                 if on_host:
-                    out[part].copy_(here)
+                    out[part].copy_(host_out)
                 ops.combine(out, step.rows, ids, weights, y)
 
-            self._device.join(self.slots.compute(add_up, after=given))
+            self._device.join(self.slots.compute(add_up, after=queued))
             return y
 
         return finish
 
     def _start_streamed(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
-        """A step of many tokens: all experts of the layer pass, group by group."""
+        """Start a step of many tokens: all experts of the layer pass through the staging buffers, group by group."""
         self._observe()
         groups = self._stream.enter(layer)
 
@@ -225,14 +228,14 @@ class DeviceExperts:
             dispatch = Dispatch(chosen, counts, groups)
             step = _Step.of(x, ids, weights, dispatch)
             y = torch.zeros(x.shape, device=x.device)
-            given: list[Event] = []
+            last: list[Event] = []
             for number in range(len(groups)):
                 indices, whole = self._stream.take(), dispatch.parts[number]
                 for start in range(whole.start, whole.stop, PAIRS_AT_ONCE):
                     part = slice(start, min(start + PAIRS_AT_ONCE, whole.stop))
-                    given = [self._added(step, part, indices, y, given)]
+                    last = [self._queue_addition(step, part, indices, y, last)]
                 self._stream.advance()
-            self._device.join(given[0])
+            self._device.join(last[0])
             self._stats.streamed_layers += 1
             return y
 
@@ -260,7 +263,7 @@ class DeviceExperts:
         self._host_watch.observe(sum(map(self.costs.host, counts)), seconds)
 
     def _divide(self, layer: int, misses: list[int], counts: Mapping[int, int]) -> tuple[list[int], list[int]]:
-        """Which of the experts without slots to fetch, and which the CPU computes; both ascending."""
+        """Split missing experts into those to copy and those for the CPU, both in ascending order."""
         if self.mode is Mode.STREAM:
             return misses, []
         worth = self.slots.cache.worth
@@ -271,24 +274,26 @@ class DeviceExperts:
     def _fetch(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
         return self.slots.fetch(layer, self.records[layer], experts, free_only=False)
 
-    def _outputs(self, step: _Step, part: slice, indices: dict[int, int], out: Tensor) -> Event:
-        """Have the device compute some pairs into their rows of `out`."""
-        tokens, slots = step.places(part, indices)
+    def _queue_outputs(self, step: _Step, part: slice, indices: dict[int, int], out: Tensor) -> Event:
+        """Queue the computation of some pairs on the device, into their rows of `out`."""
+        tokens, slots = step.pairs(part, indices)
         x, records, layout, target = step.x, self.slots.records, self.layout, out[part]
         return self.slots.compute(
             lambda: ops.expert_outputs(x, records, layout, tokens, slots, target), reads=indices.values()
         )
 
-    def _added(self, step: _Step, part: slice, indices: dict[int, int], y: Tensor, after: Sequence[Event]) -> Event:
-        """Have the device compute some pairs and add them to `y`, once the events are done."""
-        tokens, slots = step.places(part, indices)
+    def _queue_addition(
+        self, step: _Step, part: slice, indices: dict[int, int], y: Tensor, after: Sequence[Event]
+    ) -> Event:
+        """Queue the computation of some pairs on the device and their addition to `y`, after the events in `after`."""
+        tokens, slots = step.pairs(part, indices)
         x, rows, records, layout = step.x, step.rows, self.slots.records, self.layout
 
         def work() -> None:
             out = torch.empty(len(tokens), x.shape[1], device=x.device)
             ops.expert_outputs(x, records, layout, tokens, slots, out)
-            here = torch.where((rows >= part.start) & (rows < part.stop), rows - part.start, -1)
-            ops.combine(out, here, step.ids, step.weights, y)
+            rows_of_out = torch.where((rows >= part.start) & (rows < part.stop), rows - part.start, -1)
+            ops.combine(out, rows_of_out, step.ids, step.weights, y)
 
         return self.slots.compute(work, reads=indices.values(), after=after)
 
@@ -305,7 +310,7 @@ class DeviceExperts:
         self._stats.host_seconds += seconds
 
     def _observe(self) -> None:
-        """Take in how long copies took, and correct the costs where they are off."""
+        """Record how long finished copies took, and correct the costs if they are off."""
         nbytes, seconds = self.slots.settle()
         if nbytes:
             self._fetch_watch.observe(nbytes / self.layout.nbytes * self.costs.fetch, seconds)
@@ -316,31 +321,31 @@ class DeviceExperts:
 
 
 class OffloadedExperts:
-    """The routed experts of a model whose other weights lie on one device or several."""
+    """The routed experts of a model whose dense weights are on one or several devices."""
 
     replayable = False
 
     def __init__(self, devices: Sequence[DeviceExperts]) -> None:
-        """Each layer belongs to one device."""
+        """Combine the experts of several devices; each layer belongs to one of them."""
         self.devices = devices
         self._owner = {layer: device for device in devices for layer in device.records}
 
     @property
     def stats(self) -> ExpertStats:
-        """What happened so far."""
+        """The counters of all devices since loading."""
         return sum((device.stats for device in self.devices), ExpertStats())
 
     def start(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, capture: PiecewiseGraph | None = None
     ) -> Result:
-        """See `model.Experts`. The result raises DeviceError where a device keeps failing."""
+        """See `model.Experts`. The returned function raises DeviceError if a device keeps failing."""
         owner = self._owner[layer]
         if capture is None:
             return owner.start(layer, x, ids, weights)
         if owner.graph_buffers:
-            in_graphs = GraphExperts(owner, owner.graph_buffers, layer, x, ids, weights)
-            in_graphs.capture_hits(capture)
-            return lambda: in_graphs.capture_misses(capture)
+            graph_experts = GraphExperts(owner, owner.graph_buffers, layer, x, ids, weights)
+            graph_experts.capture_hits(capture)
+            return lambda: graph_experts.capture_misses(capture)
         y, started = torch.empty_like(x), list[Result]()
 
         def start() -> None:
@@ -354,7 +359,7 @@ class OffloadedExperts:
         return finish
 
     def close(self) -> None:
-        """Give back the devices."""
+        """Release the devices."""
         for device in self.devices:
             device.slots.device.close()
 

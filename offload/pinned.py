@@ -1,4 +1,4 @@
-"""Experts in page-locked RAM, from which a GPU copies at the link's full speed."""
+"""Experts in page-locked (pinned) RAM, from which a GPU copies at the full speed of the PCIe link."""
 
 import mmap
 
@@ -10,19 +10,26 @@ from dsv2_local.progress import Progress
 
 
 class PinnedArena:
-    """Copies of experts in page-locked RAM, from which a link runs at its full speed.
+    """Copies of expert records in page-locked RAM.
 
-    Whole layers are locked as far as the budget goes and the system allows; the others stay mapped from their files, so
-    that their pages are read from disk when they are needed and given back under pressure.
+    Whole layers are copied, as many as fit in the budget and as the system allows to lock. The other layers stay mapped
+    from their files: their pages are read from disk when needed and can be evicted under memory pressure.
 
     Attributes:
-        records: uint8 [E, record bytes] by layer, locked or mapped.
-        locked: bytes that are locked.
-        refused: whether the system refused to lock what the budget allowed.
+        records: uint8 [E, record bytes] by layer, page-locked or mapped.
+        locked: bytes of page-locked records.
+        refused: whether the system refused to lock memory within the budget.
     """
 
     def __init__(self, mapped: dict[int, Tensor], device: Device, budget: int, progress: Progress) -> None:
-        """`progress` is called with (bytes locked, bytes to lock)."""
+        """Copy and lock the first layers.
+
+        Args:
+            mapped: uint8 [E, record bytes] by layer, mapped from files.
+            device: the device that locks the memory.
+            budget: bytes to lock at most.
+            progress: called with bytes locked so far, and bytes to lock.
+        """
         self.records, self.locked, self.refused = dict(mapped), 0, False
         self._device, self._copies = device, list[Tensor]()
         wanted = min(budget, sum(records.nbytes for records in mapped.values()))
@@ -44,7 +51,7 @@ class PinnedArena:
         self.locked += copy.nbytes
 
     def close(self) -> None:
-        """Unlock all of it; the records stay readable."""
+        """Unlock all memory; the records stay readable."""
         for copy in self._copies:
             self._device.unlock(copy)
         self._copies.clear()
@@ -52,7 +59,7 @@ class PinnedArena:
 
 
 def _page_aligned(nbytes: int) -> Tensor:
-    """Fresh memory that begins with a page: uint8 [nbytes]."""
+    """New memory that starts at a page boundary: uint8 [nbytes]."""
     memory = mmap.mmap(-1, nbytes)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""What of a model lies where, by bytes, before anything is loaded. Pure, no torch.
+"""Plans where a model's bytes are stored, before anything is loaded. Pure, no torch.
 
-A plan adds up everything that takes memory on each device and in RAM, and states what was decided. What fits is
-granted; what does not is refused with the shortfall and with changes that would make it fit, each of them tried.
+A plan adds up everything that takes memory on each device and in RAM. A model that does not fit is refused with the
+shortfall and with changes that make it fit, each of which has been checked.
 """
 
 from bisect import bisect_left
@@ -15,26 +15,28 @@ from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
 from dsv2_local.offload.sizes import GIB, MIB, Sizes, sizes_of
 from dsv2_local.quant.schema import Recipe
 
-# Python with torch, and with CUDA's libraries; a CUDA context on the device.
+# RAM of Python with torch, the same with CUDA's libraries, and device memory of a CUDA context.
 PROCESS_BYTES, CUDA_PROCESS_BYTES, CONTEXT_BYTES = 256 * MIB, GIB, 600 * MIB
-# Of a machine's RAM, what the system keeps: this share, and at least so much. Of RAM that is free now: this share.
+# RAM left to the operating system: this fraction of the machine's RAM, but at least this many bytes; or this fraction
+# of the RAM that is free now.
 SYSTEM_SHARE, SYSTEM_BYTES, SPARE_SHARE = 0.04, GIB, 0.02
-# Tokens of a step of prefill: enough for full-rate matrix products, on the CPU few enough to report and stop every
-# second or so; where experts stream over the link, more tokens share one pass over them.
+# Tokens per prefill step: enough for full-rate matrix products; on the CPU, few enough to report progress and to stop
+# every second or so; if experts are streamed over PCIe, more, so that more tokens share one pass over the experts.
 CPU_CHUNK, GPU_CHUNK, STREAM_CHUNK = 512, 4096, 8192
-CONTEXT_STEP, MOST_GIB = 1024, 4096  # of the remedies that are tried
+# Remedies that are tried: contexts that are multiples of this, and at most this much more memory.
+CONTEXT_STEP, MOST_GIB = 1024, 4096
 
 
 @dataclass(frozen=True)
 class MemoryShare:
-    """What lies in one memory: bytes by part, and what is left of it.
+    """How one memory is used.
 
     Attributes:
-        name: of the memory, "RAM" or "GPU n".
-        capacity: its bytes.
-        parts: bytes by what they are for.
-        layers: of a GPU: its first layer and the one after its last.
-        slots: of a GPU: routed experts that it holds at a time.
+        name: "RAM" or "GPU n".
+        capacity: bytes of the memory.
+        parts: bytes by purpose.
+        layers: of a GPU, its first layer and the layer after its last.
+        slots: of a GPU, the number of expert slots.
     """
 
     name: str
@@ -54,13 +56,13 @@ class MemoryShare:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything lies, and what follows from it.
+    """Where everything is stored, and what follows from that.
 
     Attributes:
-        request, machine: what it was made from.
-        gpus, ram: what lies in each memory.
-        ram_experts: routed experts in RAM.
-        locked: whether those are page-locked, so that copies run at the link's full speed.
+        request, machine: what the plan was made for.
+        gpus, ram: how each memory is used.
+        ram_experts: routed experts that are stored in RAM.
+        locked: whether those are page-locked, so that copies run at the full speed of the PCIe link.
     """
 
     request: PlanRequest
@@ -77,11 +79,12 @@ class Plan:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one of them."""
+        """Bytes of one routed expert."""
         return sizes_of(self.request).expert
 
     @property
     def slots(self) -> int:
+        """Expert slots of all GPUs."""
         return sum(gpu.slots for gpu in self.gpus)
 
     @property
@@ -96,7 +99,7 @@ class Plan:
 
     @property
     def mode(self) -> Mode:
-        """Who computes the routed experts: what was asked for, or what AUTO comes to. Never AUTO."""
+        """Where the routed experts are computed: as requested, or what AUTO resolves to. Never AUTO."""
         if not self.gpus:
             return Mode.CPU
         if self.resident:
@@ -105,17 +108,17 @@ class Plan:
 
     @property
     def offloads(self) -> bool:
-        """Whether GPUs hold some experts in slots and are sent others."""
+        """Whether GPUs have slots for some experts and receive copies of others."""
         return self.mode in (Mode.HYBRID, Mode.STREAM)
 
     @property
     def staging_experts(self) -> int:
-        """Experts that each of the `STAGING_BUFFERS` of a GPU holds; 0 where nothing is sent to GPUs."""
+        """Experts that each of a GPU's `STAGING_BUFFERS` holds; 0 if no experts are copied to GPUs."""
         return sizes_of(self.request).staging_experts if self.offloads else 0
 
     @property
     def chunk(self) -> int:
-        """Tokens of a step of prefill."""
+        """Tokens per prefill step."""
         if not self.gpus:
             return CPU_CHUNK
         return STREAM_CHUNK if self.offloads else GPU_CHUNK
@@ -126,10 +129,10 @@ def _experts(config: ModelConfig) -> int:
 
 
 def make_plan(request: PlanRequest, machine: Machine) -> Plan:
-    """Place a model.
+    """Plan where a model is stored on a machine.
 
     Raises:
-        PlanError: it does not fit, with the shortfall and what would make it fit.
+        PlanError: the model does not fit; the error has the shortfall and changes that make it fit.
     """
     try:
         return _place(request, machine)
@@ -142,14 +145,14 @@ def _place(request: PlanRequest, machine: Machine) -> Plan:
 
 
 def _place_in_ram(request: PlanRequest, machine: Machine) -> Plan:
-    """Everything on the CPU: dense weights and cache in RAM, experts there too as far as they fit."""
+    """Plan for the CPU alone: dense weights and KV cache in RAM, and as many experts as fit beside them."""
     sizes = sizes_of(request)
     tied = sizes.embedding if request.config.tie_word_embeddings else 0
     parts = {
         "system": _system(machine),
         "program": PROCESS_BYTES,
         "dense weights": sum(sizes.layers) + sizes.embedding + sizes.head - tied,
-        "latent cache": sizes.latent_cache(len(sizes.layers)),
+        "KV cache": sizes.latent_cache(len(sizes.layers)),
         "workspace": sizes.workspace("cpu", CPU_CHUNK),
     }
     ram, count = _with_experts(request, machine, parts, "experts (mapped)")
@@ -157,7 +160,7 @@ def _place_in_ram(request: PlanRequest, machine: Machine) -> Plan:
 
 
 def _place_on_gpus(request: PlanRequest, machine: Machine) -> Plan:
-    """Attention, shared experts and cache on the GPUs, a run of layers each; slots in what is left of them."""
+    """Plan for GPUs: each has the dense weights and KV cache of consecutive layers, and slots in its free memory."""
     sizes, split = sizes_of(request), _split(request, machine.vram)
     parts = {"system": _system(machine), "program": CUDA_PROCESS_BYTES, "embedding": sizes.embedding}
     if request.experts in (Mode.AUTO, Mode.GPU):
@@ -183,13 +186,13 @@ def _place_on_gpus(request: PlanRequest, machine: Machine) -> Plan:
 def _gpu_shares(
     sizes: Sizes, vram: tuple[int, ...], split: list[tuple[int, int]], staged: bool
 ) -> tuple[MemoryShare, ...]:
-    """What lies on each GPU; `staged`: with buffers through which experts stream."""
+    """How each GPU's memory is used; `staged`: with staging buffers for experts that are copied."""
     shares = []
     for gpu, (capacity, (first, end)) in enumerate(zip(vram, split, strict=True)):
         parts = {
             "driver": CONTEXT_BYTES,
             "dense weights": sum(sizes.layers[first:end]) + (sizes.head if end == len(sizes.layers) else 0),
-            "latent cache": sizes.latent_cache(end - first),
+            "KV cache": sizes.latent_cache(end - first),
             "workspace": sizes.workspace("gpu", STREAM_CHUNK if staged else GPU_CHUNK, staged),
         }
         if staged:
@@ -205,49 +208,55 @@ def _without_slots(share: MemoryShare) -> MemoryShare:
 
 
 def _split(request: PlanRequest, vram: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Runs of layers, in proportion to the GPUs' memory by the bytes of each layer with its cache and experts."""
+    """Divide the layers among the GPUs in proportion to their memory -> first layer and layer after the last of each.
+
+    A layer counts with all of its bytes: dense weights, KV cache and routed experts.
+    """
     sizes = sizes_of(request)
     experts = request.config.n_routed_experts * sizes.expert
-    weight = [
+    layer_bytes = [
         dense + sizes.latent_cache(1) + experts * request.config.is_moe(layer)
         for layer, dense in enumerate(sizes.layers)
     ]
     ends, done, layer = [], 0, 0
     for gpu in range(len(vram)):
-        target = sum(weight) * sum(vram[: gpu + 1]) / sum(vram)
-        while layer < len(weight) and done + weight[layer] / 2 <= target:
-            done += weight[layer]
+        target = sum(layer_bytes) * sum(vram[: gpu + 1]) / sum(vram)
+        while layer < len(layer_bytes) and done + layer_bytes[layer] / 2 <= target:
+            done += layer_bytes[layer]
             layer += 1
         ends.append(layer)
-    ends[-1] = len(weight)
+    ends[-1] = len(layer_bytes)
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _experts_of(config: ModelConfig, layers: tuple[int, int]) -> int:
+    """Routed experts of the layers from the first up to, but not including, the second."""
     return sum(config.is_moe(layer) for layer in range(*layers)) * config.n_routed_experts
 
 
 def _system(machine: Machine) -> int:
+    """Bytes of RAM left to the operating system."""
     if machine.available:
         return int(machine.ram * SPARE_SHARE)
     return max(SYSTEM_BYTES, int(machine.ram * SYSTEM_SHARE))
 
 
 def _with_experts(request: PlanRequest, machine: Machine, parts: dict[str, int], name: str) -> tuple[MemoryShare, int]:
-    """RAM with as many experts as fit beside `parts`, and how many they are."""
+    """RAM with as many experts as fit beside `parts`, and the number of these experts."""
     share, size = _fitting(MemoryShare("RAM", machine.ram, parts)), sizes_of(request).expert
     count = min(share.free // size, _experts(request.config)) if size else 0
     return replace(share, parts={**parts, name: count * size}), count
 
 
 def _fitting(share: MemoryShare) -> MemoryShare:
+    """The share itself; PlanError if it is larger than its memory."""
     if share.free < 0:
         raise PlanError(share.name, -share.free)
     return share
 
 
 def _remedies(request: PlanRequest, machine: Machine, where: str) -> Iterator[str]:
-    """Changes of which each alone makes it fit, the least painful first; the last is more of what is short."""
+    """Options each of which alone makes the model fit, the least painful first; the last is more memory."""
     if request.cache_dtype is CacheDtype.BF16 and _fits(replace(request, cache_dtype=CacheDtype.INT8), machine):
         yield "--cache-type int8"
     steps = range(request.context // CONTEXT_STEP)
@@ -271,11 +280,12 @@ def _remedies(request: PlanRequest, machine: Machine, where: str) -> Iterator[st
 
 
 def _grown_ram(machine: Machine, gib: int) -> Machine:
+    """A machine with this much more RAM, in whole GiB."""
     return replace(machine, ram=-(-machine.ram // GIB + -gib) * GIB)
 
 
 def _grown_vram(machine: Machine, gib: int) -> Machine:
-    """As much more of each GPU, in whole GiB."""
+    """A machine whose GPUs have this much more memory each, in whole GiB."""
     return replace(machine, vram=tuple(-(-size // GIB + -gib) * GIB for size in machine.vram))
 
 

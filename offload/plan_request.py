@@ -1,4 +1,4 @@
-"""What a plan is made from: a model as it is to run, and a machine. No torch."""
+"""The input of a plan: how a model is to run, and on which machine. No torch."""
 
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -11,23 +11,23 @@ DEFAULT_CONTEXT = 8192  # tokens
 
 
 class Mode(StrEnum):
-    """Who computes the routed experts."""
+    """Where the routed experts are computed."""
 
     AUTO = "auto"
-    """GPU if all experts fit there, else HYBRID; CPU where there is no GPU."""
+    """GPU if all experts fit in its memory, else HYBRID; CPU if there is no GPU."""
     GPU = "gpu"
-    """The GPU, which holds all experts."""
+    """On the GPU, whose memory has all experts."""
     HYBRID = "hybrid"
-    """The GPU computes the experts in its slots; misses are split between PCIe copies and the CPU."""
+    """On the GPU if the expert has a slot; missing experts are split between PCIe copies and the CPU."""
     STREAM = "stream"
-    """The GPU; experts without a slot are copied to it."""
+    """On the GPU; missing experts are copied to it."""
     CPU = "cpu"
-    """The CPU."""
+    """On the CPU."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine can do: GB/s of reading, GFLOP/s of matrix products."""
+    """Speed of a machine: read bandwidth of each memory and of the PCIe link in GB/s, matrix products in GFLOP/s."""
 
     ram: float = 50.0
     link: float = 25.0
@@ -42,14 +42,14 @@ RATES = tuple(rate.name for rate in fields(Rates))
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine's memories, in bytes.
+    """A machine's memories, in bytes, and its speed.
 
     Attributes:
-        vram: that is free on each GPU.
-        ram: see `available`.
-        lockable: how much of the RAM may be page-locked; None: no limit.
-        available: whether `ram` is what is free now, so that the system has its share already.
-        rates: see `Rates`.
+        vram: free memory of each GPU.
+        ram: RAM of the machine, or what is free of it (see `available`).
+        lockable: bytes of RAM that may be page-locked; None: no limit.
+        available: whether `ram` is what is free now, so that the operating system's memory is not part of it.
+        rates: bandwidths and compute speed.
     """
 
     vram: tuple[int, ...]
@@ -61,14 +61,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to run.
+    """How a model is to run.
 
     Attributes:
         config: the architecture.
         recipe: the formats of its weights.
-        context: tokens that one sequence may have.
+        context: maximum tokens of a sequence.
         cache_dtype: how the KV cache stores latents.
-        experts: who is asked to compute the routed experts; `Plan.mode` says who will.
+        experts: where to compute the routed experts; `Plan.mode` is the mode that AUTO resolves to.
     """
 
     config: ModelConfig
@@ -79,5 +79,5 @@ class PlanRequest:
 
 
 def default_context(config: ModelConfig) -> int:
-    """Tokens of context where none are asked for."""
+    """Tokens of context if the user requests none."""
     return min(DEFAULT_CONTEXT, config.max_position_embeddings)

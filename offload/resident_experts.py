@@ -1,4 +1,4 @@
-"""Routed experts that are computed where they lie: all in RAM, or all in GPU memory."""
+"""Routed experts that are computed where they are stored: all in RAM, or all in GPU memory."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from dsv2_local.kernels.graphs import PiecewiseGraph
 
 
 class ResidentExperts:
-    """Every expert where it is computed: in RAM, mapped from its file, or in the memory of its layer's GPU."""
+    """Experts that are never moved: in RAM, mapped from files, or in the memory of their layer's GPU."""
 
     replayable = True
 
     def __init__(self, layout: ExpertLayout, records: dict[int, Tensor]) -> None:
-        """`records`: uint8 [E, layout.nbytes] by layer."""
+        """Use `records`, uint8 [E, layout.nbytes] by layer, in place."""
         self._layout, self.records = layout, records
 
     @property
@@ -26,7 +26,7 @@ class ResidentExperts:
     def start(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, capture: PiecewiseGraph | None = None
     ) -> Callable[[], Tensor]:
-        """See `model.Experts`; nothing is started before the result is asked for."""
+        """See `model.Experts`. All of the work is done by the returned function."""
         return lambda: self.experts(layer, x, ids, weights)
 
     def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

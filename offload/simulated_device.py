@@ -1,8 +1,8 @@
-"""A device made of RAM and two threads, so that the schedule runs, and fails, where there is no GPU.
+"""A device simulated with RAM and two threads, to test the offload engine and its error handling without a GPU.
 
-Its link copies with a speed that can be set, its queue computes with the CPU's kernels, and both really run beside the
-caller: what is read before it has come is rubbish, since a copy fills its target with rubbish when it begins (unless
-speed is what is to be seen).
+The PCIe link has an adjustable speed, and work is computed by the CPU's kernels. Both run asynchronously to the caller,
+and a copy fills its target with poison when it starts, so that reading a record before it has arrived is noticed (a
+link with a set speed leaves the poison out).
 """
 
 import ctypes
@@ -18,18 +18,18 @@ from torch import Tensor
 from dsv2_local.errors import DeviceError, DeviceMemoryError
 from dsv2_local.offload.device import Event
 
-RUBBISH = 0xFF
-"""As fp16 scales, it makes every result NaN."""
+POISON = 0xFF
+"""Byte whose repetition is NaN as an fp16 scale, and so makes every result NaN."""
 
 GB = 10**9
 
 
-class Done:
-    """An event of a stand-in."""
+class SimulatedEvent:
+    """An event of a simulated device."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.given, self.ended = time.perf_counter(), 0.0
+        self.queued, self.ended = time.perf_counter(), 0.0
         self.error: BaseException | None = None
         self._done = threading.Event()
 
@@ -48,14 +48,14 @@ class Done:
 
 
 class SimulatedDevice:
-    """A device that is none.
+    """See `Device`.
 
     Args:
-        number: of the device among several.
+        number: number of the device among several.
         capacity: bytes of its memory.
-        link: GB/s of copies, which leave out the rubbish; None for as fast as they go, and with it.
-        hook: called in the device's threads before each "copy" and "compute", and by `allocate` and `lock`; it may
-            sleep, or raise DeviceError to have that step fail.
+        link: GB/s of copies, without poison; None for copies as fast as RAM allows, with poison.
+        hook: called with "copy" and "compute" in the device's threads before each operation, and with "allocate" and
+            "lock" by those methods; it may sleep, or raise DeviceError to make the operation fail.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class SimulatedDevice:
         link: float | None = None,
         hook: Callable[[str], None] = lambda step: None,
     ) -> None:
-        self.name, self.kind, self.torch_device = f"stand-in {number}", "stand-in", torch.device("cpu")
+        self.name, self.kind, self.torch_device = f"simulated device {number}", "simulated", torch.device("cpu")
         self.capacity, self.link, self.hook = capacity, link, hook
         self.allocated = 0
-        self._link_free = 0.0  # when, on the clock of `time.perf_counter`
+        self._link_free = 0.0  # time at which the link is free again, as `time.perf_counter` counts
         self._queues = {name: SimpleQueue[Any]() for name in ("copy", "compute")}
         self._threads = [threading.Thread(target=self._serve, args=(name,), daemon=True) for name in self._queues]
         for thread in self._threads:
@@ -84,7 +84,7 @@ class SimulatedDevice:
         if nbytes > self.free:
             raise DeviceMemoryError(self.name, nbytes, self.free)
         self.allocated += nbytes
-        return torch.full((nbytes,), RUBBISH, dtype=torch.uint8)
+        return torch.full((nbytes,), POISON, dtype=torch.uint8)
 
     def page_locked(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
@@ -101,18 +101,18 @@ class SimulatedDevice:
             start = time.perf_counter()
             if self.link is None:
                 for target, source in zip(targets, sources, strict=True):
-                    target.fill_(RUBBISH)
+                    target.fill_(POISON)
                     target.copy_(source)
                 return time.perf_counter() - start
             seconds = sum(source.nbytes for source in sources) / (self.link * GB)
-            # From when it could have begun, so that a thread which wakes up late does not slow the link.
+            # Counted from when the copy could have started, so that a thread that wakes up late does not slow the link.
             self._link_free = max(self._link_free, ready) + seconds
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source)
             time.sleep(max(0.0, self._link_free - time.perf_counter()))
             return seconds
 
-        return self._give("copy", transfer, after)
+        return self._queue("copy", transfer, after)
 
     def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
         def run(ready: float) -> float:
@@ -120,7 +120,7 @@ class SimulatedDevice:
             work()
             return time.perf_counter() - start
 
-        return self._give("compute", run, after)
+        return self._queue("compute", run, after)
 
     def join(self, event: Event) -> None:
         event.wait()
@@ -135,24 +135,24 @@ class SimulatedDevice:
             thread.join()
         self.allocated = 0
 
-    def _give(self, queue: str, task: Callable[[float], float], after: Sequence[Event]) -> Event:
-        """Queue a task, which is told when all that it waited for was done, and tells how long it took."""
-        done = Done()
-        self._queues[queue].put((done, task, tuple(after)))
-        return done
+    def _queue(self, queue: str, task: Callable[[float], float], after: Sequence[Event]) -> Event:
+        """Queue a task: a function of the time at which it could have started that returns how long it took."""
+        event = SimulatedEvent()
+        self._queues[queue].put((event, task, tuple(after)))
+        return event
 
     def _serve(self, step: str) -> None:
         while item := self._queues[step].get():
-            done, task, after = item
+            event, task, after = item
             try:
-                for event in after:
-                    event.wait()
+                for earlier in after:
+                    earlier.wait()
                 self.hook(step)
                 with torch.inference_mode():
-                    done.seconds = task(max(done.given, *(event.ended for event in after), 0.0))
-                done.finish()
-            except Exception as error:  # whoever waits for the event is told
-                done.finish(error)
+                    event.seconds = task(max(event.queued, *(earlier.ended for earlier in after), 0.0))
+                event.finish()
+            except Exception as error:  # raised again by `wait`
+                event.finish(error)
 
 
 def _libc() -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""What a model takes, by bytes, part by part. Pure, no torch."""
+"""Bytes that each part of a model takes. Pure, no torch."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,29 +12,27 @@ from dsv2_local.quant.schema import active_weights, dense_files, expert_layout, 
 GB, GIB, MIB = 10**9, 1 << 30, 1 << 20
 
 STAGING_BUFFERS = 3
-STAGING_BYTES = 320 * MIB  # of one buffer at most: large enough that a copy runs at the link's full speed
-PAIRS_AT_ONCE = (
-    4096  # pairs of a token and a routed expert whose outputs are kept together, where experts are offloaded
-)
+STAGING_BYTES = 320 * MIB  # maximum of one buffer: large enough for copies at the full speed of the PCIe link
+PAIRS_AT_ONCE = 4096  # token-expert pairs whose outputs are in memory at a time if experts are offloaded
 KEY_BLOCK = 4096  # cached positions whose keys and values are rebuilt at a time
 ACTIVATION_BYTES = {"cpu": 4, "gpu": 2}
-GRAPH_BYTES = 32 * MIB  # what captured decode steps keep for themselves
+GRAPH_BYTES = 32 * MIB  # workspace of the CUDA graphs of decode steps
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a request takes, in bytes unless said otherwise."""
+    """Sizes of a request's parts, in bytes unless stated otherwise."""
 
     request: PlanRequest
 
     @cached_property
     def expert(self) -> int:
-        """One routed expert."""
+        """One routed expert; 0 if the model has none."""
         return expert_layout(self.request.config, self.request.recipe).nbytes if self.request.config.moe_layers else 0
 
     @cached_property
     def _files(self) -> list[list[TensorSpec]]:
-        """What is outside the layers, then each layer."""
+        """Tensors outside the layers, then the tensors of each layer."""
         return list(dense_files(self.request.config).values())
 
     @cached_property
@@ -48,34 +46,37 @@ class Sizes:
 
     @cached_property
     def head(self) -> int:
-        """The last norm and the head; one that is tied to the embedding is a second copy on a GPU."""
+        """Final norm and LM head; a head that is tied to the embedding is a second copy on a GPU."""
         head = self._stored([spec for spec in self._files[0] if spec.kind is not Kind.EMBEDDING])
         return head + (self.embedding if self.request.config.tie_word_embeddings else 0)
 
     @property
     def experts_per_token(self) -> int:
-        """Bytes of the routed experts that a token takes."""
+        """The routed experts that one token uses."""
         return len(self.request.config.moe_layers) * self.request.config.num_experts_per_tok * self.expert
 
     @cached_property
     def flops(self) -> float:
-        """Of a token: a multiplication and an addition for each weight that it meets; attention's own are left out."""
+        """FLOPs per token: two for each active weight. Products of queries with the KV cache are not counted."""
         return 2.0 * active_weights(self.request.config)
 
     def _stored(self, specs: list[TensorSpec]) -> int:
-        """Bytes in memory, where norms and routers are fp32."""
+        """Bytes in memory, where norms and routers are converted to fp32."""
         recipe = self.request.recipe
         return sum(stored_bytes(spec, recipe) if spec.quantised else 4 * prod(spec.shape) for spec in specs)
 
     def latent_cache(self, layers: int) -> int:
-        """Of the whole context, in whole cache blocks."""
+        """KV cache of `layers` layers for the whole context, in whole blocks."""
         tokens = blocks_for(self.request.context) * CACHE_BLOCK
         return layers * tokens * self.request.cache_dtype.bytes_per_token_and_layer(self.request.config)
 
     def workspace(self, where: str, chunk: int, staged: bool = False) -> int:
-        """Activations of a chunk, keys and values of a block of positions, and logits: what a step holds at most.
+        """Peak of a step: activations of a chunk, keys and values of `KEY_BLOCK` positions, and logits.
 
-        `staged`: with outputs of single experts.
+        Args:
+            where: "cpu" or "gpu".
+            chunk: tokens per prefill step.
+            staged: whether experts are offloaded, so that outputs of single experts are stored too.
         """
         c, size = self.request.config, ACTIVATION_BYTES[where]
         tokens, positions = min(chunk, self.request.context), min(KEY_BLOCK, self.request.context)
@@ -84,20 +85,21 @@ class Sizes:
         attention = (tokens + positions) * heads * (c.qk_head_dim + c.v_head_dim)
         experts = 2 * tokens * max(c.num_experts_per_tok * c.moe_intermediate_size, c.intermediate_size)
         outputs = 4 * PAIRS_AT_ONCE * c.hidden_size if staged else 0
-        captured = GRAPH_BYTES if where == "gpu" else 0
-        return size * (hidden + attention + experts) + outputs + captured + 4 * c.vocab_size
+        graphs = GRAPH_BYTES if where == "gpu" else 0
+        return size * (hidden + attention + experts) + outputs + graphs + 4 * c.vocab_size
 
     @property
     def staging_experts(self) -> int:
-        """Experts that one staging buffer holds: a layer's, or as many of them as `STAGING_BYTES` hold."""
+        """Experts that one staging buffer holds: a layer's experts, or as many as fit in `STAGING_BYTES`."""
         return min(self.request.config.n_routed_experts, max(1, STAGING_BYTES // self.expert)) if self.expert else 0
 
     @property
     def staging(self) -> int:
-        """Of all staging buffers."""
+        """All staging buffers of a GPU."""
         return STAGING_BUFFERS * self.staging_experts * self.expert
 
 
 @lru_cache(256)
 def sizes_of(request: PlanRequest) -> Sizes:
+    """The sizes of a request, cached because plans are made many times while remedies are tried."""
     return Sizes(request)

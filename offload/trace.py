@@ -1,7 +1,8 @@
-"""Which experts a model chose for a text, token by token, and what a cache of experts would have made of it.
+"""Routing traces: the experts that a model chose for a text, and the hit rates of expert caches on them.
 
-A trace is a text file: a first line of JSON with the model's name, layers, experts and experts per token, then a line
-for each token: the experts of the first MoE layer, a semicolon, those of the second, and so on; best first.
+A trace is a text file. Its first line is JSON with the model's name and its numbers of MoE layers and of experts per
+layer. Each further line is a token: the experts of the first MoE layer, a semicolon, those of the second, and so on;
+within a layer, the highest-scoring expert comes first.
 """
 
 import json
@@ -18,7 +19,13 @@ FORMAT = "dsv2 routing trace 1"
 
 @dataclass(frozen=True)
 class Trace:
-    """Experts by token and MoE layer: `tokens[t][l]` are the experts of token t in the l-th MoE layer."""
+    """The experts that a model chose.
+
+    Attributes:
+        model: name of the model.
+        layers, experts: number of MoE layers, and of experts in each.
+        tokens: `tokens[t][l]` are the experts of token t in the l-th MoE layer.
+    """
 
     model: str
     layers: int
@@ -26,13 +33,18 @@ class Trace:
     tokens: list[list[list[int]]]
 
     def save(self, path: Path) -> None:
+        """Write the trace to a file."""
         head = {"format": FORMAT, "model": self.model, "layers": self.layers, "experts": self.experts}
         lines = (";".join(" ".join(map(str, layer)) for layer in token) for token in self.tokens)
         path.write_text("\n".join([json.dumps(head), *lines]) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Trace":
-        """Raises InputError for what is no trace, or a damaged one, naming the line."""
+        """Read a trace from a file.
+
+        Raises:
+            InputError: the file cannot be read, is not a trace, or has a damaged line, which the message names.
+        """
         try:
             head, *lines = path.read_text(encoding="utf-8").splitlines()
             described = json.loads(head)
@@ -42,7 +54,7 @@ class Trace:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is no routing trace; `dsv2 bench --trace {path}` writes one") from None
+            raise InputError(f"{path} is not a routing trace; `dsv2 bench --trace {path}` writes one") from None
         for number, line in enumerate(lines, 2):
             trace.tokens.append(_token(line, trace, f"{path}, line {number}"))
         return trace
@@ -58,14 +70,14 @@ def _token(line: str, trace: Trace, where: str) -> list[list[int]]:
     try:
         token = [[int(expert) for expert in layer.split()] for layer in line.split(";")]
     except ValueError:
-        raise InputError(f"{where}: not the numbers of experts: {line[:40]!r}") from None
+        raise InputError(f"{where}: not a list of expert numbers: {line[:40]!r}") from None
     if len(token) != trace.layers or not all(0 <= expert < trace.experts for layer in token for expert in layer):
-        raise InputError(f"{where}: not {trace.layers} layers of experts below {trace.experts}")
+        raise InputError(f"{where}: not {trace.layers} layers of expert numbers below {trace.experts}")
     return token
 
 
 def hit_rate(trace: Trace, slots: int, policy: Policy) -> float:
-    """Hits over uses of a cache that fetches every miss it lets in, from empty."""
+    """Hits over uses of an expert cache that starts empty and fetches every miss that its policy admits."""
     cache = ExpertCache(slots, policy)
     for token in trace.tokens:
         for layer, chosen in enumerate(token):
@@ -77,33 +89,33 @@ def hit_rate(trace: Trace, slots: int, policy: Policy) -> float:
 
 
 def best_hit_rate(trace: Trace, slots: int) -> float:
-    """Hits over uses of a cache that knows the future: out goes what is used again last (Belady, 1966)."""
+    """Hits over uses of the optimal cache, which evicts the expert whose next use is furthest away (Belady, 1966)."""
     uses = list(trace.uses())
     following = _next_uses(uses)
-    held: dict[Key, int] = {}  # the place of its next use
-    latest: list[tuple[int, Key]] = []  # by that place, the last first; with stale entries
+    cached: dict[Key, int] = {}  # position of the next use
+    latest: list[tuple[int, Key]] = []  # heap with the furthest next use first, and stale entries
     hits = 0
-    for place, key in enumerate(uses):
-        if key in held:
+    for position, key in enumerate(uses):
+        if key in cached:
             hits += 1
         elif slots == 0:
             continue
-        elif len(held) >= slots:
-            while held.get(latest[0][1]) != -latest[0][0]:
+        elif len(cached) >= slots:
+            while cached.get(latest[0][1]) != -latest[0][0]:
                 heappop(latest)
-            if -latest[0][0] <= following[place]:
-                continue  # the newcomer is the one that is used last
-            del held[heappop(latest)[1]]
-        held[key] = following[place]
-        heappush(latest, (-following[place], key))
+            if -latest[0][0] <= following[position]:
+                continue  # the new expert's own next use is the furthest away
+            del cached[heappop(latest)[1]]
+        cached[key] = following[position]
+        heappush(latest, (-following[position], key))
     return hits / max(1, len(uses))
 
 
 def _next_uses(uses: list[Key]) -> list[int]:
-    """For each place the next one of the same expert; what never comes again comes after all others."""
+    """For each use the position of the next use of the same expert; `len(uses)` if there is none."""
     later: dict[Key, int] = {}
     never, found = len(uses), [0] * len(uses)
-    for place in range(len(uses) - 1, -1, -1):
-        found[place] = later.get(uses[place], never)
-        later[uses[place]] = place
+    for position in range(len(uses) - 1, -1, -1):
+        found[position] = later.get(uses[position], never)
+        later[uses[position]] = position
     return found

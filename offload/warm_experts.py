@@ -1,4 +1,4 @@
-"""Which experts a model used most, kept from run to run, so that the slots begin with them."""
+"""Stores which experts a model used most, so that the next run can start with them in its slots."""
 
 import json
 from collections.abc import Sequence
@@ -9,25 +9,26 @@ from dsv2_local.offload.expert_cache import Key
 
 
 def file(fingerprint: str) -> Path:
-    """Where those of a model are kept."""
+    """The file that stores the warm experts of a model."""
     return measurements.file().with_name("favourites") / f"{fingerprint}.json"
 
 
 def save(fingerprint: str | None, keys: Sequence[Key]) -> None:
-    """Keep experts, the worthiest first; those of a model without a name are not kept."""
+    """Store experts, the most used first; does nothing for a model without a fingerprint."""
     if fingerprint is not None:
         measurements.keep(file(fingerprint), json.dumps(keys))
 
 
 def load(fingerprint: str | None, layers: Sequence[int], experts: int) -> list[Key]:
-    """Every expert once, those kept first; the others in turns by layer."""
+    """All experts of these layers in the order in which to fill slots: stored ones, then one of each layer in turn."""
     every = [(layer, expert) for expert in range(experts) for layer in layers]
     known = set(every)
-    kept = [key for key in _read(file(fingerprint)) if key in known] if fingerprint else []
-    return list(dict.fromkeys([*kept, *every]))
+    stored = [key for key in _read(file(fingerprint)) if key in known] if fingerprint else []
+    return list(dict.fromkeys([*stored, *every]))
 
 
 def _read(path: Path) -> list[Key]:
+    """The experts in a file; none if it is missing or damaged."""
     try:
         return [(int(layer), int(expert)) for layer, expert in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):

@@ -1,14 +1,14 @@
-"""A converted checkpoint's directory: the files in it, its manifest, and the way in.
+"""Reads the directory of a converted checkpoint.
 
-    config.json             the model's own, plus `quantization_config`
+    config.json             the model's config.json with a `quantization_config`
     manifest.json           format version, recipe, source, and size and sha256 of every other file
-    dense.safetensors       embedding, last norm, head
+    dense.safetensors       embedding, final norm, LM head
     dense-LLL.safetensors   attention, norms, router, shared experts or dense MLP of layer LLL
     experts-LLL.safetensors one uint8 tensor `experts` [experts, record bytes] that starts at a 4096-byte boundary
     tokenizer.json, …       copied from the source
 
 Matrices are stored as the planes of `kernels.layout`: `NAME.codes` and `NAME.scales`, or `NAME` alone in bf16. Any
-safetensors reader opens the files. Reading is mmap: nothing is copied until it is used.
+safetensors reader opens the files. They are memory-mapped: nothing is read before it is used.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def safetensors_header(entries: list[Plane]) -> bytes:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of a file."""
+    """A file's entry in the manifest."""
 
     bytes: int
     sha256: str
@@ -66,7 +66,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`; written last, so that a directory without one is not a checkpoint."""
+    """`manifest.json`. It is written last, so a directory without one is not a finished checkpoint."""
 
     recipe: Recipe
     source: str
@@ -74,6 +74,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
+        """The text of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
@@ -81,7 +82,7 @@ class Manifest:
         """Read `directory/manifest.json`.
 
         Raises:
-            CheckpointError: there is none, it is not valid, or its format is newer than this program.
+            CheckpointError: there is no manifest, it is not valid, or this program does not read its format version.
         """
         path = directory / MANIFEST
         if not path.is_file():
@@ -94,20 +95,22 @@ class Manifest:
                 return cls(Recipe(raw["recipe"]), str(raw["source"]), files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}); convert the model again") from None
-        raise CheckpointError(f"{path} has format {version}, this program reads {FORMAT_VERSION}; convert again")
+        raise CheckpointError(
+            f"{path} has format version {version} and this program reads {FORMAT_VERSION}; convert the model again"
+        )
 
 
 class Checkpoint:
-    """An opened checkpoint directory; tensors are views of the mapped files."""
+    """An opened checkpoint directory; its tensors are views of the mapped files."""
 
     def __init__(self, directory: Path) -> None:
         """Open and check `directory`: manifest, configuration, and the size of every file of weights.
 
-        The small files may be edited (a template, sampling defaults); `verify_file` tells when one was.
+        The small files (chat template, sampling defaults) may be edited; only `verify_file` detects that.
 
         Raises:
-            CheckpointError: a file is missing or has another size than the manifest says.
-            ConfigError: config.json is unusable.
+            CheckpointError: a file of weights is missing, or its size is not the manifest's.
+            ConfigError: config.json is not valid.
         """
         self.directory = directory
         self.manifest = Manifest.load(directory)
@@ -128,7 +131,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} has {size:,} bytes instead of {record.bytes:,}; convert the model again")
 
     def dense(self) -> dict[str, Matrix | Tensor]:
-        """Every tensor outside the routed experts by its name in `schema`; norms and routers are plain tensors."""
+        """All tensors but the routed experts, by name; norms and routers are plain tensors."""
         tensors: dict[str, Matrix | Tensor] = {}
         for file, specs in dense_files(self.config).items():
             with self._open(file) as handle:
@@ -146,6 +149,7 @@ class Checkpoint:
 
     @property
     def expert_layout(self) -> ExpertLayout:
+        """The layout of one routed expert's record."""
         return expert_layout(self.config, self.recipe)
 
     def experts(self, layer: int) -> Tensor:
@@ -156,7 +160,11 @@ class Checkpoint:
             return self._get(handle, file, EXPERTS, shape, torch.uint8)
 
     def verify_file(self, name: str) -> None:
-        """Read a file whole and compare its sha256 with the manifest's; CheckpointError when it differs."""
+        """Compare a file's sha256 with the manifest's.
+
+        Raises:
+            CheckpointError: the file is missing or differs.
+        """
         path = self.directory / name
         if not path.is_file() or file_sha256(path) != self.manifest.files[name].sha256:
             raise CheckpointError(f"{path} does not match its checksum; convert the model again")

@@ -1,7 +1,8 @@
-"""Convert a release to a checkpoint directory: bounded memory, all cores, resumable at any moment.
+"""Convert a release to a checkpoint directory: in bounded memory, on all cores, resumable after any interruption.
 
-Worker threads read, quantise and write pieces of one output file at a time, each at its place. A finished file is
-fsynced, hashed, renamed and recorded in `DST.partial/progress.json`; the directory gets its name when all is there.
+Worker threads read, quantise and write pieces of one output file at a time, each piece at its own offset. A finished
+file is fsynced, hashed, renamed and recorded in `DST.partial/progress.json`; the directory gets its final name when all
+files are finished.
 """
 
 import fcntl
@@ -55,7 +56,7 @@ COPIED = (
 
 @dataclass(frozen=True)
 class ConversionProgress:
-    """How far a conversion is: stored tensors, and bytes of the source."""
+    """Progress of a conversion: tensors written, and bytes of the source read."""
 
     tensors: int
     total_tensors: int
@@ -77,15 +78,22 @@ def convert(
 ) -> Manifest:
     """Convert the release in `source_dir` to the checkpoint directory `destination`.
 
-    Interrupted at any moment, it goes on where it was when called again, to the same bytes.
+    An interrupted conversion resumes when called again, and the result has the same bytes.
 
     Args:
-        force: replace an existing checkpoint (once the new one is whole), and discard a partial one of another source.
-        source_name: what the manifest says of the origin; the directory's name by default.
-        report: told of progress after every piece.
+        source_dir: a release: config.json and safetensors files.
+        destination: directory to create; partial results are in a directory beside it.
+        recipe: format of each kind of tensor.
+        force: replace an existing checkpoint (when the new one is finished), and discard a partial conversion of
+            another source or recipe.
+        source_name: name of the source in the manifest; the directory's name by default.
+        report: called with the progress after every piece.
+
+    Returns:
+        The manifest of the finished checkpoint.
 
     Raises:
-        ConversionError: the destination is in use, too small or of another source.
+        ConversionError: the destination is in use, has too little space, or holds something else.
         CheckpointError: a tensor or file of the source is missing, unknown, truncated, corrupt or not finite.
         ConfigError: the model is not supported.
     """
@@ -96,7 +104,7 @@ def convert(
     try:
         check_tensors(source, config)
         plan = ConversionPlan(source, config, recipe)
-        if _is_leftover(destination, plan, force):  # a conversion that was stopped after its last rename
+        if _is_leftover(destination, plan, force):  # an earlier run was stopped after its last rename
             _clean_up(destination)
             return Manifest.load(destination)
         with _partial_directory(destination) as directory:
@@ -114,7 +122,7 @@ def convert(
 
 
 def _convert_piece(piece: Piece, recipe: Recipe, descriptor: int) -> Piece:
-    """Read, quantise and write one piece; runs in a worker thread."""
+    """Read, quantise and write one piece, in a worker thread."""
     for offset, part in zip(piece.offsets, _parts(piece, recipe), strict=True):
         view, done = part.reshape(-1).view(torch.uint8).numpy().data, 0
         while done < len(view):
@@ -123,7 +131,7 @@ def _convert_piece(piece: Piece, recipe: Recipe, descriptor: int) -> Piece:
 
 
 def _parts(piece: Piece, recipe: Recipe) -> tuple[Tensor, ...]:
-    """The planes that a piece becomes."""
+    """The planes to write for a piece."""
     weight = piece.load()
     format = None if piece.kind in UNQUANTISED else recipe.format_of(piece.kind)
     _check_numbers(piece.where, weight, scaled=format in (Format.NF4, Format.INT8))
@@ -135,6 +143,7 @@ def _parts(piece: Piece, recipe: Recipe) -> tuple[Tensor, ...]:
 
 
 def _check_numbers(where: str, weight: Tensor, scaled: bool) -> None:
+    """Raise CheckpointError for values that are not finite or, with `scaled`, too large for an fp16 scale."""
     largest = float(weight.abs().max())
     if not math.isfinite(largest):
         raise CheckpointError(f"{where} has values that are not finite numbers; download the model again")
@@ -143,7 +152,7 @@ def _check_numbers(where: str, weight: Tensor, scaled: bool) -> None:
 
 
 class Tally:
-    """Counts pieces and reports how far the work is."""
+    """Counts finished pieces and reports the progress."""
 
     def __init__(self, plan: ConversionPlan, report: Report | None) -> None:
         tensors, nbytes = plan.totals()
@@ -151,16 +160,16 @@ class Tally:
         self._report = report
 
     def count(self, *pieces: Piece) -> None:
-        """Note that these pieces are done."""
+        """Count these pieces as finished."""
         p = self._progress
-        done, nbytes = sum(piece.last for piece in pieces), sum(piece.nbytes for piece in pieces)
-        self._progress = replace(p, tensors=p.tensors + done, bytes=p.bytes + nbytes)
+        tensors, nbytes = sum(piece.last for piece in pieces), sum(piece.nbytes for piece in pieces)
+        self._progress = replace(p, tensors=p.tensors + tensors, bytes=p.bytes + nbytes)
         if self._report:
             self._report(self._progress)
 
 
 class _Writer:
-    """Writes the plan's files into the partial directory, skipping those that are recorded there."""
+    """Writes the plan's files into the partial directory, except those that are recorded as finished."""
 
     def __init__(
         self, plan: ConversionPlan, directory: Path, done: dict[str, FileRecord], report: Report | None
@@ -169,9 +178,9 @@ class _Writer:
         self.tally = Tally(plan, report)
 
     def write_all(self) -> None:
-        """Write and record every file that is not there yet."""
+        """Write and record every unfinished file."""
         threads = torch.get_num_threads()
-        # Workers are the parallelism; torch's own threads inside each would only get in the way.
+        # The workers use all cores; threads of torch inside each of them would only compete.
         with ThreadPoolExecutor(min(MAX_WORKERS, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 for file in self.plan.files:
@@ -198,7 +207,7 @@ class _Writer:
 
 
 def _record(directory: Path, fingerprint: str, done: dict[str, FileRecord]) -> None:
-    """Note which files are finished; the renames before it are made durable first."""
+    """Record which files are finished, after making their renames durable."""
     _sync_directory(directory)
     records = {name: asdict(record) for name, record in done.items()}
     _write_durably(directory / PROGRESS, json.dumps({"fingerprint": fingerprint, "files": records}).encode())
@@ -217,13 +226,13 @@ def _recorded(directory: Path, fingerprint: str, force: bool) -> dict[str, FileR
         records, same = {}, False
     if not same and not force:
         raise ConversionError(
-            f"{directory} holds a conversion of another source or recipe; delete it, or use --force to start afresh"
+            f"{directory} holds a conversion of another source or recipe; delete it, or use --force to start over"
         )
     return {name: r for name, r in records.items() if same and _has_size(directory / name, r.bytes)}
 
 
 def _discard_all_but(directory: Path, done: dict[str, FileRecord]) -> None:
-    """Delete unfinished files and those of a discarded conversion, so that none of them ends up in the result."""
+    """Delete unfinished files and files of a discarded conversion, so that none of them becomes part of the result."""
     for path in directory.iterdir():
         if path.name not in done and not (done and path.name == PROGRESS):
             path.unlink()
@@ -234,7 +243,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _write_small_files(source_dir: Path, directory: Path, raw: dict[str, Any], recipe: Recipe) -> dict[str, FileRecord]:
-    """config.json with what was done to the weights, and the tokenizer, template and notices as they are."""
+    """Write config.json with a `quantization_config`, and copy the tokenizer, chat template and notices."""
     quantisation = {
         "quant_method": "dsv2",
         "recipe": str(recipe),
@@ -251,7 +260,7 @@ def _write_small_files(source_dir: Path, directory: Path, raw: dict[str, Any], r
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file atomically and flush it to disk."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
         file.write(content)
@@ -269,10 +278,10 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _check_destination(source: Path, destination: Path, force: bool) -> None:
-    """Raise ConversionError where the destination cannot or must not be written."""
+    """Raise ConversionError if the destination cannot or must not be written."""
     here, there = source.resolve(), destination.resolve()
     if there in (here, *here.parents) or here in there.parents:
-        raise ConversionError(f"{destination} is, contains or lies in the source; choose another destination")
+        raise ConversionError(f"{destination} is the source, contains it or is inside it; choose another destination")
     if not destination.exists():
         return
     if not destination.is_dir():
@@ -280,7 +289,7 @@ def _check_destination(source: Path, destination: Path, force: bool) -> None:
     if is_checkpoint(destination) and not (force or (destination / PROGRESS).is_file()):
         raise ConversionError(f"{destination} exists; use --force to replace it")
     if not is_checkpoint(destination) and any(destination.iterdir()):
-        raise ConversionError(f"{destination} is a directory of something else; choose another destination")
+        raise ConversionError(f"{destination} is a directory with other files; choose another destination")
 
 
 def finished_files(destination: Path) -> int:
@@ -295,7 +304,7 @@ def _partial(destination: Path) -> Path:
 
 @contextmanager
 def _partial_directory(destination: Path) -> Iterator[Path]:
-    """`DST.partial`, made if need be and locked against a second conversion; operating system errors made plain."""
+    """Create and lock `DST.partial`; errors of the operating system become ConversionError."""
     directory = _partial(destination)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -309,7 +318,7 @@ def _partial_directory(destination: Path) -> Iterator[Path]:
         raise ConversionError(f"another conversion is writing {directory}; wait for it or stop it") from None
     except OSError as error:
         what = f"{error.strerror} ({error.filename or directory})"
-        raise ConversionError(f"{what}; mend that and run the same command again to go on") from None
+        raise ConversionError(f"{what}; fix that and run the same command again to resume") from None
 
 
 def _check_space(directory: Path, needed: int) -> None:
@@ -322,7 +331,7 @@ def _check_space(directory: Path, needed: int) -> None:
 
 
 def _put_in_place(directory: Path, destination: Path) -> None:
-    """Give the finished directory its name; a checkpoint that it replaces goes only once this one is whole."""
+    """Give the finished directory its final name, and then delete the checkpoint that it replaces."""
     replaced = destination.with_name(destination.name + ".replaced")
     if is_checkpoint(destination):
         shutil.rmtree(replaced, ignore_errors=True)
@@ -333,13 +342,13 @@ def _put_in_place(directory: Path, destination: Path) -> None:
 
 
 def _is_leftover(destination: Path, plan: ConversionPlan, force: bool) -> bool:
-    """Whether the destination is the whole result of this conversion, all but cleaned up."""
+    """Whether the destination is the finished result of this conversion and lacks only the clean-up."""
     if not (is_checkpoint(destination) and (destination / PROGRESS).is_file()):
         return False
     return len(_recorded(destination, plan.fingerprint, force)) == len(plan.files)
 
 
 def _clean_up(destination: Path) -> None:
-    """Remove what a conversion leaves at its very end: the checkpoint it replaced, and its own notes."""
+    """Remove what remains after the last rename: the replaced checkpoint, and the record of progress."""
     shutil.rmtree(destination.with_name(destination.name + ".replaced"), ignore_errors=True)
     (destination / PROGRESS).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Fetch a model from the hub, with huggingface_hub's own resume, cache, token and endpoint."""
+"""Fetch models from the Hugging Face hub; resuming, cache, token and endpoint are those of huggingface_hub."""
 
 import re
 from collections.abc import Sequence
@@ -12,17 +12,23 @@ EVERYTHING = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "N
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` has the form of a hub repository, owner/name."""
+    """Whether `name` has the form owner/name of a hub repository."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def resolve(
     model: str, patterns: Sequence[str] = EVERYTHING, *, revision: str | None = None, token: str | None = None
 ) -> Path:
-    """The directory of a model: a local one, or else the hub's, with the files that match `patterns` fetched.
+    """The directory of a model: `model` itself if it is a local directory, else the cache directory of a repository.
+
+    Args:
+        model: a directory, or a hub repository (owner/name).
+        patterns: files to fetch from a repository.
+        revision: branch, tag or commit; None: the default branch.
+        token: token for private and gated repositories; None: the token of the environment.
 
     Raises:
-        InputError: neither a directory nor the name of a repository.
+        InputError: `model` is neither a directory nor the name of a repository.
         HubError: the repository cannot be fetched.
     """
     if Path(model).is_dir():
@@ -33,7 +39,12 @@ def resolve(
 
 
 def resolve_converted(model: str) -> Path:
-    """The directory of a converted model; a release on the hub is refused before its weights are fetched."""
+    """The directory of a converted model; fetches weights only after checking that the repository is converted.
+
+    Raises:
+        InputError: `model` is neither a directory nor the name of a repository.
+        HubError: the repository cannot be fetched, or holds a release that must be converted first.
+    """
     directory = resolve(model, DESCRIPTION)
     if Path(model).is_dir():
         return directory
@@ -49,8 +60,8 @@ def fetch(
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Download a repository's files that match `patterns`; what is in the cache is not fetched again."""
-    # Imported here: it takes a fifth of a second, which no local model should have to wait for.
+    """Download a repository's files that match `patterns`, except those in the cache; see `resolve`."""
+    # Imported here because it takes a fifth of a second, which local models do not need.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -73,6 +84,6 @@ def fetch(
         raise HubError(
             f"{repository} is not in the cache and the hub cannot be reached; go online and try again"
         ) from None
-    except Exception as error:  # transport errors are of whichever HTTP library huggingface_hub has this year
+    except Exception as error:  # transport errors have the types of the HTTP library that huggingface_hub uses
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HubError(f"{repository} could not be fetched ({reason}); run the same again to go on") from None
+        raise HubError(f"{repository} could not be fetched ({reason}); run the same command again to resume") from None

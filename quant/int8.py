@@ -1,4 +1,4 @@
-"""Quantise to int8: symmetric, blocks of 64 along the input dimension, one fp16 scale a block (8.25 bits)."""
+"""Quantise to int8: symmetric, blocks of 64 along the input dimension, one fp16 scale per block (8.25 bits)."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def quantize(weight: Tensor) -> Matrix:
     """Quantise [R, C] (any float type, finite, magnitudes up to 65,504) to the layout of `kernels.layout`."""
     rows, cols = weight.shape
     tiles = to_tiles(weight.float())  # [G, 8, B, 64]
-    # Rounded to fp16 first, so that the codes suit the scale that is stored.
+    # Rounded to fp16 before the division, so that the codes match the stored scale.
     scales = (tiles.abs().amax(3) / 127).half()
     divisor = scales.float().clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     codes = (tiles / divisor).round_().clamp_(-127, 127).to(torch.int8)

@@ -1,9 +1,9 @@
-"""Quantise to NF4: 4-bit normal-float codes in blocks of 64, with the scale searched for least squared error.
+"""Quantise to NF4: 4-bit normal-float codes in blocks of 64, with scales chosen for the least squared error.
 
-bitsandbytes takes a block's largest magnitude as its scale, which loses precision everywhere for the sake of one
-weight. Here every block tries `CANDIDATES` scales between 0.60 and 1.06 of it, keeps the one with the least squared
-error, and ends with the least-squares scale for the codes chosen, <w, v> / <v, v>. On Gaussian weights the relative
-error falls from 0.0920 to 0.0852 at the same 4.25 bits, and the result is still NF4 as bitsandbytes reads it.
+bitsandbytes uses a block's largest magnitude as its scale, which costs all weights precision for the sake of one. Here
+every block tries `CANDIDATES` scales between 0.60 and 1.06 of that magnitude, takes the codes of the scale with the
+least squared error, and then the least-squares scale for these codes, <w, v> / <v, v>. On Gaussian weights the relative
+error falls from 0.0920 to 0.0852 at the same 4.25 bits, and bitsandbytes still reads the result as NF4.
 
 The search runs on weights rounded to 1/1024 of the block's maximum: the squared error of every candidate is then a
 table look-up, and one `embedding_bag` sums it over the block for all candidates at once.
@@ -24,7 +24,7 @@ STEPS = 2 * BINS + 1  # from minus the maximum to plus the maximum
 
 @cache
 def _tables() -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error [STEPS, CANDIDATES] and code [CANDIDATES · STEPS] of each step at each candidate; the levels."""
+    """Squared error [STEPS, CANDIDATES] and code [CANDIDATES · STEPS] of each step with each candidate; the levels."""
     levels = torch.tensor(NF4_LEVELS)
     candidates = torch.linspace(0.60, 1.06, CANDIDATES)[:, None]
     steps = (torch.arange(STEPS) - BINS) / BINS
@@ -36,7 +36,7 @@ def _tables() -> tuple[Tensor, Tensor, Tensor]:
 def quantize(weight: Tensor) -> Matrix:
     """Quantise [R, C] (any float type, finite, magnitudes up to 65,504) to the layout of `kernels.layout`.
 
-    Works on all of `weight` at once in fp32; callers bound the memory by passing slices of rows (multiples of 8).
+    Processes all of `weight` at once in fp32; callers bound the memory by passing slices of rows (multiples of 8).
     """
     rows, cols = weight.shape
     tiles = to_tiles(weight.float())  # [G, 8, B, 64]
@@ -56,6 +56,6 @@ def _search(blocks: Tensor) -> tuple[Tensor, Tensor]:
     steps += best.to(torch.int32) * STEPS
     codes = step_codes.index_select(0, steps.view(-1)).view(blocks.shape)
     values = levels.index_select(0, codes.view(-1).to(torch.int32)).view(blocks.shape)
-    # A block of zeros has no scale of its own: <w, v> is 0 there and so is the quotient.
+    # In a block of zeros <w, v> is 0, and so is the scale.
     scales = (blocks * values).sum(1) / values.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     return codes, scales.half()

@@ -1,6 +1,6 @@
-"""What a conversion writes: each file's tensors, and the pieces of them that fit in the caches.
+"""What a conversion writes: the tensors of each file, cut into pieces that fit in the CPU's caches.
 
-Converter and verifier walk the same pieces, one writing them and the other reading them back.
+The converter writes these pieces, and the verifier reads the same pieces back.
 """
 
 import math
@@ -29,15 +29,20 @@ from dsv2_local.quant.schema import (
 )
 from dsv2_local.quant.source import Source
 
-SLICE = 1 << 19  # weights in a piece: small enough for the caches, and for many workers at once
+SLICE = 1 << 19  # weights per piece: small enough for the caches, and for many workers at once
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a stored tensor: what one worker reads, quantises and writes at a time.
+    """Consecutive rows of a stored tensor: what one worker reads, quantises and writes at a time.
 
-    `where` names file and tensor, for errors. `load` reads the rows from the source; `offsets` are the places in the
-    file of the planes that come of them. `last` marks the end of a tensor; `dtype` and `nbytes` are the source's.
+    Attributes:
+        where: file and tensor of the source, for errors.
+        kind: kind of the tensor.
+        load: reads the rows from the source.
+        offsets: offset in the output file of each plane of the rows.
+        last: whether these are the last rows of the tensor.
+        dtype, nbytes: type and bytes of the rows in the source.
     """
 
     where: str
@@ -50,7 +55,7 @@ class Piece:
 
 
 class ConversionPlan:
-    """Every file to be written: its tensors in the order of their bytes, and the pieces that fill them."""
+    """All files to write: their tensors in the order in which they are stored, and the pieces that fill them."""
 
     def __init__(self, source: Source, config: ModelConfig, recipe: Recipe) -> None:
         self.source, self.config, self.recipe = source, config, recipe
@@ -60,11 +65,12 @@ class ConversionPlan:
 
     @property
     def files(self) -> list[str]:
+        """Names of the files of weights, in the order in which they are written."""
         return [*self.dense, *self.layers]
 
     @property
     def fingerprint(self) -> str:
-        """What a partial directory must agree with to be continued."""
+        """Identifies source and recipe; a partial conversion is resumed only if its fingerprint is the same."""
         return f"{self.source.fingerprint()} {self.recipe} {FORMAT_VERSION}"
 
     def specs(self, file: str) -> list[TensorSpec]:
@@ -76,7 +82,7 @@ class ConversionPlan:
         return [TensorSpec(name(e, matrix), Kind.ROUTED, shape) for e in experts for matrix, shape in matrices]
 
     def totals(self) -> tuple[int, int]:
-        """How many tensors are stored, and the bytes that they have in the source."""
+        """Number of tensors, and their bytes in the source."""
         specs = [spec for file in self.files for spec in self.specs(file)]
         return len(specs), sum(math.prod(spec.shape) * self._dtype(spec).itemsize for spec in specs)
 
@@ -84,7 +90,7 @@ class ConversionPlan:
         return self.source.tensors[spec.source_name].dtype
 
     def entries(self, file: str) -> list[Plane]:
-        """The tensors of a file: codes first, then by falling item size, so that each keeps its alignment."""
+        """The tensors of a file: codes first, then by descending item size, so that each is aligned."""
         if file in self.layers:
             return [Plane(EXPERTS, torch.uint8, (self.config.n_routed_experts, self.layout.nbytes))]
         entries = [entry for spec in self.dense[file] for entry in self._spec_entries(spec)]
@@ -97,12 +103,12 @@ class ConversionPlan:
         return [replace(plane, name=spec.name + plane.name) for plane in parts]
 
     def nbytes(self, file: str) -> int:
-        """The size that the file will have."""
+        """The size of the finished file."""
         entries = self.entries(file)
         return len(safetensors_header(entries)) + sum(entry.nbytes for entry in entries)
 
     def pieces(self, file: str) -> Iterator[Piece]:
-        """Everything that fills a file."""
+        """All pieces of a file."""
         entries = self.entries(file)
         offset, offsets = len(safetensors_header(entries)), {}
         for entry in entries:
@@ -111,42 +117,42 @@ class ConversionPlan:
         offset = offsets.get(EXPERTS, 0)
         for spec in self.specs(file):
             stored = self._spec_entries(spec)
-            if spec.kind is Kind.ROUTED:  # records are packed, plane after plane
+            if spec.kind is Kind.ROUTED:  # a record has its planes back to back
                 for plane in stored:
                     offsets[plane.name] = offset
                     offset += plane.nbytes
             yield from self._slices(spec, [offsets[plane.name] for plane in stored])
 
-    def _slices(self, spec: TensorSpec, places: list[int]) -> Iterator[Piece]:
-        """Cut a tensor whose planes begin at `places` into pieces of whole groups of rows."""
+    def _slices(self, spec: TensorSpec, starts: list[int]) -> Iterator[Piece]:
+        """Cut a tensor whose planes start at these offsets into pieces of whole groups of rows."""
         origin = self.source.tensors[spec.source_name]
         row_weights = math.prod(spec.shape[1:])
-        step = self._rows_a_piece(spec, row_weights)
+        step = self._rows_per_piece(spec, row_weights)
         for start in range(0, spec.shape[0], step):
             stop = min(start + step, spec.shape[0])
             yield Piece(
                 f"{origin.file}: {origin.name}",
                 spec.kind,
                 partial(self._load, spec, start, stop),
-                tuple(place + start * row for place, row in zip(places, self._row_bytes(spec), strict=True)),
+                tuple(first + start * row for first, row in zip(starts, self._row_bytes(spec), strict=True)),
                 last=stop == spec.shape[0],
                 dtype=origin.dtype,
                 nbytes=(stop - start) * row_weights * origin.dtype.itemsize,
             )
 
-    def _rows_a_piece(self, spec: TensorSpec, row_weights: int) -> int:
-        """A multiple of 8 rows; for kv_b, of 8 heads."""
+    def _rows_per_piece(self, spec: TensorSpec, row_weights: int) -> int:
+        """A multiple of 8 rows; for kv_b, a multiple of the rows of 8 heads."""
         unit = ROWS * spec.shape[0] // self.config.num_attention_heads if spec.kind is Kind.KV_B else ROWS
         return max(unit, SLICE // row_weights // unit * unit)
 
     def _row_bytes(self, spec: TensorSpec) -> list[int]:
-        """Bytes that a row takes in each plane; rows come in groups of 8."""
+        """Bytes per row in each plane; rows are stored in groups of 8."""
         if not spec.quantised:
             return [self.source.tensors[spec.name].row_bytes]
         return [plane.nbytes // ROWS for plane in planes(self.recipe.format_of(spec.kind), ROWS, spec.shape[1])]
 
     def _load(self, spec: TensorSpec, start: int, stop: int) -> Tensor:
-        """The rows of the stored tensor, in the source's type."""
+        """Read these rows of the stored tensor, in the source's type."""
         if spec.kind is not Kind.KV_B:
             return self.source.read(spec.name, start, stop)
         c = self.config
@@ -159,16 +165,20 @@ class ConversionPlan:
 
 
 def check_tensors(source: Source, config: ModelConfig) -> None:
-    """Every tensor that the configuration asks for must be there in its shape, and no other."""
+    """Check that the source has exactly the tensors that config.json implies, in their shapes.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or is unknown.
+    """
     shapes = source_shapes(config)
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for name, shape in shapes.items():
         found = source.tensors.get(name)
         if found is None:
             missing = sum(other not in source.tensors for other in shapes)
-            raise CheckpointError(f"{source.directory} lacks the tensor {name} ({missing:,} missing in all)")
+            raise CheckpointError(f"{source.directory} lacks the tensor {name} ({missing:,} missing in total)")
         if found.shape != shape:
-            raise CheckpointError(f"{found.file}: {name} has shape {found.shape}, config.json asks for {shape}")
+            raise CheckpointError(f"{found.file}: {name} has shape {found.shape}, config.json implies {shape}")
     for name, tensor in source.tensors.items():
         if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
             raise CheckpointError(f"{tensor.file}: unknown tensor {name}; it is not part of DeepSeek-V2")

@@ -1,7 +1,7 @@
-"""A source checkpoint's safetensors files, read piece by piece.
+"""Reads a source checkpoint's safetensors files piece by piece.
 
-They are read with `pread` into small buffers and not mapped: mapped pages count as resident memory, and converting
-must stay within a bound that does not grow with the model.
+The files are read with `pread` into small buffers instead of being mapped: mapped pages count as resident memory, and
+the memory of a conversion must not grow with the model.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from dsv2_local.errors import CheckpointError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100_000_000  # the format's own limit
+MAX_HEADER = 100_000_000  # limit of the safetensors format
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a tensor lies: `start` is its first byte in `file`."""
+    """A tensor in a file; `start` is the offset of its first byte."""
 
     name: str
     file: Path
@@ -36,7 +36,7 @@ class SourceTensor:
 
     @property
     def end(self) -> int:
-        """The first byte after the tensor."""
+        """Offset of the first byte after the tensor."""
         return self.start + prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -51,7 +51,7 @@ class Source:
         """Read and check every header.
 
         Raises:
-            CheckpointError: no weights, a shard is missing, or a file is truncated or corrupt; named.
+            CheckpointError: there are no weights, a shard is missing, or a file is truncated or corrupt.
         """
         self.directory = directory
         self.files = _files(directory)
@@ -61,11 +61,11 @@ class Source:
                 if tensor.name in self.tensors:
                     raise CheckpointError(f"{tensor.name} is in both {self.tensors[tensor.name].file} and {file}")
                 self.tensors[tensor.name] = tensor
-        # Opened once and at the start, so that threads may read without a lock.
+        # All files are opened here, so that threads can read without a lock.
         self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start … stop of a tensor, in its own type. Several threads may read at once."""
+        """Rows `start` to `stop` (exclusive) of a tensor, in its own type. Several threads may read at once."""
         tensor = self.tensors[name]
         rows = (tensor.shape[0] if stop is None else stop) - start
         buffer = torch.empty(rows * tensor.row_bytes, dtype=torch.uint8)
@@ -84,7 +84,7 @@ class Source:
             done += count
 
     def fingerprint(self) -> str:
-        """A digest of what is there: configuration, files with size and time, tensors with type and place."""
+        """A digest of the configuration, of each file's size and time, and of each tensor's type, shape and offset."""
         parts: list[Any] = [(self.directory / "config.json").read_text(encoding="utf-8")]
         for file in self.files:
             stat = file.stat()
@@ -93,14 +93,14 @@ class Source:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def close(self) -> None:
-        """Close the files; the source cannot be read after it."""
+        """Close the files; the source cannot be read afterwards."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
 
 def _files(directory: Path) -> list[Path]:
-    """The shards that the index lists, or every safetensors file where there is no index."""
+    """The shards that the index lists, or all safetensors files if there is no index."""
     index = directory / INDEX
     if not index.is_file():
         files = sorted(directory.glob("*.safetensors"))
@@ -114,12 +114,12 @@ def _files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{index} is damaged: {error!r}") from None
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is listed in {INDEX} and missing; download it again")
+            raise CheckpointError(f"{file} is listed in {INDEX} but missing; download it again")
     return files
 
 
 def _read_header(file: Path) -> list[SourceTensor]:
-    """The tensors of one file, in the order in which they lie; checked against the file's size."""
+    """The tensors of one file in the order of their offsets, checked against the file's size."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -132,7 +132,7 @@ def _read_header(file: Path) -> list[SourceTensor]:
         tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} has a corrupt header ({error!r}); download it again") from None
-    _check_places(file, tensors, size)
+    _check_offsets(file, tensors, size)
     return tensors
 
 
@@ -143,12 +143,12 @@ def _tensor(file: Path, data: int, name: str, entry: dict[str, Any]) -> SourceTe
         supported = ", ".join(DTYPES)
         raise CheckpointError(f"{file}: {name} is {entry['dtype']}, which is not supported (only {supported})")
     if end - start != prod(shape) * dtype.itemsize or start < 0:
-        raise CheckpointError(f"{file}: {name} has {end - start} bytes, which is not what its shape {shape} takes")
+        raise CheckpointError(f"{file}: {name} has {end - start} bytes, which does not match its shape {shape}")
     return SourceTensor(name, file, dtype, shape, data + start)
 
 
-def _check_places(file: Path, tensors: list[SourceTensor], size: int) -> None:
-    """Raise for tensors that overlap or lie beyond the end of the file."""
+def _check_offsets(file: Path, tensors: list[SourceTensor], size: int) -> None:
+    """Raise CheckpointError if tensors overlap or reach beyond the end of the file."""
     for before, after in pairwise(tensors):
         if before.end > after.start:
             raise CheckpointError(f"{file}: {before.name} and {after.name} overlap; download it again")

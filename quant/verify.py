@@ -1,4 +1,4 @@
-"""Read a finished conversion again and compare it with its source."""
+"""Verify a finished conversion against its source."""
 
 import math
 import os
@@ -25,7 +25,7 @@ def verify(source_dir: Path, destination: Path, report: Report | None = None) ->
         The relative error ‖stored - source‖ / ‖source‖ over all tensors of each kind.
 
     Raises:
-        CheckpointError: a file does not match its checksum, or the source is of another model.
+        CheckpointError: a file does not match its checksum, or the source is another model.
     """
     checkpoint = Checkpoint(destination)
     source = Source(source_dir)
@@ -51,7 +51,7 @@ def verify(source_dir: Path, destination: Path, report: Report | None = None) ->
 
 
 def _read_back(piece: Piece, weight: Tensor, recipe: Recipe, descriptor: int) -> Tensor:
-    """The stored numbers of a piece in fp32, in the shape of `weight`."""
+    """The stored values of a piece in fp32, in the shape of `weight`."""
     if piece.kind in UNQUANTISED:
         [offset] = piece.offsets
         return _read(descriptor, offset, piece.nbytes).view(piece.dtype).view(weight.shape).float()
@@ -67,5 +67,5 @@ def _read_back(piece: Piece, weight: Tensor, recipe: Recipe, descriptor: int) ->
 def _read(descriptor: int, offset: int, size: int) -> Tensor:
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
-        raise CheckpointError("the checkpoint changed while it was read; run it again")
+        raise CheckpointError("the checkpoint changed while it was read; run the same command again")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -1,8 +1,9 @@
-"""Which kernels a test runs on: those that the program would choose, unless it asks for others."""
+"""What all tests share: the kernels that they run on, the core, the directories, and the random numbers."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whichever test or library comes first
 
 from dsv2_local.kernels import cpu
+from dsv2_local.runtime import random_weights
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each worker of pytest-xdist a core of its own, so that their threads do not wait for each other's turn."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 @contextmanager
@@ -27,6 +36,14 @@ def kernels(variant: str) -> Iterator[None]:
 def reference_kernels() -> Iterator[None]:
     """The torch reference: exact in fp32, where the native kernels quantise activations."""
     with kernels(cpu.REFERENCE):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def random_numbers() -> Iterator[None]:
+    """Models of random weights are copied from numbers that take a second to draw; tests draw them once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_weights, "_RandomNumbers", cache(random_weights._RandomNumbers))
         yield
 
 

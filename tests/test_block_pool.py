@@ -41,11 +41,11 @@ class World:
         if self.choose(3) == 0 or not self.texts:
             if len(self.texts) < 3:
                 self.texts.append(Text())
-            self.begin(self.texts[self.choose(len(self.texts))])
+            self.restart(self.texts[self.choose(len(self.texts))])
         text = self.texts[self.choose(len(self.texts))]
         [self.write, self.write, self.insert, self.insert, self.cut, self.end][self.choose(6)](text)
 
-    def begin(self, text: Text) -> None:
+    def restart(self, text: Text) -> None:
         """Another prompt, of few kinds of tokens, so that many begin alike."""
         self.release(text.blocks)
         prompt = [self.choose(2) for _ in range(self.choose(5 * SIZE))]

@@ -153,7 +153,7 @@ def test_what_computes_in_tritons_place_is_told(without):
     without("triton")
     assert "bitsandbytes' 4-bit kernels" in (ops.gpu_notice(GPU) or "")
     without("triton", "bitsandbytes")
-    assert "plain torch computes" in (ops.gpu_notice(GPU) or "")
+    assert "plain PyTorch computes" in (ops.gpu_notice(GPU) or "")
     assert ops.gpu_notice(ops.RAM) is None
 
 

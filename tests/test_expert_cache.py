@@ -167,7 +167,7 @@ def test_traces_are_kept_and_damaged_ones_refused(tmp_path):
     trace, file = random_trace(1), tmp_path / "a.trace"
     trace.save(file)
     assert Trace.load(file) == trace
-    for number, (line, fault) in enumerate([("1 2;x", "not the numbers"), ("1;2", "layers"), ("99;1;1;1", "below 12")]):
+    for number, (line, fault) in enumerate([("1 2;x", "not a list"), ("1;2", "layers"), ("99;1;1;1", "below 12")]):
         lines = file.read_text().splitlines()
         lines[3 + number] = line
         broken = tmp_path / f"{number}.trace"
@@ -176,7 +176,7 @@ def test_traces_are_kept_and_damaged_ones_refused(tmp_path):
             Trace.load(broken)
     for text in ("", "{}", "hello", '{"format": "dsv2 routing trace 1"}', "[1]"):
         file.write_text(text)
-        with pytest.raises(InputError, match="no routing trace"):
+        with pytest.raises(InputError, match="not a routing trace"):
             Trace.load(file)
     with pytest.raises(InputError, match="cannot be read"):
         Trace.load(tmp_path / "none")

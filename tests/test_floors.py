@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: who may import whom, and which libraries belong to the upper floors alone."""
+"""docs/architecture.md against the code: its floors and the imports, its layout and the files, the names it cites."""
 
 import ast
 import re
@@ -89,10 +89,63 @@ def test_every_module_is_in_the_table_and_every_name_in_the_table_is_a_module():
     assert all(floors())
 
 
-@pytest.mark.parametrize("module", modules())
+@pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_go_down(module):
     upwards = {name for name in imports(modules()[module]) if place(name) >= place(module)}
     assert not upwards, f"{module} imports {upwards}, which docs/architecture.md puts above it"
+
+
+def defined(path: Path) -> set[str]:
+    """The names that a file defines: functions, classes, "Class.method", "Class.attribute"; any word of a C++ file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return set(re.findall(r"\w+", text))
+
+    def names(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from names(node.body, f"{node.name}.")
+                attributes = (each for each in ast.walk(node) if isinstance(each, ast.Attribute))
+                yield from (f"{node.name}.{each.attr}" for each in attributes if isinstance(each.ctx, ast.Store))
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    return set(names(ast.parse(text).body))
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "design.md"])
+def test_what_the_pages_cite_is_defined(page):
+    """`runtime/engine.py: Engine, Engine.generate` in that file, below dsv2_local; `Engine.generate` in any."""
+    text = (PAGE.parent / page).read_text(encoding="utf-8")
+    anywhere = set().union(*map(defined, modules().values()))
+    unknown = set(re.findall(r"`([A-Z]\w+\.[a-z_]+)`", text)) - anywhere
+    assert not unknown, f"docs/{page}: nothing defines {unknown}"
+    for file, names in re.findall(r"`([\w/]+\.(?:py|cpp|hpp)):\s([^`]+)`", text):
+        beside = file.partition("/")[0] in TOP_LEVEL
+        path = REPOSITORY / file if beside else REPOSITORY / "dsv2_local" / file
+        assert path.is_file(), f"docs/{page}: there is no {file}"
+        missing = set(re.split(r",\s*", names)) - defined(path)
+        assert not missing, f"docs/{page}: {file} does not define {missing}"
+
+
+def test_the_layout_names_every_source_file_and_nothing_else():
+    """The first code block under "The layout": two spaces of indentation a folder, then a name and what it is.
+
+    The line of a folder also stands for its `__init__.py`.
+    """
+    section = PAGE.read_text(encoding="utf-8").partition("\n## The layout\n")[2]
+    folders, listed = list[str](), set[Path]()
+    for line in section.split("```")[1].strip().splitlines():
+        name = line.split()[0]
+        folders[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        listed.add(REPOSITORY.joinpath(*folders))
+    assert not [path for path in listed if not path.exists()]
+    native = {path for path in (REPOSITORY / "kernels").rglob("*") if path.suffix in (".cpp", ".hpp")}
+    described = {path for path in modules().values() if path.name == "__init__.py" and path.parent in listed}
+    missing = {*modules().values(), *native} - listed - described
+    assert not missing, f'docs/architecture.md, "The layout", lacks {missing}'
 
 
 def test_only_the_commands_know_of_terminals():
@@ -125,7 +178,7 @@ def commands() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
 def test_help_imports_no_torch(command, option):
     code = (
         "import sys\n"

@@ -100,7 +100,7 @@ def test_the_token_is_sent(hub, fetch):
 def test_a_connection_that_always_breaks_is_one_line(hub, fetch):
     hub.cut["model.safetensors"], hub.always_cut = 1_000_000, True
     error = fetch()["error"]
-    assert "run the same again to go on" in error
+    assert "run the same command again to resume" in error
     assert "\n" not in error
 
 

@@ -222,7 +222,7 @@ def test_nano_with_an_8_bit_cache(variant):
     """It says the same wherever the bf16 cache's two best tokens are apart, and the plan counts the cache."""
     with kernels(variant):
         exact, ours = dsv2_local.load(context=256), dsv2_local.load(context=256, cache_dtype="int8")
-        assert ours.plan.ram.parts["latent cache"] == ours.engine.cache.nbytes == 256 * 6 * (128 + 4 + 128)
+        assert ours.plan.ram.parts["KV cache"] == ours.engine.cache.nbytes == 256 * 6 * (128 + 4 + 128)
         ids = exact.tokenizer.encode_chat([{"role": "user", "content": "What is a violin?"}])
         ids += [c.token_id for c in exact.generate(ids, max_tokens=24, temperature=0) if c.token_id is not None]
         theirs, logits = exact.logits(ids), ours.logits(ids)

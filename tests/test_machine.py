@@ -187,9 +187,9 @@ def test_the_default_is_a_thread_a_core_within_the_quota(machine, allow, files, 
 
 
 EXPECT = "expect less speed; --threads {} is the default here"
-TURNS = "(they wait for each other's turn)"
+TURNS = "(they have to take turns)"
 PORT = "(SMT siblings share a memory port)"
-ALLOWED = "threads, but the container is allowed {} CPUs and halts them beyond that"
+ALLOWED = "threads, but the container is limited to {} CPUs and throttled beyond that"
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_gpu_that_is_too_small_is_left_out_unless_it_was_asked_for(expected, m
     monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1000)])
     model = llm.load(context=512)
     assert model._placed.devices == []
-    assert model.notes[-1].startswith("the GPU is not used: it does not fit")
+    assert model.notes[-1].startswith("the GPU is not used: the model does not fit")
     assert answer(model) == expected
     for asked in ({"device": "cuda"}, {"vram": [1000]}, {"experts": "stream"}):
         with pytest.raises(PlanError):

@@ -118,7 +118,7 @@ def test_every_weight_is_counted_once(config, recipe):
 def test_the_plan_of_nano_is_what_loading_takes():
     loaded = dsv2_local.load(context=1000)
     made = loaded.plan
-    assert made.ram.parts["latent cache"] == loaded.engine.cache.nbytes
+    assert made.ram.parts["KV cache"] == loaded.engine.cache.nbytes
     assert made.ram.parts["experts (mapped)"] == loaded.experts.nbytes
     assert made.ram.parts["dense weights"] == in_memory(loaded.config, loaded.recipe) - loaded.experts.nbytes
 
@@ -141,12 +141,12 @@ def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkey
 
 def test_the_large_model_beside_128k_of_context_on_one_card():
     made = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072), Machine((24 * GIB,), 192 * GIB))
-    assert made.gpus[0].parts["latent cache"] == 131072 * 60 * 1152
+    assert made.gpus[0].parts["KV cache"] == 131072 * 60 * 1152
     assert made.gpus[0].slots > 400
     assert made.locked
     assert made.disk_experts == 0
     small = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072, CacheDtype.INT8), Machine((24 * GIB,), 192 * GIB))
-    assert small.gpus[0].parts["latent cache"] == 131072 * 39_360
+    assert small.gpus[0].parts["KV cache"] == 131072 * 39_360
     assert small.slots > made.slots
 
 

@@ -205,7 +205,7 @@ def make_optimizer(model: Nano) -> torch.optim.AdamW:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What the log and the final metrics report."""
 
     step: int = 0
@@ -232,9 +232,9 @@ def train_step(model: Nano, optimizer: torch.optim.AdamW, batch: Batch, rate: fl
     return loss.item(), balance.item() / len(mixtures)
 
 
-def train(model: Nano, stream: Iterator[Batch], save: Callable[[str], None], args: argparse.Namespace) -> Progress:
+def train(model: Nano, stream: Iterator[Batch], save: Callable[[str], None], args: argparse.Namespace) -> TrainingProgress:
     """Train for ``args.minutes``; ``save(name)`` writes a checkpoint and is called every five minutes."""
-    optimizer, progress = make_optimizer(model), Progress()
+    optimizer, progress = make_optimizer(model), TrainingProgress()
     start, saved = time.monotonic(), 0.0
     loads = torch.zeros(len(model.mixtures()), NanoConfig.n_routed_experts)
     with (args.out / "log.jsonl").open("w") as log:

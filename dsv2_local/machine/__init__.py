@@ -1,1 +1,1 @@
-"""What this computer has and can do: cores, memory, NUMA nodes, and rates that were measured on it."""
+"""The machine: its cores, memory and NUMA nodes, and the speeds measured on it."""

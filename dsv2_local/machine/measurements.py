@@ -1,4 +1,4 @@
-"""What this machine was found able to do, kept for plans and schedules."""
+"""Stores what was measured on this machine, for plans and for the expert scheduler."""
 
 import json
 import os
@@ -11,14 +11,18 @@ from dsv2_local.machine.resources import ROOT, physical_cores, processor
 
 
 def file() -> Path:
-    """Where it is kept, under $XDG_CACHE_HOME or ~/.cache."""
+    """The file of measurements, under $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "dsv2-local" / "rates.json"
 
 
 def save(rates: dict[str, float], root: Path = ROOT) -> None:
-    """Keep figures of this machine beside those of others: rates (GB/s and GFLOP/s by the names of
-    `offload.plan.Rates`) and costs (`offload.calibration`).
+    """Store measurements of this machine; those of other machines and those with other names stay in the file.
+
+    Args:
+        rates: rates in GB/s and GFLOP/s, named as in `offload.plan_request.Rates`, or the costs of
+            `offload.calibration` in seconds.
+        root: directory that has the machine's proc and sys.
     """
     known = _read(file())
     known[_machine(root)] = {**known.get(_machine(root), {}), **rates}
@@ -26,9 +30,9 @@ def save(rates: dict[str, float], root: Path = ROOT) -> None:
 
 
 def keep(path: Path, text: str) -> None:
-    """Write a file of the cache's directory, whole or not at all.
+    """Write a file of the cache directory atomically.
 
-    A home that cannot be written is no reason to fail: the program goes on with what it assumes.
+    A directory that cannot be written is not an error: the program works without the file.
     """
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,13 +42,16 @@ def keep(path: Path, text: str) -> None:
 
 
 def load(names: Iterable[str], root: Path = ROOT) -> dict[str, float]:
-    """Those of the named figures that are kept for this machine; none where the file is damaged."""
+    """The stored measurements of this machine among the named ones; empty if the file is missing or damaged."""
     rates = _read(file()).get(_machine(root), {})
     return {name: rates[name] for name in names if 0 < rates.get(name, 0) < inf}
 
 
 def _machine(root: Path) -> str:
-    """A name for a processor as this process may use it: homes are shared between machines, and containers differ."""
+    """A name for the processor and the cores that this process may use.
+
+    One home directory may serve several machines, and containers with different numbers of cores.
+    """
     return f"{processor(root)}, {len(physical_cores(os.sched_getaffinity(0), root))} cores"
 
 

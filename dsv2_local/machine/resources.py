@@ -1,7 +1,7 @@
-"""What this machine has: CPU features, cores, NUMA nodes, memory, and what the container leaves of them.
+"""Resources of this machine: CPU features, cores, NUMA nodes, memory, and the container's limits on them.
 
-Linux only. Every reader takes the root below which proc and sys lie; what cannot be read counts as no limit.
-"CPU" is a logical CPU, numbered as the kernel does; a physical core is one CPU, or several SMT siblings.
+Linux only. Every function takes `root`, the directory that has proc and sys; a limit that cannot be read counts as no
+limit. "CPU" means a logical CPU with the kernel's number; a physical core is one CPU or several SMT siblings.
 """
 
 import os
@@ -19,32 +19,32 @@ FEW_CORES = 4  # below this, leaving cores idle costs too little to warn about
 
 
 def cpu_features(root: Path = ROOT) -> frozenset[str]:
-    """Instruction set flags of the first CPU, in the kernel's spelling ("avx512_vnni", "asimd"); empty if unreadable.
+    """Instruction set flags in the kernel's spelling ("avx512_vnni", "asimd"); empty if unreadable.
 
-    One CPU speaks for all: the kernel lists on each what all of them can do.
+    The first CPU is enough: the kernel lists for each CPU the features that all CPUs have.
     """
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
     return frozenset(line[1].split() if line else ())
 
 
 def processor(root: Path = ROOT) -> str:
-    """The first CPU's model as the kernel names it; "unknown" if unreadable."""
+    """The kernel's model name of the first CPU; "unknown" if unreadable."""
     line = re.search(r"^model name\s*:\s*(.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
     return line[1] if line else "unknown"
 
 
 def numa_nodes(root: Path = ROOT) -> dict[int, list[int]]:
-    """CPUs of each node that has both memory and CPUs, by its number; one node if unreadable."""
+    """The CPUs of each NUMA node that has both memory and CPUs, by node number; one node if unreadable."""
     base = root / "sys/devices/system/node"
     nodes = {node: _numbers(base / f"node{node}/cpulist") for node in _numbers(base / "has_memory")}
     return {node: cpus for node, cpus in nodes.items() if cpus} or {0: list(range(os.cpu_count() or 1))}
 
 
 def physical_cores(affinity: Iterable[int], root: Path = ROOT) -> list[int]:
-    """The lowest CPU of each physical core among the CPUs of `affinity`.
+    """The lowest CPU of each physical core among the CPUs in `affinity`.
 
-    The cores of one NUMA node lie together, and those of nodes without memory come last. A CPU whose siblings
-    cannot be read is a core of its own.
+    They are sorted by NUMA node; cores of nodes without memory are last. A CPU whose siblings cannot be read counts as
+    a core of its own.
     """
     lowest: dict[tuple[int, ...], int] = {}
     for cpu in sorted(affinity):
@@ -55,7 +55,7 @@ def physical_cores(affinity: Iterable[int], root: Path = ROOT) -> list[int]:
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """CPUs' worth of time that the cgroups (v2 and v1) allow this process; None without a limit."""
+    """CPU time per second that the cgroups (v2 and v1) allow this process, in CPUs; None without a limit."""
     pairs = [_read(group / "cpu.max").split() for group in _cgroups("", root)]
     for group in _cgroups("cpu", root):
         pairs.append([_read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")])
@@ -64,7 +64,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def memory_available(root: Path = ROOT) -> int:
-    """Bytes that can be allocated without swapping or meeting the cgroup's limit (v2 only)."""
+    """Bytes that can be allocated without swapping or reaching the cgroup's limit (v2 only)."""
     kib = _fields(root / "proc/meminfo").get("MemAvailable")
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kib is None else kib * 1024
     limited = [group for group in _cgroups("", root) if _read(group / "memory.max").isdecimal()]
@@ -72,21 +72,21 @@ def memory_available(root: Path = ROOT) -> int:
 
 
 def default_threads(root: Path = ROOT) -> int:
-    """One thread for each physical core that this process may run on, but no more than its quota feeds.
+    """One thread for each physical core that this process may run on, but no more than its CPU quota allows.
 
-    This and `choose_threads` ask what the calling thread may run on, so they come before any pinning.
+    This function and `choose_threads` read the affinity of the calling thread, so call them before pinning it.
     """
     return _fitting(len(physical_cores(os.sched_getaffinity(0), root)), cpu_quota(root))
 
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads compute, and where.
+    """How many threads compute, and on which CPUs.
 
     Attributes:
-        count: threads, at least 1.
-        cpus: the CPU that each thread is pinned to; empty, and no thread is pinned, when they outnumber the cores.
-        warning: one line on why another count would be faster.
+        count: number of threads, at least 1.
+        cpus: the CPU that each thread is pinned to; empty (no pinning) if there are more threads than cores.
+        warning: one line that explains why another count would be faster, if so.
     """
 
     count: int
@@ -95,13 +95,13 @@ class Threads:
 
 
 def choose_threads(requested: int | None, root: Path = ROOT) -> Threads:
-    """The requested number of threads, or the default for None; a count that costs speed is kept, with a warning.
+    """The requested number of threads, or the default for None; a count that costs speed is accepted with a warning.
 
     Raises:
         InputError: fewer than one thread.
     """
     if requested is not None and requested < 1:
-        raise InputError(f"--threads must be at least 1, not {requested}; leave it out for one a physical core")
+        raise InputError(f"--threads must be at least 1, not {requested}; leave it out for one per physical core")
     affinity = os.sched_getaffinity(0)
     cores, quota = physical_cores(affinity, root), cpu_quota(root)
     count = _fitting(len(cores), quota) if requested is None else requested
@@ -110,17 +110,17 @@ def choose_threads(requested: int | None, root: Path = ROOT) -> Threads:
 
 
 def _fitting(cores: int, quota: float | None) -> int:
-    """The most threads that have a core each and are never stopped for using up the quota; at least 1."""
+    """The most threads that have one core each and do not exceed the CPU quota; at least 1."""
     return cores if quota is None else min(cores, max(1, floor(quota)))
 
 
 def _warning(count: int, cores: int, cpus: int, quota: float | None) -> str | None:
-    """Why `count` threads are slower than the default on `cores` physical cores with `cpus` CPUs; None if they fit."""
+    """Why `count` threads on `cores` physical cores (`cpus` CPUs) are slower than the default; None if they are not."""
     default = _fitting(cores, quota)
     if quota is not None and default < min(count, cores):
-        problem = f"{count} threads, but the container is allowed {round(quota, 2)} CPUs and halts them beyond that"
+        problem = f"{count} threads, but the container is limited to {round(quota, 2)} CPUs and throttled beyond that"
     elif count > cpus:
-        problem = f"{count} threads on {_plural(cpus, 'CPU')} (they wait for each other's turn)"
+        problem = f"{count} threads on {_plural(cpus, 'CPU')} (they have to take turns)"
     elif count > default:
         problem = f"{count} threads on {_plural(cores, 'physical core')} (SMT siblings share a memory port)"
     elif default >= FEW_CORES and count * 2 < default:
@@ -141,9 +141,9 @@ def _siblings(cpu: int, root: Path) -> tuple[int, ...]:
 
 
 def _cgroups(controller: str, root: Path) -> list[Path]:
-    """This process's cgroup and those above it, in the hierarchy of a v1 controller or ("") of v2.
+    """This process's cgroup and its parents, in the hierarchy of a v1 controller, or of v2 if `controller` is "".
 
-    Inside a container the path may be the host's, of which only the top is mounted: the rest does not exist.
+    Inside a container the path may be the host's, with only its top mounted: then the other directories do not exist.
     """
     base = root / "sys/fs/cgroup" / controller
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -155,7 +155,7 @@ def _cgroups(controller: str, root: Path) -> list[Path]:
 
 
 def _headroom(group: Path) -> int:
-    """Bytes left of a cgroup's memory.max; file pages not in use (inactive_file) give way and count as free."""
+    """Bytes below a cgroup's memory.max; inactive file pages can be reclaimed and count as free."""
     used = int(_read(group / "memory.current")) - _fields(group / "memory.stat").get("inactive_file", 0)
     return int(_read(group / "memory.max")) - used
 
@@ -172,7 +172,7 @@ def _numbers(path: Path) -> list[int]:
 
 
 def _read(path: Path) -> str:
-    """A file's text without the space around it; empty if unreadable. Decoded as file names are: it may hold paths."""
+    """A file's stripped text; empty if unreadable. Decoded like file names, since it may contain paths."""
     try:
         return os.fsdecode(path.read_bytes()).strip()
     except OSError:
@@ -180,6 +180,6 @@ def _read(path: Path) -> str:
 
 
 def lockable_memory() -> int | None:
-    """Bytes of RAM that this process may page-lock; None for as many as there are."""
+    """Bytes of RAM that this process may page-lock; None without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return None if limit == resource.RLIM_INFINITY else limit

@@ -1,4 +1,4 @@
-"""The decode step on the CPU: recorded once, then replayed without Python."""
+"""The decode step on the CPU: its kernel calls are recorded once, then replayed without Python."""
 
 from contextlib import nullcontext
 from time import perf_counter
@@ -17,14 +17,14 @@ from dsv2_local.runtime.step import StepResult
 
 
 class CpuStep:
-    """A `Step` that is over when `launch` returns.
+    """A `Step` that has ended when `launch` returns.
 
-    The first step of one token records the native kernels that it calls, and later ones replay them
-    (`kernels/cpu/recording.py`), with the same result to the last bit. Where not all of a step is native, every step
-    runs from Python as the first.
+    The first step of one token records the native kernels that it calls, and later ones replay these calls
+    (`kernels/cpu/recording.py`), with bit-identical results. If some kernel of the step is not native, nothing is
+    recorded and every step runs from Python.
 
     Attributes:
-        recording: the kernel calls; None before the first step, and for good where a step cannot be replayed.
+        recording: the recorded kernel calls; None before the first step, or if steps cannot be replayed.
         asynchronous: False.
     """
 
@@ -36,11 +36,11 @@ class CpuStep:
         self._recordable = model.replayable
         self._ids = torch.empty(1, dtype=torch.int64)
         self._rotation = torch.empty_like(model.rotation(0, 1))
-        self._logits = torch.empty(0)  # where a replay leaves them
+        self._logits = torch.empty(0)  # the tensor that a replay writes
 
     @property
     def max_draft(self) -> int:
-        """See `Step`. Only where all of a step is native does verifying a draft give the bits of single steps."""
+        """See `Step`. Only native kernels give the same bits for several tokens in one step as one by one."""
         return MAX_DRAFT if self.recording else 0
 
     def launch(self, tokens: list[int], params: SamplingParams) -> StepResult:
@@ -54,10 +54,10 @@ class CpuStep:
 
     @torch.inference_mode()
     def run(self, token: int) -> Tensor:
-        """Add `token` to the cache -> fp32 logits [vocab_size], which the next call may overwrite.
+        """Run one token and append it to the cache -> fp32 logits [vocab_size], which the next call may overwrite.
 
         Raises:
-            ContextLengthError: the cache is full.
+            ContextLengthError: the context is full.
         """
         self.cache.reserve(1)
         self._ids.fill_(token)
@@ -70,7 +70,7 @@ class CpuStep:
         return self._logits
 
     def warm_up(self, progress: Progress) -> None:
-        """Nothing: the native kernels are compiled, and the first step is as fast as any that is not replayed."""
+        """Nothing to do: the native kernels were compiled at installation."""
 
     def _compute(self) -> Tensor:
         return self.model.logits(self.model.layers_of(self._ids, self._rotation, self.cache))[0]
@@ -80,7 +80,7 @@ class CpuStep:
         try:
             with recording or nullcontext():
                 logits = self._compute()
-        except BaseException:  # half a step: the next one records again
+        except BaseException:  # the recording is incomplete: the next step records again
             self.recording = None
             raise
         self._recordable = recording is not None and recording.complete

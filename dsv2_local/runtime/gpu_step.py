@@ -1,4 +1,4 @@
-"""The decode step on GPUs: captured in CUDA graphs, with one wait for the device, for the top candidates."""
+"""The decode step on GPUs: captured in CUDA graphs, with one synchronization per step, for the top candidates."""
 
 from functools import partial
 
@@ -15,15 +15,15 @@ from dsv2_local.runtime.prompt_lookup import NGRAM
 from dsv2_local.runtime.sampling_params import SamplingParams
 from dsv2_local.runtime.step import StepResult, candidate_limits
 
-PROMPTS = (3, 12, 48, 200, 1000)  # tokens: one length for each set of kernels that some length needs
-DRAFT = NGRAM  # draft tokens that a step verifies: the fewest that are ever proposed, since each length is captured
+PROMPTS = (3, 12, 48, 200, 1000)  # warm-up prompt lengths in tokens: together they use every prefill kernel
+DRAFT = NGRAM  # draft tokens per step: one length, the shortest ever proposed, since each length needs its own capture
 
 
 class GpuStep:
     """A `Step` of a model on GPUs.
 
-    The first step of a length launches kernel by kernel, which compiles and tunes them, and is then captured; later
-    ones are replays. Verifying a draft rounds differently from single steps.
+    The first step of each length launches its kernels one by one, which compiles and tunes them, and is then captured;
+    later steps are replays. Verifying a draft rounds differently from single steps.
     """
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
@@ -39,14 +39,14 @@ class GpuStep:
 
     @property
     def max_draft(self) -> int:
-        """See `Step`; `launch` takes so many draft tokens or none."""
+        """See `Step`; `launch` takes this number of draft tokens, or none."""
         return DRAFT if self._steps[1 + DRAFT].fully_captured else 0
 
     def run(self, token: int) -> Tensor:
-        """Add `token` to the cache -> fp32 logits [vocab_size].
+        """Run one token and append it to the cache -> fp32 logits [vocab_size] in RAM.
 
         Raises:
-            ContextLengthError: the cache is full.
+            ContextLengthError: the context is full.
         """
         return self.launch([token], self._params).logits()
 
@@ -65,11 +65,12 @@ class GpuStep:
     def warm_up(self, progress: Progress) -> None:
         """Compile and tune the kernels, and capture the steps.
 
-        Kernels are kept on disk, so that only the first time on a machine takes long. Prompts run through one layer of
-        each kind, which is enough to compile for. `progress` is called with the prompts done and all of them.
+        Triton caches compiled kernels on disk, so only the first time on a machine takes long. The warm-up prompts run
+        through one layer of each kind, which is enough to compile every kernel. `progress` is called with (prompts
+        done, number of prompts).
         """
         cache, moe = self.cache, self.model.config.moe_layers
-        layers = 1 + next(iter(moe), 0)  # the first of each kind among them
+        layers = 1 + next(iter(moe), 0)  # up to the first MoE layer, so one of each kind is among them
         for done, tokens in enumerate(PROMPTS):
             progress(done, len(PROMPTS))
             if tokens < cache.context:
@@ -85,7 +86,7 @@ class GpuStep:
 
 
 class _CapturedStep:
-    """The step of one number of tokens, with the tensors that its graphs read and write."""
+    """The captured step for one number of tokens, with the tensors that its graphs read and write."""
 
     def __init__(self, model: Transformer, cache: LatentCache, tokens: int, limits: Tensor) -> None:
         self._model, self._cache, self._limits = model, cache, limits
@@ -94,13 +95,13 @@ class _CapturedStep:
         x, rotation = model.embed(self._ids).pin_memory(), model.rotation(0, tokens).pin_memory()
         device = model.layers[0].device
         self._host_inputs, self._inputs = (x, rotation), (x.to(device), rotation.to(device))
-        self._logits, self._packed = torch.empty(0), torch.empty(0)  # where a replay leaves them
+        self._logits, self._packed = torch.empty(0), torch.empty(0)  # the tensors that a replay writes
         self._host_packed = torch.empty(tokens, 3 + 2 * MAX_CANDIDATES, dtype=torch.int32, pin_memory=True)
         self._span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
 
     @property
     def fully_captured(self) -> bool:
-        """Whether it is captured, without work for Python in between."""
+        """Whether the step is captured as a whole, with no Python code between its graphs."""
         return self._graph is not None and self._graph.fully_captured
 
     def launch(self, tokens: list[int]) -> StepResult:
@@ -133,7 +134,7 @@ class _CapturedStep:
         return StepResult(logits, tokens[1:], packed=self._host_packed, finish=finish)
 
     def _compute(self, capture: PiecewiseGraph | None) -> Tensor:
-        """The step but for its inputs; leaves the logits, and returns the packed top candidates."""
+        """Run the step on its input tensors; stores the logits, and returns the packed top candidates."""
         x = self._model.through_layers(*self._inputs, self._cache, capture=capture)
         self._logits = self._model.head(x)
         return ops.top_candidates(self._logits, self._limits)

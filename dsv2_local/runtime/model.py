@@ -1,10 +1,11 @@
-"""The architecture of DeepSeek-V2: multi-head latent attention and a mixture of experts, over one sequence.
+"""The architecture of DeepSeek-V2: multi-head latent attention (MLA) and mixture of experts (MoE), for one sequence.
 
 Shapes: `T` tokens of this step, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim, `V` v_head_dim,
 `C` kv_lora_rank, `D` hidden_size, `E` routed experts, `K` experts per token, `S` tokens in the cache.
 
-Names are those of the checkpoint. The mathematics is that of arXiv 2405.04434 and of the model's own code. `capture`,
-where a method takes it, is the CUDA graph that the step is being captured in; None: the step runs now.
+Modules and weights have the checkpoint's names; the mathematics is that of the paper (arXiv 2405.04434) and of the
+released modelling code. A `capture` argument is the piecewise CUDA graph that the step is being captured into; None:
+the step runs now.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +23,17 @@ from dsv2_local.kernels.layout import Matrix
 from dsv2_local.runtime.cache import Allocate, LatentCache
 from dsv2_local.runtime.rope import Rope
 
-# The two norms inside the attention ignore rms_norm_eps.
+# The released code has this constant in the norms of the query and the latent, whatever rms_norm_eps is.
 LATENT_NORM_EPS = 1e-6
 
 Weights = dict[str, Matrix | Tensor]
 
 
 class Experts(Protocol):
-    """The routed experts of all layers, wherever they are.
+    """The routed experts of all layers, wherever they are stored and computed.
 
     Attributes:
-        replayable: whether a step makes the same kernel calls every time, so that a CPU step can be recorded.
+        replayable: whether every step makes the same kernel calls, so that a CPU step can be recorded and replayed.
     """
 
     replayable: bool
@@ -40,24 +41,25 @@ class Experts(Protocol):
     def start(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, capture: PiecewiseGraph | None = None
     ) -> Callable[[], Tensor]:
-        """Start what can run at once; the returned function gives Σₖ weights[t, k] · expert[ids[t, k]](x[t]), [T, D].
+        """Start the work that can overlap with the caller's; the returned function finishes it.
 
         Args:
-            layer: its number in the model.
-            x: [T, D]; it and the others are on the layer's device.
+            layer: index of the layer in the model.
+            x: [T, D]; it and the other tensors are on the layer's device.
             ids: int64 [T, K], the experts that the router chose.
             weights: fp32 [T, K].
             capture: see the top of this file.
 
         Returns:
-            A function to be called once, before the next `start`.
+            A function that returns Σₖ weights[t, k] · expert[ids[t, k]](x[t]), [T, D]. It must be called once, before
+            the next `start`.
         """
         ...
 
 
 @dataclass(frozen=True)
 class WeightView:
-    """The weights under a prefix, so that a module names only its own."""
+    """The weights whose names begin with a prefix, so that a module uses names relative to itself."""
 
     weights: Weights
     prefix: str
@@ -74,7 +76,7 @@ class WeightView:
 
 
 class Attention:
-    """Multi-head latent attention; the cache holds the normed latent and the rotated rope key, nothing else."""
+    """Multi-head latent attention. The KV cache stores only the normed latent and the rotated rope key of a token."""
 
     def __init__(self, config: ModelConfig, weights: WeightView, layer: int) -> None:
         self.config, self.layer = config, layer
@@ -102,7 +104,7 @@ class Attention:
         return ops.linear(out, self.o_proj)
 
     def query(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, H·(N + P)], with or without the low-rank step."""
+        """x [T, D] -> [T, H·(N + P)], through the low-rank projection if the model has one."""
         if not self.low_rank_query:
             return ops.linear(x, self.q_proj)
         return ops.linear(
@@ -111,7 +113,7 @@ class Attention:
 
 
 class MLP:
-    """down(silu(gate(x)) · up(x)): the dense layers and the shared experts."""
+    """down(silu(gate(x)) · up(x)): the feed-forward of a dense layer, or the shared experts of an MoE layer."""
 
     def __init__(self, weights: WeightView) -> None:
         self.gate_proj = weights.matrix("gate_proj.weight")
@@ -124,7 +126,7 @@ class MLP:
 
 
 class MoE:
-    """Routed experts, chosen per token, and the shared experts that every token takes."""
+    """Mixture of experts: routed experts, chosen for each token, plus the shared experts, which every token uses."""
 
     def __init__(self, config: ModelConfig, weights: WeightView, layer: int, experts: Experts) -> None:
         self.config, self.layer = config, layer
@@ -133,7 +135,7 @@ class MoE:
         self.routed_experts = experts
 
     def forward(self, x: Tensor, capture: PiecewiseGraph | None = None) -> Tensor:
-        """x [T, D] -> [T, D]. The shared experts are computed while routed ones are being fetched."""
+        """x [T, D] -> [T, D]. The shared experts are computed while missing routed experts are copied to the GPU."""
         ids, weights = ops.route(x, self.gate, self.config)
         routed = self.routed_experts.start(self.layer, x, ids, weights, capture)
         if not self.shared_experts:
@@ -143,7 +145,7 @@ class MoE:
 
 
 class Block:
-    """One layer: attention, then MLP or mixture, each behind a norm and added to the residual stream."""
+    """One layer: attention, then MLP or MoE, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: ModelConfig, weights: WeightView, layer: int, experts: Experts) -> None:
         self.eps = config.rms_norm_eps
@@ -155,7 +157,7 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        """The device of its weights, and so of its activations."""
+        """The device of the layer's weights and activations."""
         return self.input_layernorm.device
 
     def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache, capture: PiecewiseGraph | None = None) -> Tensor:
@@ -167,7 +169,7 @@ class Block:
 
 
 class Transformer:
-    """The whole model. Activations go to the device of each layer's weights."""
+    """The whole model. Activations move to the device of each layer's weights."""
 
     def __init__(
         self,
@@ -177,12 +179,20 @@ class Transformer:
         dtype: torch.dtype,
         allocate: Sequence[Allocate] | None = None,
     ) -> None:
-        """`dtype`, float32 or bfloat16, is that of the activations; `allocate` makes each layer's cache (None: RAM)."""
+        """Assemble the layers from their weights.
+
+        Args:
+            config: the architecture.
+            weights: all but the routed experts, by their names in the checkpoint.
+            experts: the routed experts of all layers.
+            dtype: type of the activations, float32 or bfloat16.
+            allocate: for each layer, the function that allocates its part of a KV cache; None: RAM.
+        """
         view = WeightView(weights, "")
         self.config, self.dtype, self._allocate = config, dtype, allocate
         self.rope = Rope(config)
         self.embed_tokens = view.matrix("model.embed_tokens.weight")
-        tied = "lm_head.weight" not in weights  # a model in RAM needs no second copy
+        tied = "lm_head.weight" not in weights  # in RAM; on a GPU the head is a copy, since the embedding stays in RAM
         self.lm_head = self.embed_tokens if tied else view.matrix("lm_head.weight")
         self.norm = view.tensor("model.norm.weight")
         layers = range(config.num_hidden_layers)
@@ -190,19 +200,19 @@ class Transformer:
 
     @property
     def replayable(self) -> bool:
-        """Whether a step makes the same kernel calls every time, as far as the experts are concerned."""
+        """Whether the routed experts allow a CPU step to be recorded and replayed (see `Experts`)."""
         return all(layer.mlp.routed_experts.replayable for layer in self.layers if isinstance(layer.mlp, MoE))
 
     def new_cache(self, context: int, dtype: CacheDtype) -> LatentCache:
-        """An empty cache of `context` tokens; `dtype` is what `ops.cache_dtype` says of this model."""
+        """An empty KV cache for `context` tokens; `dtype` is what `ops.cache_dtype` returns for this model."""
         return LatentCache(self.config, context, dtype, self._allocate)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:
-        """Run tokens ids (int64 [T]) after those in the cache, and add them to it -> hidden states [T, D].
+        """Run tokens `ids` (int64 [T]) after the sequence in the cache, and append them -> hidden states [T, D].
 
         Raises:
-            ContextLengthError: the cache has no room for them.
+            ContextLengthError: the tokens do not fit in the context.
         """
         cache.reserve(len(ids))
         x = self.layers_of(ids, self.rotation(cache.length, len(ids)), cache)
@@ -210,11 +220,11 @@ class Transformer:
         return x
 
     def rotation(self, position: int, tokens: int) -> Tensor:
-        """What rotates the rope parts of `tokens` from `position` on: complex64 [tokens, P/2]."""
+        """Rotary embedding factors of `tokens` positions from `position` on: complex64 [tokens, P/2]."""
         return self.rope.rotation(position, tokens)
 
     def layers_of(self, ids: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
-        """The step of `forward` without counting its tokens: ids [T], rotation [T, P/2] -> [T, D]."""
+        """`forward` without `reserve` and `advance`, which a replayed step does itself: ids [T] -> [T, D]."""
         return self.through_layers(self.embed(ids), rotation, cache)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -229,7 +239,7 @@ class Transformer:
         layers: int | None = None,
         capture: PiecewiseGraph | None = None,
     ) -> Tensor:
-        """x [T, D] through all layers, or the first `layers` -> [T, D], on the device of the last of them."""
+        """x [T, D] through all layers, or the first `layers` of them -> [T, D] on the last layer's device."""
         for layer in self.layers[:layers]:
             if x.device != layer.device:
                 ops.use(layer.device)

@@ -1,6 +1,7 @@
-"""Rotary position embedding with YaRN: frequencies, and the rotation itself.
+"""Rotary position embedding (RoPE), with YaRN if the model has it: frequencies and rotation factors.
 
-Interleaved: the pairs are (2i, 2i + 1). cos and sin are made in fp32 whatever the activations' type.
+Interleaved: the dimensions 2i and 2i + 1 rotate together. cos and sin are computed in fp32 for every type of
+activations.
 """
 
 import math
@@ -12,7 +13,7 @@ from dsv2_local.architectures.config import ModelConfig, Yarn
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair: float32 [qk_rope_head_dim / 2]."""
+    """Radians per position, for each pair of dimensions: float32 [qk_rope_head_dim / 2]."""
     dim = config.qk_rope_head_dim
     plain = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if config.yarn is None:
@@ -22,39 +23,42 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _ramp(yarn: Yarn, dim: int, theta: float) -> Tensor:
-    """0 where a pair turns often enough within the original context to be kept, 1 where it is interpolated.
+    """How far each pair's frequency is interpolated: 0 is not at all, 1 is division by YaRN's factor; [dim / 2].
 
-    YaRN, arXiv 2309.00071, section 3.2; the bounds are rounded outwards as in the model's own code.
+    Pairs with many rotations within the original context stay as they are, those with few are interpolated, with a
+    linear ramp between (YaRN, arXiv 2309.00071, section 3.2). The bounds are rounded outwards, as in the released
+    modelling code.
     """
 
-    def pair_turning(rotations: float) -> float:
+    def pair_with(rotations: float) -> float:
+        """The pair, as a fractional index, that makes so many rotations within the original context."""
         return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
+    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with(yarn.beta_slow)), dim - 1)
     width = max(high - low, 0.001)
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
 
 
-AT_ONCE = 256  # positions that are computed together, since decoding asks for one after the other
+AT_ONCE = 256  # positions computed together and cached, since decoding needs one after the other
 
 
 class Rope:
-    """cos and sin of a model; `rotation` is computed once per step and shared by all layers."""
+    """The rotation factors of a model; `rotation` is called once per step, and all layers share its result."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = inverse_frequencies(config)
         self._scale = config.yarn.rotation_scale if config.yarn else 1.0
-        self._first, self._kept = -1, torch.empty(0)  # rotations of `AT_ONCE` positions, and the first of these
+        self._first, self._cached = -1, torch.empty(0)  # the factors of `AT_ONCE` positions from `_first` on
 
     def rotation(self, position: int, tokens: int) -> Tensor:
-        """Positions from `position` on -> complex64 [tokens, P/2], cos + i·sin, times YaRN's factor."""
+        """Factors of `tokens` positions from `position` on: (cos + i·sin) · YaRN's scale, complex64 [tokens, P/2]."""
         if tokens > 1:
             return self._compute(position, tokens)
         first = position // AT_ONCE * AT_ONCE
         if first != self._first:
-            self._first, self._kept = first, self._compute(first, AT_ONCE)
-        return self._kept[position - first : position - first + 1]
+            self._first, self._cached = first, self._compute(first, AT_ONCE)
+        return self._cached[position - first : position - first + 1]
 
     def _compute(self, position: int, tokens: int) -> Tensor:
         angles = torch.arange(position, position + tokens).float()[:, None] * self._frequencies

@@ -1,7 +1,7 @@
-"""From logits to a token: penalties, bias, temperature and the truncations, in the order that is usual in the field.
+"""From logits to a token.
 
-Repetition penalty (arXiv 1909.05858), presence and frequency penalty and bias (as in OpenAI's API), temperature,
-top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
+In the usual order: repetition penalty (arXiv 1909.05858), presence penalty, frequency penalty and logit bias (as in
+OpenAI's API), temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
 """
 
 from collections import Counter
@@ -20,12 +20,12 @@ from dsv2_local.runtime.step import StepResult, TopCandidates
 Ids: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
-# Fractions of the largest probability: less likely tokens are looked at only where they matter.
+# Fractions of the largest probability. Top-p sorts only the tokens above the first of these floors that is enough.
 FLOORS = (1e-3, 1e-6, 0.0)
 
 
 class Sampler:
-    """Chooses the tokens of one answer, and remembers them for the penalties."""
+    """Chooses the tokens of one answer, and counts them for the penalties."""
 
     def __init__(self, params: SamplingParams, prompt: list[int]) -> None:
         self.params = params
@@ -38,7 +38,10 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def choose(self, result: StepResult) -> int:
-        """The token after the last accepted one; the logits are left as they are."""
+        """Choose the token that follows the last accepted one. The logits are not modified.
+
+        If the top candidates are enough, the full logits are not copied from the GPU.
+        """
         token, candidates = None, result.candidates()
         if candidates and not self._penalises:
             token = self._sample(candidates)
@@ -50,7 +53,7 @@ class Sampler:
         return token
 
     def _sample(self, candidates: TopCandidates) -> int | None:
-        """The next token; None where the candidates are not enough to tell."""
+        """Draw a token; None if the candidates are not enough to determine it."""
         if self.params.temperature == 0:
             return int(candidates.ids[candidates.values.argmax()])
         kept = truncated(candidates, self.params)
@@ -80,7 +83,7 @@ class Sampler:
             logits[chosen] -= p.presence_penalty + p.frequency_penalty * counts
         for token, bias in p.logit_bias.items():
             if not 0 <= token < len(logits):
-                raise InputError(f"logit_bias names token {token}; the vocabulary has {len(logits):,}")
+                raise InputError(f"logit_bias names token {token}, but the vocabulary has {len(logits):,} tokens")
             logits[token] += bias
         return logits
 
@@ -91,24 +94,25 @@ def _all_ids(vocab: int) -> Ids:
 
 
 def truncated(candidates: TopCandidates, params: SamplingParams) -> tuple[Ids, Floats] | None:
-    """The distribution that temperature, top_k, top_p and min_p leave.
+    """The distribution after temperature, top_k, top_p and min_p.
 
-    Sorting a vocabulary of 100,000 takes longer than a GPU takes for a token, so only the likeliest tokens are sorted,
-    as many as are provably enough.
+    Sorting a vocabulary of 100,000 tokens would take longer than a GPU's decode step, so only the most likely tokens
+    are sorted: as many as are provably enough.
 
     Returns:
-        Token ids, int64 [n], and their probabilities, fp64 [n], which add up to 1; the likeliest token is among them.
-        None where tokens matter that `candidates` does not have.
+        Token ids, int64 [n], and their probabilities, fp64 [n], which sum to 1; the most likely token is always among
+        them. None if the distribution has tokens that `candidates` lacks.
     """
     values, whole = candidates.values, candidates.mass is None
-    with np.errstate(over="ignore"):  # the largest becomes 0 first, so that a tiny temperature gives 0 and -inf
+    # The largest logit is subtracted first, so that a tiny temperature gives exp(0) = 1 and exp(-inf) = 0, not NaN.
+    with np.errstate(over="ignore"):
         all_weights = np.exp((values - values.max()) / np.float32(params.temperature))
     mass = float(all_weights.sum(dtype=np.float64)) if candidates.mass is None else candidates.mass
     if params.top_k and not (whole and params.top_k >= len(values)):
         if params.top_k > len(values):
             return None
         least = torch.from_numpy(values).topk(params.top_k).values[-1].item()
-        at = np.flatnonzero(values >= least)  # equals of the last stay too
+        at = np.flatnonzero(values >= least)  # ties with the last one are included
         mass = float(all_weights[at].sum(dtype=np.float64))
     elif params.top_p < 1:
         floors = (np.flatnonzero(all_weights >= floor) for floor in FLOORS)
@@ -127,7 +131,7 @@ def truncated(candidates: TopCandidates, params: SamplingParams) -> tuple[Ids, F
     if params.top_p < 1:
         order = np.argsort(-weights, kind="stable")
         ids, weights = ids[order], weights[order]
-        # A token is dropped when those before it already hold top_p of the mass.
+        # A token is dropped if the more likely ones already have top_p of the probability mass.
         count = max(1, int(np.searchsorted((weights.cumsum() - weights) / mass, params.top_p)))
         ids, weights = ids[:count], weights[:count]
     kept = weights >= params.min_p

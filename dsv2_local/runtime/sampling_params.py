@@ -1,4 +1,4 @@
-"""How tokens are chosen: the parameters of sampling, and the model makers' defaults for them."""
+"""Sampling parameters, and a model's defaults for them."""
 
 import json
 import math
@@ -12,10 +12,18 @@ from dsv2_local.errors import ConfigError, InputError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Temperature 0 is greedy, whatever the truncations say.
+    """How to sample tokens; `sampler.py` applies the parameters, in this order: penalties, bias, temperature, truncation.
 
-    `repetition_penalty` counts prompt and answer; `presence_penalty` and `frequency_penalty` the answer alone.
-    `logit_bias` maps token ids to what is added to their logits. `top_k` 0 means all tokens.
+    Attributes:
+        temperature: logits are divided by it; 0 is greedy decoding, and then top_p, top_k and min_p have no effect.
+        top_p: sample from the most likely tokens whose probabilities reach this sum; 1: from all.
+        top_k: sample from this many most likely tokens; 0: from all.
+        min_p: drop tokens with less than this fraction of the largest probability.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in prompt or answer.
+        presence_penalty: subtracted once from the logit of each token in the answer.
+        frequency_penalty: subtracted from a token's logit for each time that the token occurs in the answer.
+        logit_bias: token ids, and what is added to their logits.
+        seed: of the random numbers; None: a different answer every time.
     """
 
     temperature: float = 1.0
@@ -29,7 +37,11 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for a value out of its range."""
+        """Check the ranges.
+
+        Raises:
+            InputError: a value is out of range.
+        """
         numbers = [getattr(self, f.name) for f in fields(self) if f.type in (float, int)]
         if not all(math.isfinite(value) for value in (*numbers, *self.logit_bias.values())):
             raise InputError("sampling parameters must be finite numbers")
@@ -39,25 +51,29 @@ class SamplingParams:
         self._require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         self._require(self.repetition_penalty > 0, "repetition_penalty", "above 0")
 
-    def _require(self, met: bool, name: str, rule: str) -> None:
-        if not met:
+    def _require(self, valid: bool, name: str, rule: str) -> None:
+        if not valid:
             raise InputError(f"{name} must be {rule}, not {getattr(self, name)}")
 
     def override(self, **given: Any) -> "SamplingParams":
-        """A copy with every given value that is not None."""
+        """A copy in which the given values replace this object's; None means no replacement."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The model makers' own defaults, `generation_config.json`: how to sample, and which tokens end an answer."""
+    """A model's defaults, from its `generation_config.json`: how to sample, and which tokens end an answer."""
 
     params: SamplingParams = SamplingParams()
     eos_token_id: tuple[int, ...] = ()
 
     @classmethod
     def load(cls, directory: Path) -> "GenerationConfig":
-        """Read the file; without one, plain sampling. ConfigError when it is damaged."""
+        """Read the file; without one, sample with temperature 1 and no truncation.
+
+        Raises:
+            ConfigError: the file is damaged, or a value is out of range.
+        """
         path = directory / "generation_config.json"
         if not path.is_file():
             return cls()
@@ -69,7 +85,7 @@ class GenerationConfig:
 
 
 def _default_params(raw: dict[str, Any]) -> SamplingParams:
-    """Greedy where the makers do not sample."""
+    """The sampling defaults in a generation_config.json; greedy unless `do_sample` is true."""
     if not raw.get("do_sample", False):
         return SamplingParams(temperature=0.0)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

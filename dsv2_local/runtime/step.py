@@ -1,4 +1,4 @@
-"""What a decode step is, wherever it runs: `cpu_step.CpuStep` and `gpu_step.GpuStep` implement `Step`."""
+"""The interface of a decode step and its result; `cpu_step.CpuStep` and `gpu_step.GpuStep` implement it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,19 +14,20 @@ from dsv2_local.offload.device import typed_errors
 from dsv2_local.progress import Progress
 from dsv2_local.runtime.sampling_params import SamplingParams
 
-# Of the largest probability: less likely tokens are not among the top candidates that a GPU sends.
+# Fraction of the largest probability: less likely tokens are not among the top candidates that a GPU returns.
 CANDIDATE_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
 class TopCandidates:
-    """The likeliest tokens of a distribution, or all of them.
+    """The most likely tokens of a distribution, or all tokens.
 
     Attributes:
-        ids: int64 [n], ascending.
-        values: their logits, fp32 [n].
-        mass: Σ exp((logit - largest) / temperature) over the whole vocabulary; None where `values` has all of it.
-        floor: every token with at least this fraction of the largest probability is among them.
+        ids: token ids, int64 [n], ascending.
+        values: logits of these tokens, fp32 [n].
+        mass: Σ exp((logit - largest logit) / temperature) over the whole vocabulary; None if `ids` is the whole
+            vocabulary.
+        floor: every token with at least this fraction of the largest probability is included.
     """
 
     ids: NDArray[np.int64]
@@ -36,8 +37,10 @@ class TopCandidates:
 
     @classmethod
     def unpack(cls, packed: NDArray[np.int32]) -> "TopCandidates | None":
-        """From a row of `kernels.ops.top_candidates` with the limits of `candidate_limits`; None if there are too many
-        for it, or none."""
+        """Read a row of `kernels.ops.top_candidates` that was computed with the limits of `candidate_limits`.
+
+        None if the row has no candidates, or there were more than it has room for.
+        """
         count = int(packed[0])
         if not 0 < count <= MAX_CANDIDATES:
             return None
@@ -47,19 +50,20 @@ class TopCandidates:
 
 
 def candidate_limits(params: SamplingParams) -> tuple[float, float]:
-    """The limits that `kernels.ops.top_candidates` takes."""
+    """The limits for `kernels.ops.top_candidates`: 1 / temperature, and how far below the largest a logit may be."""
     if params.temperature == 0:
         return 1.0, 0.0
     return min(1 / params.temperature, 3e38), -math.log(CANDIDATE_FLOOR) * params.temperature
 
 
 class StepResult:
-    """The logits after a token and after each of its draft tokens, perhaps still being computed.
+    """The logits after a token and after each of its draft tokens; the step may still be running.
 
     Attributes:
         draft: the draft tokens that the step verifies.
-        accepted: how many of them were chosen so far; `logits` and `candidates` follow the last of those.
-        seconds: what the step took, once `wait` has returned.
+        accepted: number of draft tokens that the sampler chose so far; `logits` and `candidates` are those after the
+            last of them.
+        seconds: duration of the step; valid after `wait`.
     """
 
     def __init__(
@@ -71,24 +75,24 @@ class StepResult:
         packed: Tensor | None = None,
         finish: Callable[[], float] | None = None,
     ) -> None:
-        """A result that is there, or one that will be.
+        """A result that is complete, or one that `finish` completes.
 
         Args:
             logits: fp32 [1 + draft tokens, vocab], on the device that computes them.
-            draft: see above.
-            seconds: what the step took, if it is done.
-            packed: what `kernels.ops.top_candidates` told of the logits, in RAM; None where nobody asked.
-            finish: waits for both tensors to be filled; returns the seconds. None: they are.
+            draft: the draft tokens.
+            seconds: duration of the step, if it has ended.
+            packed: result of `kernels.ops.top_candidates` for the logits, in RAM; None if it was not computed.
+            finish: waits until both tensors are filled, and returns the duration in seconds; None: they are filled.
         """
         self.draft, self.accepted, self.seconds = list(draft), 0, seconds
         self._logits, self._packed, self._finish = logits, packed, finish
         self._candidates: list[TopCandidates | None] = []
 
     def wait(self) -> None:
-        """Return when the step is done.
+        """Wait until the step has ended.
 
         Raises:
-            DeviceError: it failed.
+            DeviceError: the step failed on the GPU.
         """
         if self._finish:
             with typed_errors():
@@ -99,52 +103,57 @@ class StepResult:
             self._packed = None
 
     def logits(self) -> Tensor:
-        """fp32 [vocab] in RAM. The next step may overwrite it, unless `detach` was called."""
+        """Logits after the last accepted token: fp32 [vocab] in RAM. The next step may overwrite them (see `detach`)."""
         self.wait()
         with typed_errors():
             return self._logits[self.accepted].cpu()
 
     def candidates(self) -> TopCandidates | None:
-        """The likeliest tokens; None where they were not sought, or are too many."""
+        """Top candidates after the last accepted token; None if they were not computed, or are too many."""
         self.wait()
         return self._candidates[self.accepted] if self._candidates else None
 
     def accept(self, token: int) -> bool:
-        """Take `token` for accepted if it is the next draft token; whether it is."""
+        """Accept `token` if it is the next draft token; returns whether it is."""
         accepted = token in self.draft[self.accepted : self.accepted + 1]
         self.accepted += accepted
         return accepted
 
     def detach(self) -> None:
-        """Wait, and copy what the next step would overwrite."""
+        """Wait, and copy the logits, so that the next step does not overwrite them."""
         self.wait()
         with typed_errors():
             self._logits = self._logits.cpu().clone()
 
 
 class Step(Protocol):
-    """Runs a token after those in the cache through the model and its head, with draft tokens behind it."""
+    """Runs one token, and draft tokens after it, through the model and its head, appending them to the KV cache."""
 
     @property
     def max_draft(self) -> int:
-        """The most draft tokens that `launch` takes; 0 where drafts cannot be verified."""
+        """Maximum number of draft tokens that `launch` takes; 0 if drafts cannot be verified."""
         ...
 
     @property
     def asynchronous(self) -> bool:
-        """Whether `launch` returns long before the step is done, without work for Python in between."""
+        """Whether `launch` returns long before the step ends, and the step needs no Python code meanwhile."""
         ...
 
     def launch(self, tokens: list[int], params: SamplingParams) -> StepResult:
-        """Add a token and its draft tokens to the cache, and start to compute what follows each of them.
+        """Start the step of `tokens`, a token and its draft tokens, and append them to the cache.
 
-        The result's logits may be overwritten by the next step of as many tokens; `params` say which candidates matter.
+        Args:
+            tokens: token ids, at most 1 + `max_draft`.
+            params: sampling parameters, which determine the top candidates to return.
+
+        Returns:
+            The result, whose logits the next step of the same number of tokens may overwrite.
 
         Raises:
-            ContextLengthError: the cache is full.
+            ContextLengthError: the context is full.
         """
         ...
 
     def warm_up(self, progress: Progress) -> None:
-        """Do before the first prompt what would make it wait; the cache is empty then and afterwards."""
+        """Compile what the first prompt would otherwise wait for; the cache must be empty, and is empty afterwards."""
         ...

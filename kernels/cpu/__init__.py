@@ -1,16 +1,16 @@
-"""The native CPU kernels: one shared library per instruction set, called through plain C.
+"""The native CPU kernels: one shared library per instruction set, called through ctypes.
 
-Signatures and meaning are those of `kernels.reference`, which names the shapes. All is computed from and to float32
-(other types are cast); matrix products quantise their input to int8 in blocks of 64, which costs 0.7 % of the result's
-norm on Gaussian numbers (nf4; int8 0.6 %). Latents are bfloat16 or of 8 bits. Calls release the interpreter's lock
-while they run.
+Same functions as `kernels.reference`, which explains the shapes. Inputs and outputs are float32 (other types are cast).
+Matrix products quantise their input to int8 in blocks of 64, which costs 0.7 % of the result's norm on Gaussian numbers
+with nf4 weights, 0.6 % with int8 weights. The KV cache is bfloat16 or 8-bit. Calls release the GIL while they run.
 """
 
 import ctypes
 import os
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import reference
-from dsv2_local.kernels.cpu.recording import AtWork, Recording
+from dsv2_local.kernels.cpu.recording import ActiveRecording, Recording
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine.resources import Threads, choose_threads, cpu_features
 
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
-# Best first, with the CPU features that each needs (setup.py has the compiler's flags).
+# From best to worst, with the CPU features that each needs (the compiler flags are in setup.py).
 VARIANTS = {
     "avx512bf16": _AVX512 | {"avx512_bf16", "avx512vbmi"},
     "avx512": _AVX512,
@@ -37,17 +37,18 @@ REFERENCE, TRITON, BITSANDBYTES = "reference", "triton", "bitsandbytes"
 VARIABLE = "DSV2_KERNELS"
 
 FORMATS = {Format.NF4: 0, Format.INT8: 1}
-CACHES = {torch.bfloat16: 0, torch.uint8: 1}  # `Kept` of latents.hpp
+CACHES = {torch.bfloat16: 0, torch.uint8: 1}  # `LatentDtype` in latents.hpp
 
 
 class _Matrix(ctypes.Structure):
-    """`Matrix` of matrix.hpp."""
+    """`Matrix` in matrix.hpp."""
 
     _fields_ = (("codes", c_void_p), ("scales", c_void_p), ("rows", c_int64), ("cols", c_int64), ("format", c_int32))
 
 
 _M, _P, _I, _F = POINTER(_Matrix), c_void_p, c_int64, c_float
-_SIGNATURES = {
+# The prototypes in api.hpp, without the "dsv2_" of the names; those that return something are in _RESULTS too.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "linear": (_P, _I, _I, _M, _P),
     "swiglu": (_P, _I, _M, _M, _M, _P),
     "experts": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
@@ -61,14 +62,16 @@ _SIGNATURES = {
     "embedding": (_P, _I, _M, _P),
     "quantize_nf4": (_P, _I, _I, _P, _P),
     "quantize_int8": (_P, _I, _I, _P, _P),
+    "recordable": (_I,),
+    "replay": (_P, _I, _P),
     "set_threads": (c_int32, POINTER(c_int32)),
     "read": (_P, _I),
-    "replay": (_P, _I, _P),
 }
+_RESULTS: dict[str, Any] = {"recordable": c_char_p, "read": c_uint64}
 
 
 def _input(x: Tensor) -> Tensor:
-    """x as contiguous float32. Decoding makes hundreds of these small calls, so nothing is called in vain."""
+    """x as contiguous float32. Decoding calls this hundreds of times per token, so it avoids needless torch calls."""
     return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
@@ -77,7 +80,7 @@ def _output(y: Tensor, like: Tensor) -> Tensor:
 
 
 def _struct(matrix: Matrix) -> "ctypes._Pointer[_Matrix]":
-    """The C view of a matrix, kept with it: its planes never move."""
+    """The C struct of a matrix. It is cached in the matrix, whose tensors never move."""
     struct = matrix.__dict__.get("_struct")
     if struct is None:
         assert matrix.scales is not None
@@ -88,30 +91,32 @@ def _struct(matrix: Matrix) -> "ctypes._Pointer[_Matrix]":
 
 
 class Kernels:
-    """One variant of the library, loaded, with its pool of threads."""
+    """One variant of the library, loaded, with its thread pool; the kernels are explained in `kernels.reference`."""
 
     CACHES = tuple(CACHES)
-    top_candidates = staticmethod(reference.top_candidates)  # in RAM nobody asks: all logits are at hand
+    top_candidates = staticmethod(reference.top_candidates)  # only tests call it: on the CPU, samplers use all logits
 
     def __init__(self, variant: str, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         self.variant = variant
-        self._at_work = AtWork()
+        self._active = ActiveRecording()
         self._functions = {name: getattr(library, "dsv2_" + name) for name in _SIGNATURES}
         for name, function in self._functions.items():
-            function.argtypes, function.restype = _SIGNATURES[name], None
+            function.argtypes, function.restype = _SIGNATURES[name], _RESULTS.get(name)
+        names = takewhile(bool, map(self._functions["recordable"], count()))
+        self._recordable = {name.decode(): number for number, name in enumerate(names)}
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._functions[name](*arguments)
-        if recording := self._at_work.recording:
+        if recording := self._active.recording:
             recording.add(name, _SIGNATURES[name], arguments)
 
     def recording(self) -> Recording:
-        """A new one, to be entered while a step runs."""
-        return Recording(self._at_work, self._functions["replay"])
+        """A new recording, to be entered while a step runs."""
+        return Recording(self._active, self._functions["replay"], self._recordable)
 
     def set_threads(self, threads: Threads) -> None:
-        """Make the pool anew. The caller of a kernel is the first thread and stays unpinned, the others are pinned."""
+        """Replace the thread pool. The thread that calls a kernel counts as the first; only the others are pinned."""
         cpus = (c_int32 * threads.count)(*threads.cpus) if threads.cpus else None
         self._call("set_threads", threads.count, cpus)
 
@@ -218,18 +223,18 @@ class Kernels:
         return y if dtype is y.dtype else y.to(dtype)
 
     def quantize(self, weight: Tensor, into: Matrix) -> None:
-        """Quantise [R, C] into the planes of `into`; one thread, so that callers can share the work by slices."""
+        """Quantise [R, C] into the planes of `into`, on the calling thread: callers can quantise slices in parallel."""
         x, (codes, scales) = _input(weight), into.parts
         name = f"quantize_{into.format}"
         self._call(name, x.data_ptr(), into.rows, into.cols, codes.data_ptr(), scales.data_ptr())
 
     def read(self, data: Tensor) -> None:
-        """Read contiguous `data` once with all threads and do nothing with it: what memory can give."""
+        """Read contiguous `data` once with all threads and discard it, to measure the memory bandwidth."""
         self._call("read", data.data_ptr(), data.nbytes)
 
 
 def libraries() -> dict[str, Path]:
-    """The variants that were compiled when the package was installed."""
+    """The variants that were compiled when the package was installed, and their files."""
     here = Path(__file__).parent
     paths = {variant: here / f"_{variant}{EXTENSION_SUFFIXES[0]}" for variant in VARIANTS}
     return {variant: path for variant, path in paths.items() if path.is_file()}
@@ -242,22 +247,27 @@ def usable() -> list[str]:
 
 
 def asked() -> str | None:
-    """The kernels that $DSV2_KERNELS names; "triton" and "bitsandbytes": those of GPUs, for tests on the CPU."""
+    """The kernels that $DSV2_KERNELS names, if it is set; "triton" and "bitsandbytes" are for tests on the CPU."""
     return os.environ.get(VARIABLE) or None
 
 
 @cache
 def kernels() -> Kernels | None:
-    """The variant to use: the one that $DSV2_KERNELS names, else the best; None for torch's and for GPUs'.
+    """The native kernels to use: the variant that $DSV2_KERNELS names, else the best one that this CPU can run.
+
+    None if no variant is usable, or if the variable names other kernels (reference, triton, bitsandbytes).
 
     Raises:
-        InputError: the variable names a variant that is not compiled or that this CPU cannot run.
+        InputError: $DSV2_KERNELS names a variant that is not compiled or that this CPU cannot run.
     """
     wanted, found = asked(), usable()
     if wanted in (REFERENCE, TRITON, BITSANDBYTES) or (wanted is None and not found):
         return None
     if wanted is not None and wanted not in found:
-        raise InputError(f"{VARIABLE}={wanted} is not available here; use one of {', '.join([*found, REFERENCE])}")
+        raise InputError(
+            f"{VARIABLE}={wanted} is not available: it is not compiled, or this CPU cannot run it; "
+            f"use one of {', '.join([*found, REFERENCE])}"
+        )
     variant = wanted or found[0]
     loaded = Kernels(variant, libraries()[variant])
     loaded.set_threads(choose_threads(None))

@@ -1,9 +1,9 @@
 // Latent attention over a KV cache of bf16 or 8-bit rows, in its two forms.
 //
-// Absorbed (few queries): scores and sums are computed in latent space, and the cache is read once for several heads. Code:
-// `attention_bf16.cpp` for bf16 rows, `attention_int8.cpp` for 8-bit rows.
-// Materialised (many queries): for one head at a time, keys and values are rebuilt from the latents KEYS positions at a time,
-// with a running softmax (as in flash attention).
+// Absorbed (few queries): scores and sums are computed in latent space, and the cache is read once for several heads.
+// Code: `attention_bf16.cpp` for bf16 rows, `attention_int8.cpp` for 8-bit rows.
+// Materialised (many queries): for one head at a time, keys and values are rebuilt from the latents KEYS positions at a
+// time, with a running softmax (as in flash attention).
 #include "attention.hpp"
 
 #include "api.hpp"
@@ -18,8 +18,8 @@ constexpr int GEMM_ROWS = 12;
 constexpr int GEMM_ROWS = 6;
 #endif
 
-// The right operand of a product is stored as panels of PANEL columns, each row-major, and used DEPTH rows at a time, so that
-// these stay in the L1 cache.
+// The right operand of a product is stored as panels of PANEL columns, each row-major, and used DEPTH rows at a time,
+// so that these stay in the L1 cache.
 constexpr int64_t PANEL = 2 * LANES;
 constexpr int64_t DEPTH = 256;
 
@@ -56,8 +56,8 @@ void gemm(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const fl
 
 constexpr int64_t KEYS = 128;  // positions whose scores against a panel of queries are computed at a time
 
-// Attention of one head: from nope [T, H, N] and rope [T, H, P], the latter rotated and scaled, to out [T, H, V]. Lanes are
-// queries.
+// Attention of one head: from nope [T, H, N] and rope [T, H, P], the latter rotated and scaled, to out [T, H, V]. Lanes
+// are queries.
 void materialised_head(const Shape& s, int64_t head, const float* nope, const float* rope, const Latents& latents,
                        const Matrix& w_uk, const Matrix& w_uv, float scale, float* out) {
     const int64_t N = round_up(s.N, PANEL), V = round_up(s.V, PANEL), T = round_up(s.T, PANEL), K = s.N + s.P, ldk = N + s.P;
@@ -103,7 +103,7 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
                 Vec top = load(largest + t0 + i), sum_{};
                 const Vec old = top;
                 for (int64_t k = 0; k < n; k++) top = maximum(top, load(scores + k * PANEL + i));
-                const Vec base = top > -INFINITY ? top : Vec{};  // 0 for a query that attends to none of these positions
+                const Vec base = top > -INFINITY ? top : Vec{};  // 0: the query sees none of these positions
                 for (int64_t k = 0; k < n; k++) {
                     const Vec p = exponential(load(scores + k * PANEL + i) - base);
                     store(scores + k * PANEL + i, p);
@@ -128,9 +128,9 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 
 using namespace dsv2;
 
-API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t dtype, const int64_t* block_table,
-                        const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t T, int64_t H, int64_t P, int32_t absorb,
-                        float* out) {
+API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t dtype,
+                        const int64_t* block_table, const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t T,
+                        int64_t H, int64_t P, int32_t absorb, float* out) {
     const Latents latents{static_cast<const uint8_t*>(cache), LatentDtype(dtype), w_uv->cols, P, block_table + 1};
     const Shape shape{T, *block_table + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
     const int64_t rows = T * H, N = shape.N;

@@ -10,8 +10,8 @@
 
 namespace dsv2 {
 
-// Shapes: T queries at the last T of S positions; H heads; per head N and P numbers of a query without and with rotation, and
-// V of a value; C numbers of a latent.
+// Shapes: T queries at the last T of S positions; H heads; per head N and P numbers of a query without and with
+// rotation, and V of a value; C numbers of a latent.
 struct Shape {
     int64_t T, S, H, N, P, C, V;
     int64_t width() const { return C + P; }
@@ -29,8 +29,8 @@ constexpr int64_t PIECES = 256;   // partial results (a pass over a chunk) that 
 constexpr int64_t SPREAD = 32;    // pieces that suffice to keep all threads busy
 static_assert(CHUNK % CACHE_BLOCK == 0, "a chunk begins at the start of a block");
 
-// Query: the type of a stored query number. STEP: numbers of a query row that one instruction multiplies with as many of a
-// latent.
+// Query: the type of a stored query number. STEP: numbers of a query row that one instruction multiplies with as many
+// of a latent.
 #if DSV2_BF16
 typedef uint16_t Query;
 constexpr int STEP = 2 * LANES;
@@ -79,15 +79,16 @@ void softmax_chunk(float (*scores)[ROWS], int64_t n, const int32_t* limits, Part
 // How many of positions [s, s + n) each row of a pass attends to.
 template <int ROWS>
 void find_limits(const Shape& shape, int64_t pass, int64_t s, int64_t n, int32_t (&limits)[ROWS]) {
-    for (int r = 0; r < ROWS; r++) limits[r] = int32_t(std::clamp<int64_t>(shape.visible_to_row(pass * ROWS + r) - s, 0, n));
+    for (int r = 0; r < ROWS; r++)
+        limits[r] = int32_t(std::clamp<int64_t>(shape.visible_to_row(pass * ROWS + r) - s, 0, n));
 }
 
-// mixed [T · H, C] = softmax-weighted sum of the latents. step(pass, end, s, n, out, parts) computes the unnormalised sums
-// over positions [s, s + n), at most CHUNK, for rows [pass * ROWS, end * ROWS): it adds to out [rows, width], which is zero
-// before, and fills parts [passes].
+// mixed [T · H, C] = softmax-weighted sum of the latents. step(pass, end, s, n, out, parts) computes the unnormalised
+// sums over positions [s, s + n), at most CHUNK, for rows [pass * ROWS, end * ROWS): it adds to out [rows, width],
+// which is zero before, and fills parts [passes].
 //
-// The chunks of a row are merged one by one in order, so that its result does not depend on the other rows or on the number
-// of threads.
+// The chunks of a row are merged one by one in order, so that its result does not depend on the other rows or on the
+// number of threads.
 template <int ROWS, class Step>
 void absorbed(const Shape& shape, int64_t width, float* mixed, const Step& step) {
     const int64_t rows = shape.rows(), passes = (rows + ROWS - 1) / ROWS, C = shape.C;
@@ -132,8 +133,8 @@ void absorbed(const Shape& shape, int64_t width, float* mixed, const Step& step)
     }
 }
 
-// mixed [T · H, C] from the queries in latent space, `latent` [T · H, C], not yet scaled, and their rope parts [T · H, P],
-// rotated and scaled. `mixed` may be the same memory as `latent`.
+// mixed [T · H, C] from the queries in latent space, `latent` [T · H, C], not yet scaled, and their rope parts [T · H,
+// P], rotated and scaled. `mixed` may be the same memory as `latent`.
 void absorbed_bf16(const Shape& shape, const float* latent, const float* rope, float scale, const Latents& latents,
                    float* mixed);
 void absorbed_int8(const Shape& shape, const float* latent, const float* rope, float scale, const Latents& latents,

@@ -33,13 +33,14 @@ constexpr int64_t STRIDE = STEP;
 constexpr int64_t AHEAD_ROWS = 8;  // positions by which the prefetch is ahead of the scores
 constexpr int TILE = 2;            // positions (in `score`) or registers of columns (in `mix`) per ROWS rows at a time
 
-// Index of number d of query row `row` in the stored queries: what ROWS rows need in one step is adjacent. A row has `padded`
-// numbers.
+// Index of number d of query row `row` in the stored queries: what ROWS rows need in one step is adjacent. A row has
+// `padded` numbers.
 inline int64_t query_index(int64_t row, int64_t d, int64_t padded) {
     return (row / ROWS * padded + d / STEP * STEP) * ROWS + row % ROWS * STEP + d % STEP;
 }
 
-// scores[r][s] = queries[r] · latents[s] for s in [0, n); queries in the order of `query_index`, zeros past a row's width.
+// scores[r][s] = queries[r] · latents[s] for s in [0, n); queries in the order of `query_index`, zeros past a row's
+// width.
 void score(const Query* queries, const Positions& latents, int64_t n, float (*scores)[CHUNK]) {
     const int64_t width = latents.width, whole = width / STEP * STEP;
     for (int64_t s = 0; s < n; s += TILE) {
@@ -94,8 +95,8 @@ constexpr int BESIDE = 1;
 inline void pack_weights(const float* weights, uint32_t* packed) { std::memcpy(packed, weights, CHUNK * sizeof *packed); }
 #endif
 
-// out[r][c] += Σ_s weights[r][s] · latents[s][first + c] for TILE registers of columns and n positions. Weights from n on are
-// 0, so that a last position without a partner can be paired with itself.
+// out[r][c] += Σ_s weights[r][s] · latents[s][first + c] for TILE registers of columns and n positions. Weights from n
+// on are 0, so that a last position without a partner can be paired with itself.
 inline void mix_columns(const uint32_t (*packed)[CHUNK], const Positions& latents, int64_t first, int64_t n, float* out,
                         int64_t C) {
     Vec sums[ROWS][TILE] = {};
@@ -167,14 +168,15 @@ void attend(const Shape& shape, const Query* queries, int64_t padded, const Late
     for (; pass < end; pass++, out += ROWS * shape.C, parts++) {
         score(queries + pass * ROWS * padded, positions, n, weights);
         for (int r = 0; r < ROWS; r++)
-            softmax_row(weights[r], std::min(n, shape.visible_to_row(pass * ROWS + r) - s), parts->maximum[r], parts->total[r]);
+            softmax_row(weights[r], std::min(n, shape.visible_to_row(pass * ROWS + r) - s), parts->maximum[r],
+                        parts->total[r]);
         mix(weights, positions, n, out, shape.C);
     }
 }
 
 #else
-// Lanes of scores are query rows. The even and the odd numbers of a latent are converted to fp32 separately, since each takes
-// one instruction.
+// Lanes of scores are query rows. The even and the odd numbers of a latent are converted to fp32 separately, since each
+// takes one instruction.
 constexpr int ROWS = 16, VECS = ROWS / LANES;  // query rows that share a pass over the cache
 constexpr int TILE = 4;                        // positions whose scores are computed at a time
 constexpr int MIXED = 4;                       // rows whose sums are computed at a time, two registers of columns each
@@ -229,8 +231,8 @@ struct Tiles {
     }
 };
 
-// scores[pass][s][row] = queries[pass][row] · latents[from + s] for s in [0, n). While one tile is multiplied, the next is
-// converted and the one after that prefetched.
+// scores[pass][s][row] = queries[pass][row] · latents[from + s] for s in [0, n). While one tile is multiplied, the next
+// is converted and the one after that prefetched.
 void score(const float* queries, int64_t padded, int64_t passes, const Latents& latents, int64_t from, int64_t n,
            float (*scores)[CHUNK][ROWS]) {
     thread_local Scratch scratch;

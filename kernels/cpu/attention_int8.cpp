@@ -1,9 +1,10 @@
-// Absorbed attention over 8-bit latents. Lanes are query rows, so that scores and softmax need no sum across lanes. A block
-// here is 64 columns of a latent, which share a scale; its products are added as integers, exactly.
+// Absorbed attention over 8-bit latents. Lanes are query rows, so that scores and softmax need no sum across lanes. A
+// block here is 64 columns of a latent, which share a scale; its products are added as integers, exactly.
 //
-// Scores: the query is quantised too, with one scale per row and block: to 8 bits where VNNI multiplies bytes (an error of
-// 0.6 % of its norm), else to 16 bits (negligible). Sums: the softmax weight of a position times its scale is rounded to 15
-// bits, relative to the largest possible product (0.02 %). The rope key is bf16 and is multiplied as in a bf16 cache.
+// Scores: the query is quantised too, with one scale per row and block: to 8 bits where VNNI multiplies bytes (an error
+// of 0.6 % of its norm), else to 16 bits (negligible). Sums: the softmax weight of a position times its scale is
+// rounded to 15 bits, relative to the largest possible product (0.02 %). The rope key is bf16 and is multiplied as in a
+// bf16 cache.
 #include "attention.hpp"
 
 #include "rows.hpp"
@@ -222,7 +223,8 @@ void interleave(const Latents& latents, const uint8_t* const* rows, int64_t n, i
     }
 }
 
-// out[row][c] += units[row] · Σ_s weights[s][row] · pairs[s][c] for one strip of columns and `count` pairs of positions.
+// out[row][c] += units[row] · Σ_s weights[s][row] · pairs[s][c] for one strip of columns and `count` pairs of
+// positions.
 void mix(const int32_t (*weights)[ROWS], const int32_t (*pairs)[STRIP], int64_t count, const float* units, float* out,
          int64_t width) {
     for (int row = 0; row < ROWS; row += MIXED) {
@@ -249,8 +251,8 @@ struct Work {
     alignas(64) int32_t packed[TOGETHER][CHUNK / 2][ROWS], pairs[STRIPS][SPAN / 2][STRIP], limits[TOGETHER][ROWS];
 };
 
-// The scores of `count` passes into work.weights, and the chunk's scales [CHUNK, stride]. The next batch is prefetched while
-// one is multiplied.
+// The scores of `count` passes into work.weights, and the chunk's scales [CHUNK, stride]. The next batch is prefetched
+// while one is multiplied.
 template <class QueriesOf>
 void score_chunk(const Latents& latents, int64_t n, int64_t count, const QueriesOf& queries_of, float* scales, int64_t stride,
                  Work& work) {
@@ -328,7 +330,7 @@ void absorbed_int8(const Shape& shape, const float* latent, const float* rope, f
         for (int64_t i = 0; i < end - pass; i++) {
             find_limits(shape, pass + i, s, n, work.limits[i]);
             softmax_chunk(work.weights[i], n, work.limits[i], parts[i]);
-            if (n % 2) std::memset(work.weights[i][n], 0, sizeof work.weights[i][n]);  // the weight paired with the last position
+            if (n % 2) std::memset(work.weights[i][n], 0, sizeof work.weights[i][n]);  // paired with the last position
         }
         mix_chunk(latents, n, end - pass, scales, stride, work, out);
     });

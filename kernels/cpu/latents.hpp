@@ -1,6 +1,6 @@
 // Rows of the KV cache in the layout of `kernels/latents.py`. A bf16 row is [latent C | rope key P]; an 8-bit row is
-// [int8 codes C | bf16 scales, one per 64 codes | bf16 rope key P]. The cache is divided into blocks of CACHE_BLOCK rows,
-// and a sequence's block table gives the number of the block that stores each CACHE_BLOCK of its positions.
+// [int8 codes C | bf16 scales, one per 64 codes | bf16 rope key P]. The cache is divided into blocks of CACHE_BLOCK
+// rows; entry i of a sequence's block table is the number of the block with its positions from i · CACHE_BLOCK on.
 #pragma once
 
 #include <algorithm>
@@ -26,10 +26,11 @@ struct Latents {
     const uint8_t* data;
     LatentDtype dtype;
     int64_t C, P;
-    const int64_t* blocks;  // number of the block with positions [0, CACHE_BLOCK), [CACHE_BLOCK, 2 · CACHE_BLOCK), …
+    const int64_t* blocks;  // the block table: block numbers of positions [0, CACHE_BLOCK), [CACHE_BLOCK, …), …
 
     int64_t scale_blocks() const { return (C + BLOCK - 1) / BLOCK; }  // groups of 64 latents that share a scale
-    int64_t rope_at() const { return dtype == LatentDtype::INT8 ? C + 2 * scale_blocks() : 2 * C; }  // byte offset in a row
+    // Byte offset of the rope key in a row.
+    int64_t rope_at() const { return dtype == LatentDtype::INT8 ? C + 2 * scale_blocks() : 2 * C; }
     int64_t row_bytes() const { return rope_at() + 2 * P; }
     // Byte offset of position s in `data`.
     int64_t offset(int64_t s) const { return (blocks[s / CACHE_BLOCK] * CACHE_BLOCK + s % CACHE_BLOCK) * row_bytes(); }

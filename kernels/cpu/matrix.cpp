@@ -1,4 +1,4 @@
-// Matrix products: one matrix, and whole mixtures of experts.
+// Matrix products: with one matrix, and of whole mixtures of experts.
 #include "matrix.hpp"
 
 #include <algorithm>
@@ -27,26 +27,26 @@ void Matrix::dequantize_row(int64_t row, float* out, int64_t stride) const {
 
 namespace {
 
-// Bytes of weights that a thread takes at a time: long enough to read at full speed, short enough to share evenly.
+// Bytes of weights per work item: long enough to read at full speed, short enough to divide evenly among threads.
 constexpr int64_t ITEM_BYTES = 1 << 16;
-constexpr int64_t FEW = 8;  // tokens up to which memory, not arithmetic, is what a product waits for
+constexpr int64_t FEW = 8;  // up to this many tokens a product is limited by memory bandwidth, not by arithmetic
 Claim claim_of(int64_t tokens) { return tokens > FEW ? Claim::QUARTER : Claim::WHOLE; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Groups of rows an item should have: whole tiles of panels, about ITEM_BYTES for one token.
+// Groups of rows per work item: whole tiles of panels; for few tokens about ITEM_BYTES of weights.
 int64_t item_groups(const Matrix& m, int64_t tokens) {
     const int64_t unit = 2 * TILE_PANELS * PANEL_GROUPS;
     if (tokens > FEW) return unit;
     return std::max<int64_t>(1, ITEM_BYTES / (m.blocks() * m.tile_bytes()) / unit) * unit;
 }
 
-// One expert's work: `count` tokens of x with their weights; its hidden rows begin at `slot`.
+// One expert and its tokens; its hidden activations are rows [slot, slot + count).
 struct Expert {
     Matrix gate, up, down;
     int64_t count, slot;
-    const int32_t* tokens;  // null: all tokens in order
-    const float* weights;   // null: all one
-    const int32_t* rows;    // of y that they are added to; null: as `tokens`
+    const int32_t* tokens;  // rows of x; null: all rows in order
+    const float* weights;   // null: all 1
+    const int32_t* rows;    // rows of y that the results are added to; null: as `tokens`
 };
 
 // y [rows, D] = Σ over experts, in their order, of weight · down(silu(gate x) · up x).
@@ -70,7 +70,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
     }
     Activations hidden(hidden_scratch, slots, down.cols, down.format);
     const auto hidden_blocks = [&](const Item& item, int64_t blocks) {
-        // 64 hidden numbers are a block of the next product's activations, so they are quantised where they are made.
+        // 64 hidden numbers are a block of the next product's activations, so they are quantised as soon as computed.
         const Expert& expert = *item.expert;
         thread_local Scratch scratch;
         const int64_t width = blocks * BLOCK, first = item.block * BLOCK, group = first / GROUP;
@@ -93,7 +93,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
                 hidden.quantize_block(expert.slot + item.from + t, item.block + b, h);
             }
     };
-    // Blocks of one expert with one token are done together: the longer a run of rows, the less often memory is waited for.
+    // Adjacent blocks of an expert with few tokens are computed together: longer reads stall on memory less often.
     parallel_ranges(int64_t(items.size()), claim_of(tokens), [&](int64_t i, int64_t to) {
         for (int64_t next; i < to; i = next) {
             next = i + 1;
@@ -123,7 +123,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
     });
 }
 
-// Cut gate, up and down out of an expert's record, as `layout.ExpertLayout` puts them there.
+// View an expert's record as gate, up and down, in the order of `format.ExpertLayout`.
 Expert expert_at(const uint8_t* record, int32_t format, int64_t hidden, int64_t intermediate) {
     Expert expert{};
     Matrix* matrices[] = {&expert.gate, &expert.up, &expert.down};
@@ -136,9 +136,9 @@ Expert expert_at(const uint8_t* record, int32_t format, int64_t hidden, int64_t 
     return expert;
 }
 
-// Indices brought together by the expert that each names, in the order of the experts' numbers.
+// The indices [0, count) sorted by the expert ids[i] (a counting sort).
 struct Grouped {
-    std::vector<int64_t> begin;  // of each expert in `order`
+    std::vector<int64_t> begin;  // where each expert's indices begin in `order`
     std::vector<int32_t> order;
 
     Grouped(const int64_t* ids, int64_t count, int64_t experts) : begin(experts + 1, 0), order(count) {
@@ -148,7 +148,7 @@ struct Grouped {
         for (int64_t i = 0; i < count; i++) order[next[ids[i]]++] = int32_t(i);
     }
 
-    // Those that any index names; their tokens, weights and rows are the caller's to set.
+    // The experts that have indices; the caller sets their tokens, weights and rows.
     std::vector<Expert> experts(const uint8_t* records, int64_t stride, int32_t format, int64_t hidden,
                                 int64_t intermediate) const {
         std::vector<Expert> used;
@@ -167,7 +167,7 @@ struct Grouped {
 void heads_linear(const float* x, int64_t tokens, int64_t heads, const Matrix& m, float* y) {
     thread_local Scratch scratch;
     Activations input(scratch, tokens * heads, m.cols, m.format);
-    each_row(tokens * heads, [&](int64_t row) {  // row: head by head, so that a head's tokens lie together
+    each_row(tokens * heads, [&](int64_t row) {  // head by head, so that the tokens of a head are adjacent
         const int64_t head = row / tokens, t = row % tokens;
         input.quantize(row, x + (t * heads + head) * m.cols, m.cols);
     });
@@ -201,15 +201,15 @@ API void dsv2_experts(const float* x, int64_t tokens, const uint8_t* records, in
                       int64_t k, float* y) {
     const Grouped grouped(ids, tokens * k, experts);
     std::vector<int32_t> token(tokens * k);
-    std::vector<float> share(tokens * k);
+    std::vector<float> token_weights(tokens * k);
     for (int64_t i = 0; i < tokens * k; i++) {
         token[i] = int32_t(grouped.order[i] / k);
-        share[i] = weights[grouped.order[i]];
+        token_weights[i] = weights[grouped.order[i]];
     }
     std::vector<Expert> used = grouped.experts(records, stride, format, hidden, intermediate);
     for (Expert& expert : used) {
         expert.tokens = token.data() + expert.slot;
-        expert.weights = share.data() + expert.slot;
+        expert.weights = token_weights.data() + expert.slot;
     }
     mixture(x, tokens, used, y, tokens);
 }

@@ -1,8 +1,8 @@
-// Stored matrices, quantised activations, and the product of some rows of the one with some of the other.
+// Stored (quantised) matrices, quantised activations, and their product.
 //
-// Activations are quantised to int8 with one scale per 64 columns, so that a block of a product is an exact sum of
-// integers; blocks are added in fp32 in the order of columns, whatever the number of tokens. One token at a time or a
-// thousand at once, every instruction set: the same numbers, up to the rounding of fused multiply-add.
+// Activations are quantised to int8 with one scale per 64 columns, so that a block of 64 columns is an exact integer
+// sum. Block sums are added in fp32, in column order. So a token's result does not depend on how many tokens are
+// computed at once, nor on the instruction set, up to the rounding of fused multiply-add.
 #pragma once
 
 #include <cstdlib>
@@ -16,7 +16,7 @@ namespace dsv2 {
 
 enum Format : int32_t { NF4 = 0, INT8 = 1 };
 
-// As `kernels/layout.py` lays it out. Python fills in this struct; keep `__init__.py` in step.
+// A matrix in the layout of `kernels/layout.py`. Python fills in this struct: `_Matrix` in `__init__.py` must match it.
 struct Matrix {
     const uint8_t* codes;
     const uint16_t* scales;
@@ -31,11 +31,11 @@ struct Matrix {
     const uint8_t* group_codes(int64_t group) const { return codes + group * blocks() * tile_bytes(); }
     const uint16_t* group_scales(int64_t group) const { return scales + group * blocks() * GROUP; }
 
-    // Row `row` in fp32, one number every `stride`: for the few places that want plain numbers.
+    // Dequantise one row to fp32; out[col * stride] is its column `col`.
     void dequantize_row(int64_t row, float* out, int64_t stride) const;
 };
 
-// Memory that a thread keeps for its next call.
+// A buffer that is reused by later calls (declare it thread_local); it grows but never shrinks.
 class Scratch {
   public:
     ~Scratch() { std::free(data_); }
@@ -56,11 +56,11 @@ class Scratch {
     size_t size_ = 0;
 };
 
-// Rows of int8 with a scale per block; `starts` is where a block's integer sum begins, so that offset and bias of the
-// format's levels cancel. Made for one format.
+// Activations as int8 with a scale per block of 64 columns. `starts` are the initial values of the blocks' integer
+// sums, which cancel the offset and the bias of the weight levels. For products with weights of one format.
 struct Activations {
     int8_t* codes;    // [rows, blocks * 64]
-    float* scales;    // [rows, blocks], times the format's step
+    float* scales;    // [rows, blocks], multiplied by the step of the weight levels
     int32_t* starts;  // [rows, blocks]
     int64_t blocks;
     Format format;
@@ -72,7 +72,7 @@ struct Activations {
         starts = reinterpret_cast<int32_t*>(scales + rows * blocks);
     }
 
-    // One row from fp32; `cols` short of a block are zeros.
+    // Quantise one row; the last block is padded with zeros.
     void quantize(int64_t row, const float* x, int64_t cols) {
         for (int64_t b = 0; b < blocks; b++) {
             if (cols - b * BLOCK >= BLOCK) {
@@ -105,7 +105,7 @@ struct Activations {
     }
 };
 
-// Which rows of `all` a product takes: index[0..count), or the `count` rows from `first` on when there is no index.
+// The rows of `all` that a product takes: index[0..count), or the `count` rows from `first` on if `index` is null.
 struct Selection {
     const Activations& all;
     int64_t count;
@@ -118,20 +118,22 @@ struct Selection {
     }
 };
 
-// Registers of one tile of a product: TILE_TOKENS x TILE_PANELS sums of integers and as many of floats.
+// Register tile of a product: TILE_TOKENS x TILE_PANELS integer sums and as many fp32 sums.
 #if DSV2_AVX512
 constexpr int TILE_TOKENS = 6, TILE_PANELS = 2;
 #else
 constexpr int TILE_TOKENS = 4, TILE_PANELS = 1;
 #endif
-// Tokens that one pass over unpacked rows serves; their activations should stay in the second cache.
+// Tokens per pass over unpacked rows; their activations should fit in the L2 cache.
 constexpr int64_t TOKEN_BLOCK = 256;
 
-// Bytes ahead of a single token's product that nf4 codes are fetched into the first cache, and numbers ahead that scales
-// are. The hardware's own prefetching stops at every page; for int8, whose codes come twice as fast, it is enough.
+// Prefetch distances into L1 for the product of a single token: of nf4 codes in bytes, of scales in numbers. The
+// hardware prefetcher stops at every memory page. For int8 it is enough, since twice as many code bytes are read per
+// multiplication.
 constexpr int64_t AHEAD = 1 << 12, SCALES_AHEAD = 1 << 8;
 
-// LANES rows of a matrix; the second group is the first again where there is none (its lanes are then unused).
+// LANES rows of a matrix: one or two groups of 8. If the matrix has no second group, it is the first again, and its
+// lanes are unused.
 template <int FORMAT>
 struct Panel {
     const uint8_t *first, *second;
@@ -168,20 +170,20 @@ struct Panel {
 };
 
 #if DSV2_AVX512
-// table[the low nibble of each byte]; the table stands in both halves.
+// table[low nibble] for each byte; both 128-bit halves of `table` have the same 16 entries.
 inline __m256i look_up(__m256i table, __m256i bytes) {
 #if defined(__AVX512VBMI__)
-    return _mm256_permutexvar_epi8(bytes, table);  // takes five bits, of which the fifth changes nothing
+    return _mm256_permutexvar_epi8(bytes, table);  // indexes with five bits; the fifth chooses between equal halves
 #else
     return _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
 #endif
 }
 #endif
 
-// One token: codes go from memory through registers into the sum, once, in the order in which they lie there.
+// Product of a single token: every code is read once, in memory order, and multiplied in registers.
 #if DSV2_AVX512
-// Registers of 8 rows, half as wide as they could be: 8 rows x 4 columns are what lies together in memory, and the
-// activations of 4 columns reach all rows by a broadcast that costs nothing.
+// Registers of 8 rows, half the full width: 8 rows x 4 columns are adjacent in memory, and the activations of 4 columns
+// reach all rows by a broadcast that costs nothing.
 template <int FORMAT>
 inline __m256 stream_group(const uint8_t* p, const uint16_t* row_scales, const Activations& x, int64_t row) {
     constexpr int64_t TILE = Panel<FORMAT>::TILE;
@@ -234,7 +236,7 @@ inline Vec stream(const Panel<FORMAT>& panel, const Activations& x, int64_t row)
         for (int64_t i = 0; FORMAT == NF4 && i < panel.TILE; i += 64)
             __builtin_prefetch(panel.first + b * panel.TILE + AHEAD + i);
         __builtin_prefetch(panel.first_scales + b * GROUP + SCALES_AHEAD);
-        Int even = splat_int(starts[b]), odd{};  // two sums, since one would wait for itself
+        Int even = splat_int(starts[b]), odd{};  // two sums, so that an addition need not wait for the one before
         panel.levels(b, [&](int quad, Levels levels) {
             Int& sum = quad % 2 ? odd : even;
             sum = dot(sum, levels, codes + b * BLOCK + quad * 4);
@@ -245,7 +247,7 @@ inline Vec stream(const Panel<FORMAT>& panel, const Activations& x, int64_t row)
 }
 #endif
 
-// A panel unpacked, to be used by many tokens.
+// An unpacked panel, for products with several tokens.
 struct Unpacked {
     const Levels* levels;  // [blocks, 16]
     const Vec* scales;     // [blocks]
@@ -277,7 +279,7 @@ inline void tile(const Unpacked (&panels)[PANELS], const Selection& x, int64_t f
     }
 }
 
-// `tile` for the last tokens, fewer than a full tile.
+// Products of the tokens from `from` on: full tiles first, then ever smaller ones for the rest.
 template <int TOKENS, int PANELS, class Sink>
 inline void tiles(const Unpacked (&panels)[PANELS], const Selection& x, int64_t from, int64_t row, Sink& sink) {
     if constexpr (TOKENS > 0) {
@@ -323,15 +325,15 @@ inline void multiply_format(const Matrix& m, int64_t group, int64_t end, const S
     for (; group < end; group += PANEL_GROUPS) multiply_panels<FORMAT, 1>(m, group, x, sink);
 }
 
-// Rows [group * 8, end * 8) of m times the selected activations: sink(row, i, value) gets LANES rows from `row` on of
-// the i-th selected; lanes past the end of the range are to be ignored.
+// Rows [group * 8, end * 8) of m times the selected activations. Calls sink(row, i, value) with rows [row, row + LANES)
+// of the result of the i-th selected row; lanes past the end of the range must be ignored.
 template <class Sink>
 inline void multiply(const Matrix& m, int64_t group, int64_t end, const Selection& x, Sink&& sink) {
     if (m.format == NF4) multiply_format<NF4>(m, group, end, x, sink);
     else multiply_format<INT8>(m, group, end, x, sink);
 }
 
-// The first `count` lanes (all, if there are more).
+// Load or store the first `count` lanes, all of them if `count` is larger.
 inline Vec load_lanes(const float* p, int64_t count) {
     if (count >= LANES) return load(p);
     float lanes[LANES] = {};
@@ -343,7 +345,8 @@ inline void store_lanes(float* p, Vec v, int64_t count) {
     else std::memcpy(p, &v, std::max<int64_t>(count, 0) * sizeof(float));
 }
 
-// y [tokens, rows] = x · mᵀ, where x is [tokens, heads, cols] and the rows of m are divided among the heads (8 by 8).
+// y [tokens, rows] = x · mᵀ, where x is [tokens, heads, cols] and the rows of m are divided among the heads, in whole
+// groups of 8.
 void heads_linear(const float* x, int64_t tokens, int64_t heads, const Matrix& m, float* y);
 
 }  // namespace dsv2

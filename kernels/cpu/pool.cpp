@@ -18,11 +18,11 @@
 namespace dsv2 {
 namespace {
 
-// Longer than the pause between two kernels of a step, shorter than anybody notices.
+// How long an idle worker spins before it sleeps: longer than the pause between two kernels of a decode step.
 constexpr auto SPIN = std::chrono::microseconds(200);
 
-// The state of a parallel call in one word, so that an item is claimed from the call it was read from and no other:
-// a number that changes with every call (16 bits), its items (24 bits) and the next one to be claimed (24 bits).
+// The state of a parallel call in one word, so that a claim cannot hit a later call than the one that was read: the
+// number of the call (16 bits), its items (24 bits) and the next item to be claimed (24 bits).
 constexpr int FIELD = 24;
 constexpr uint64_t MASK = (uint64_t(1) << FIELD) - 1;
 
@@ -52,7 +52,7 @@ class Pool {
     void run(int64_t items, Claim claim, void (*fn)(const void*, int64_t, int64_t), const void* context) {
         if (items <= 0) return;
         std::lock_guard<std::mutex> turn(turn_);
-        if (items > int64_t(MASK)) {  // more than a ticket counts: the caller's own share
+        if (items > int64_t(MASK)) {  // more than a ticket can count: the caller computes the rest
             fn(context, MASK, items);
             items = MASK;
         }
@@ -68,20 +68,20 @@ class Pool {
         }
         for (int spins = 0; done_.load(std::memory_order_acquire) < items; spins++) {
             if (spins < 20000) pause();
-            else sched_yield();  // whoever has the last item may be waiting for this very core
+            else sched_yield();  // the thread with the last item may be waiting for this core
         }
     }
 
   private:
-    // Do some items if there are any: many at first, since a claim costs a trip between cores, and one by one in the
-    // end, so that all threads end together.
+    // Claim and compute some items; returns whether there were any. Claims are large at first, since each moves a cache
+    // line between cores, and single items at the end, so that all threads finish together.
     bool work_on() {
         uint64_t ticket = ticket_.load(std::memory_order_acquire), count;
         do {
             if (next_of(ticket) >= items_of(ticket)) return false;
             count = std::max<uint64_t>(1, (items_of(ticket) - next_of(ticket)) / divisor_.load(std::memory_order_relaxed));
         } while (!ticket_.compare_exchange_weak(ticket, ticket + count, std::memory_order_acq_rel));
-        // The claim holds the call open, so these are the claimed call's.
+        // The call cannot end before the claimed items are done, so fn_ and context_ are still those of this call.
         fn_(context_, int64_t(next_of(ticket)), int64_t(next_of(ticket) + count));
         done_.fetch_add(int64_t(count), std::memory_order_release);
         return true;
@@ -126,7 +126,7 @@ class Pool {
         cpu_set_t set;
         CPU_ZERO(&set);
         CPU_SET(cpu, &set);
-        pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);  // refused: it runs where it may
+        pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);  // if this fails, the thread stays unpinned
     }
 
     std::mutex turn_, sleep_;
@@ -136,12 +136,12 @@ class Pool {
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<int> sleeping_{0};
     std::atomic<bool> stopping_{false};
-    std::atomic<uint64_t> divisor_{1};  // of what is left: a claim
+    std::atomic<uint64_t> divisor_{1};  // a claim is the remaining items divided by this
     void (*fn_)(const void*, int64_t, int64_t) = nullptr;
     const void* context_ = nullptr;
 };
 
-// Never destroyed: a worker may still be asleep when the process ends.
+// Never destroyed, since a worker may still be asleep when the process exits.
 Pool& pool() {
     static Pool& instance = *new Pool;
     return instance;

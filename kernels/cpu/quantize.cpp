@@ -1,4 +1,4 @@
-// Weights to codes and scales; `quant/nf4.py` and `quant/int8.py` say how and why, and are the reference of this.
+// Quantises weights to codes and scales. `quant/nf4.py` and `quant/int8.py` explain the methods and are the reference.
 #include <vector>
 
 #include "api.hpp"
@@ -7,9 +7,9 @@
 namespace dsv2 {
 namespace {
 
-// As `quant.nf4` has them: candidate scales between 0.60 and 1.06 of a block's largest magnitude, and weights rounded to
-// 1/BINS of it for the search.
-constexpr int CANDIDATES = 24, LISTED = 32;  // a row of errors fills whole registers
+// The constants of `quant.nf4`: candidate scales between 0.60 and 1.06 of a block's largest magnitude; for the search,
+// weights are rounded to multiples of 1/BINS of that magnitude.
+constexpr int CANDIDATES = 24, LISTED = 32;  // a row of errors, padded to whole registers
 constexpr int BINS = 256, STEPS = 2 * BINS + 1;
 constexpr float LEVELS[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
                               -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
@@ -21,7 +21,7 @@ constexpr int PARTS = LISTED / (LANES * 2);
 
 struct Tables {
     float candidates[CANDIDATES], thresholds[15];
-    Errors errors[STEPS][PARTS];  // squared error of a step at each candidate, in units of 1/ERROR_UNIT
+    Errors errors[STEPS][PARTS];  // squared error of a rounded weight with each candidate scale, in units of 1/6394
 
     Tables() {
         for (int i = 0; i < 15; i++) thresholds[i] = (LEVELS[i] + LEVELS[i + 1]) / 2;
@@ -31,7 +31,7 @@ struct Tables {
                 errors[s][c / (LANES * 2)][c % (LANES * 2)] = c < CANDIDATES ? error(float(s - BINS) / BINS, candidates[c]) : 1023;
     }
 
-    // 64 of them must fit in 16 bits. The largest, of a weight that its scale cuts off at 0.6, is 0.16.
+    // The sum of 64 errors must fit in 16 bits. The largest error, 0.16, is that of a weight of 1 clipped to 0.6.
     uint16_t error(float x, float scale) const {
         float level = LEVELS[0];
         for (int i = 0; i < 15; i++)
@@ -46,7 +46,7 @@ uint16_t to_fp16(float x) {
     std::memcpy(&bits, &x, 4);
     const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude >= 0x47800000) return uint16_t(sign | 0x7c00);
-    if (magnitude < 0x38800000) {  // below 2^-14: an integer times 2^-24
+    if (magnitude < 0x38800000) {  // below 2^-14, subnormal in fp16: an integer times 2^-24
         float value;
         std::memcpy(&value, &magnitude, 4);
         return uint16_t(sign | uint32_t(std::lrint(value * 16777216.0f)));
@@ -67,7 +67,7 @@ float largest_magnitude(const float* x) {
     return max_lane(largest);
 }
 
-// Codes of 64 weights by the search that quant/nf4.py describes; returns their scale.
+// Quantise 64 weights by the search that quant/nf4.py describes; returns their scale.
 float search(const Tables& tables, const float* x, uint8_t* codes) {
     const float top = std::max(largest_magnitude(x), 1.17549435e-38f), inverse = 1.0f / top;
     int32_t steps[BLOCK];
@@ -97,13 +97,13 @@ float search(const Tables& tables, const float* x, uint8_t* codes) {
         squares = fma(level, level, squares);
     }
     const float product = sum(products), square = sum(squares);
-    return square > 0 ? product / square : 0.0f;  // a block of zeros has no scale
+    return square > 0 ? product / square : 0.0f;  // a block of zeros has scale 0
 }
 
-// Row r of a block of nf4 codes to its place in the tile.
+// Store the 64 nf4 codes of row r in a tile.
 void put_nf4(const uint8_t* codes, int64_t r, uint8_t* tile) {
     for (int octet = 0; octet < 8; octet++) {
-        uint32_t low, high;  // four codes each
+        uint32_t low, high;  // four codes each, one per byte
         std::memcpy(&low, codes + octet * 8, 4);
         std::memcpy(&high, codes + octet * 8 + 4, 4);
         low |= high << 4;
@@ -112,7 +112,7 @@ void put_nf4(const uint8_t* codes, int64_t r, uint8_t* tile) {
 }
 
 float round_int8(const float* x, uint8_t* codes) {
-    const float scale = from_fp16(to_fp16(largest_magnitude(x) / 127.0f));  // the scale that is stored
+    const float scale = from_fp16(to_fp16(largest_magnitude(x) / 127.0f));  // the scale as stored
     const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
     for (int i = 0; i < BLOCK; i += LANES) {
         const Vec limit = splat(127.0f), scaled = load(x + i) * inverse;
@@ -127,7 +127,8 @@ void put_int8(const uint8_t* codes, int64_t r, uint8_t* tile) {
     for (int quad = 0; quad < 16; quad++) std::memcpy(tile + (quad * GROUP + r) * 4, codes + quad * 4, 4);
 }
 
-// Every block of x [rows, cols] through `quantize` (64 weights to codes and a scale) and `put` into the planes.
+// Quantise x [rows, cols] block by block: quantize(weights, codes) gives the codes of 64 weights and returns their
+// scale; put(codes, row, tile) stores them in a tile.
 template <class Quantize, class Put>
 void each_block(const float* x, int64_t rows, int64_t cols, int64_t tile_bytes, uint8_t* codes, uint16_t* scales,
                 const Quantize& quantize, const Put& put) {

@@ -1,13 +1,13 @@
-"""A step of native calls, recorded while it runs, so that one call can make all of it again.
+"""Recording the native kernel calls of a decode step, so that a single call can replay them all.
 
-Between two kernels of a decode step Python and torch take a few microseconds in which memory idles, and more when the
-weights that stream past have thrown them out of the caches. A replay has none of that. It reads and writes the very
-tensors of the recorded run, so what changes from step to step (token, position, rotation) has to lie in tensors.
+Between two kernels of a decode step Python and torch take a few microseconds, and more when the weights have evicted
+them from the CPU caches; meanwhile the memory is idle. A replay avoids this. It reads and writes the same tensors as
+the recorded run, so whatever changes from step to step (token, position, rotation) must be stored in tensors.
 """
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import c_double, c_int64, c_uint64, c_void_p
 from time import perf_counter
 from typing import Any
@@ -16,117 +16,126 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# In the order of FUNCTIONS in replay.cpp.
-RECORDED = ("linear", "swiglu", "experts", "attention", "rms_norm", "latents", "route", "embedding", "add")
 ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
-# Seconds between two moments in which Ctrl-C is heard, and the calls until the first of them.
+# A replay is cut into slices, since Ctrl-C takes effect only between native calls: seconds per slice, and the number of
+# calls in a slice before their durations are known.
 SLICE_SECONDS, FIRST_SLICE = 0.1, 12
+CALL_ARGUMENTS = 13  # as in api.hpp
 
-
-_Arguments = c_uint64 * 13
+_Arguments = c_uint64 * CALL_ARGUMENTS
 
 
 class Call(ctypes.Structure):
-    """`Call` of api.hpp."""
+    """`Call` in api.hpp."""
 
     _fields_ = (("function", c_int64), ("arguments", _Arguments))
 
 
-class AtWork(threading.local):
-    """What records this thread's calls at present, if anything does."""
+class ActiveRecording(threading.local):
+    """The recording that is noting this thread's kernel calls, if there is one."""
 
     recording: "Recording | None" = None
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Entered while a step runs once; then `replay` runs it again, if it is `complete`.
+    """A recording of kernel calls: enter it while a step runs once, then `replay` repeats the step.
+
+    Only a `complete` recording may be replayed.
 
     Attributes:
-        names: the kernels called, in order.
-        foreign: the first torch operation that computes something, which a replay would leave out; None if all was
-            native.
-        seconds: what each call has taken in all replays, if they are to take times.
+        names: the recorded kernels, in order.
+        foreign: the first operation of the step that a replay would leave out (a torch operation that computes
+            something, or a kernel that cannot be recorded); None if there was none.
+        seconds: the duration of each call, summed over all replays since `take_times`; None before it.
     """
 
-    def __init__(self, at_work: AtWork, replay: Callable[[int, int, int | None], None]) -> None:
-        """`replay` is dsv2_replay: addresses of calls and of seconds (or None), and the number of calls between."""
+    def __init__(
+        self, active: ActiveRecording, replay: Callable[[int, int, int | None], None], recordable: Mapping[str, int]
+    ) -> None:
+        """Create an empty recording.
+
+        Args:
+            active: where the kernels of this thread look for the recording to add to.
+            replay: dsv2_replay of api.hpp: the address of the calls, their number, the address of the seconds or None.
+            recordable: the number of each function that can be recorded, by its name.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         self.foreign: str | None = None
         self.seconds: ctypes.Array[c_double] | None = None
-        self._at_work, self._replay = at_work, replay
-        self._kept: list[Any] = []  # tensors and arguments that the calls point to
-        self._made: list[Call] = []
+        self._active, self._replay, self._recordable = active, replay, recordable
+        self._alive: list[Any] = []  # tensors and arguments that the calls point to
+        self._recorded: list[Call] = []
         self._calls: ctypes.Array[Call] | None = None
-        self._slice = FIRST_SLICE  # calls made at a time
+        self._slice = FIRST_SLICE  # calls replayed at a time
 
     def __enter__(self) -> "Recording":
-        self._at_work.recording = self
+        self._active.recording = self
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._at_work.recording = None
-        self._calls = (Call * len(self._made))(*self._made)
+        self._active.recording = None
+        self._calls = (Call * len(self._recorded))(*self._recorded)
 
     @property
     def complete(self) -> bool:
-        """Whether the native calls were all that the step computed."""
+        """Whether the recorded calls are all that the step computed, so that a replay is the whole step."""
         return self.foreign is None and bool(self.names)
 
     def add(self, name: str, types: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
-        """Note one call with the C types of its arguments."""
-        if name not in RECORDED:
+        """Record one kernel call; `types` are the ctypes of its arguments."""
+        if name not in self._recordable:
             self.foreign = self.foreign or name
             return
         words = [_word(type, argument) for type, argument in zip(types, arguments, strict=True)]
         self.names.append(name)
-        self._kept.append(arguments)
-        self._made.append(Call(RECORDED.index(name), _Arguments(*words)))
+        self._alive.append(arguments)
+        self._recorded.append(Call(self._recordable[name], _Arguments(*words)))
 
     def take_times(self) -> "ctypes.Array[c_double]":
-        """Sum up from here on, in `seconds`, what each call takes."""
+        """From now on, sum up the duration of each call in `seconds`, which is returned."""
         self.seconds = (c_double * len(self.names))()
         return self.seconds
 
     def replay(self) -> None:
-        """Make the calls again.
+        """Repeat the recorded calls.
 
         Raises:
-            KeyboardInterrupt: between two calls; those after it were not made.
+            KeyboardInterrupt: Ctrl-C was pressed; the rest of the calls were not made.
         """
         calls, seconds = self._calls, self.seconds
         assert calls is not None
         start = perf_counter()
         for begin in range(0, len(calls), self._slice):
             first = ctypes.addressof(calls) + begin * ctypes.sizeof(Call)
-            spent = None if seconds is None else ctypes.addressof(seconds) + begin * ctypes.sizeof(c_double)
-            self._replay(first, min(self._slice, len(calls) - begin), spent)
+            durations = None if seconds is None else ctypes.addressof(seconds) + begin * ctypes.sizeof(c_double)
+            self._replay(first, min(self._slice, len(calls) - begin), durations)
         self._slice = max(1, int(len(calls) * SLICE_SECONDS / (perf_counter() - start)))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: to be skipped, a mode imports torch's whole compiler, which takes a second."""
+        """False: to skip Dynamo, torch would import its whole compiler, which takes a second."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATIONS:
-            self._kept.append(result)
+            self._alive.append(result)
         elif func._schema.is_mutable or not _is_view(result, args):
             self.foreign = self.foreign or str(func)
         return result
 
 
 def _is_view(result: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a result is the first argument again, or a part of it."""
+    """Whether a result shares the memory of the first argument."""
     tensors = args and isinstance(args[0], Tensor) and isinstance(result, Tensor)
     return bool(tensors) and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
 
 
 def _word(type: Any, argument: Any) -> int:
-    """An argument of a C function as the low bytes of a word."""
-    if hasattr(argument, "contents"):  # a pointer object; numbers are addresses already
+    """An argument of a C function as a 64-bit word, in its low bytes."""
+    if hasattr(argument, "contents"):  # a ctypes pointer; other pointers are given as addresses
         return ctypes.cast(argument, c_void_p).value or 0
     return int.from_bytes(bytes(type(argument)), "little")

@@ -37,8 +37,8 @@ struct Recordable {
     void (*call)(const uint64_t* words);
 };
 
-// The functions that can be recorded, the only list of them: `recording.py` reads the names through dsv2_recordable, and
-// Call::function is an index into it.
+// The functions that can be recorded, the only list of them: `recording.py` reads the names through dsv2_recordable,
+// and Call::function is an index into it.
 #define RECORDABLE(name) {#name, call<dsv2_##name>}
 constexpr Recordable FUNCTIONS[] = {
     RECORDABLE(linear), RECORDABLE(swiglu), RECORDABLE(experts), RECORDABLE(attention), RECORDABLE(rms_norm),

@@ -1,4 +1,4 @@
-// The small steps between the products: norms, rotation, the cache's rows, the router, rows of the embedding.
+// The small kernels between the products: norms, rotation, writing to the KV cache, the router, the embedding.
 #include <vector>
 
 #include "api.hpp"
@@ -30,8 +30,9 @@ float dot(const float* a, const float* b, int64_t size) {
     return total;
 }
 
-// Move the `k` best of `order` (indices into scores) to its front, best first; of equals the lower index.
-void best(const float* scores, int32_t* order, int64_t size, int64_t k) {
+// Move the `k` of `order` (indices into scores) with the highest scores to its front, best first; ties go to the lower
+// index.
+void select_best(const float* scores, int32_t* order, int64_t size, int64_t k) {
     std::partial_sort(order, order + k, order + size, [&](int32_t a, int32_t b) {
         return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
     });
@@ -54,15 +55,15 @@ API void dsv2_add(const float* a, const float* b, int64_t count, float* y) {
 }
 
 API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, const int64_t* block_table, void* cache, int32_t kept) {
-    const Latents latents{static_cast<uint8_t*>(cache), Kept(kept), latent, rope, block_table + 1};
+                      const float* rotation, const int64_t* block_table, void* cache, int32_t dtype) {
+    const Latents latents{static_cast<uint8_t*>(cache), LatentDtype(dtype), latent, rope, block_table + 1};
     each_row(tokens, [&](int64_t t) {
         thread_local Scratch scratch;
         float* normed = scratch.reserve<float>(latent);
         const float* x = kv_a + t * (latent + rope);
-        uint8_t* row = static_cast<uint8_t*>(cache) + latents.place(*block_table + t);
+        uint8_t* row = static_cast<uint8_t*>(cache) + latents.offset(*block_table + t);
         rms_norm(x, weight, eps, latent, normed);
-        if (latents.kept == Kept::INT8) {
+        if (latents.dtype == LatentDtype::INT8) {
             quantize_latent(normed, latent, row);
         } else {
             for (int64_t i = 0; i < latent; i++) store_half(row + 2 * i, to_bf16(normed[i]));
@@ -75,7 +76,7 @@ API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t
 API void dsv2_route(const float* x, int64_t tokens, int64_t hidden, const float* gate, int64_t experts, int64_t k,
                     int64_t groups, int64_t topk_group, int32_t normalise, float scaling, int64_t* ids, float* weights) {
     std::vector<float> logits(tokens * experts);
-    const int64_t step = tokens == 1 ? 16 : 1;  // one token: its experts are shared; many: the tokens are
+    const int64_t step = tokens == 1 ? 16 : 1;  // threads divide the experts of one token, or the tokens
     if (tokens == 1) {
         parallel((experts + step - 1) / step, [&](int64_t i) {
             for (int64_t e = i * step; e < std::min((i + 1) * step, experts); e++)
@@ -96,16 +97,16 @@ API void dsv2_route(const float* x, int64_t tokens, int64_t hidden, const float*
         if (groups > 1) {
             const int64_t size = experts / groups;
             std::vector<float> tops(groups);
-            std::vector<int32_t> kept(groups);
+            std::vector<int32_t> group_order(groups);
             for (int64_t g = 0; g < groups; g++) {
-                kept[g] = int32_t(g);
+                group_order[g] = int32_t(g);
                 tops[g] = *std::max_element(scores + g * size, scores + (g + 1) * size);
             }
-            best(tops.data(), kept.data(), groups, topk_group);
-            for (int64_t g = topk_group; g < groups; g++) std::fill_n(scores + kept[g] * size, size, 0.0f);
+            select_best(tops.data(), group_order.data(), groups, topk_group);
+            for (int64_t g = topk_group; g < groups; g++) std::fill_n(scores + group_order[g] * size, size, 0.0f);
         }
         for (int64_t e = 0; e < experts; e++) order[e] = int32_t(e);
-        best(scores, order.data(), experts, k);
+        select_best(scores, order.data(), experts, k);
         float chosen = 0;
         for (int64_t i = 0; i < k; i++) chosen += scores[order[i]];
         const float factor = normalise && k > 1 ? 1.0f / (chosen + 1e-20f) : scaling;

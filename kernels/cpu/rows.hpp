@@ -1,11 +1,11 @@
-// What several small steps need.
+// Helpers of the kernels that work row by row.
 #pragma once
 
 #include "pool.hpp"
 
 namespace dsv2 {
 
-// Rows of a small step that are worth a call of the pool.
+// Number of rows from which on the thread pool pays off.
 constexpr int64_t ROWS_TO_SHARE = 32;
 
 template <class F>
@@ -17,7 +17,7 @@ void each_row(int64_t rows, const F& fn) {
     }
 }
 
-// Pairs (2i, 2i + 1) times cos + i·sin.
+// Rotate the pairs (x[2i], x[2i + 1]) as complex numbers by cos + i·sin; calls put(index, value).
 template <class Put>
 inline void rotate(const float* x, const float* rotation, int64_t size, const Put& put) {
     for (int64_t i = 0; i < size; i += 2) {

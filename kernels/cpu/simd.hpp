@@ -1,7 +1,8 @@
-// Vector registers of the instruction set this file is compiled for: AVX-512 with VNNI, AVX2 with FMA and F16C, or
-// whatever the compiler makes of its own vector types. Everything else is written once, on top of this.
+// Vector operations for the instruction set this file is compiled for: AVX-512 with VNNI, AVX2 with FMA and F16C, or
+// portable code on the compiler's vector types. The kernels are written once, on top of these.
 //
-// A product has matrix rows in its lanes, so that it needs no sum across them: LANES rows are PANEL_GROUPS groups of 8.
+// The lanes of a matrix product are matrix rows, so that it needs no sum across lanes. A panel is LANES rows:
+// PANEL_GROUPS groups of 8.
 #pragma once
 
 #include <cmath>
@@ -49,7 +50,8 @@ inline Vec load(const float* p) {
     return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be computed: it is not x for x = -0
+// x - 0 is x for every x, so no subtraction is compiled; x + 0 is not, for x = -0.
+inline Vec splat(float x) { return x - Vec{}; }
 inline Int splat_int(int32_t x) { return Int{} + x; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec to_float(Int v) { return __builtin_convertvector(v, Vec); }
@@ -95,7 +97,7 @@ inline void sum_four(const Vec (&v)[4], float* out) {
 #endif
 }
 
-// Two registers whose quarters of 128 bits (of AVX2: halves) alternate, as unpacking leaves them, to the order of columns.
+// Undo the lane order that unpack instructions leave in two registers, whose 128-bit parts alternate: to column order.
 inline void in_order(Vec (&v)[2]) {
 #if DSV2_AVX512
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -113,7 +115,8 @@ inline void in_order(Vec (&v)[2]) {
 }
 
 #if !DSV2_AVX512
-// Two registers whose lanes alternate, to the order of columns.
+// Interleave the lanes of two registers: v[0] has the even columns and v[1] the odd ones; afterwards both are in column
+// order.
 inline void zip(Vec (&v)[2]) {
 #if DSV2_AVX2
     const __m256 a = (__m256)v[0], b = (__m256)v[1];
@@ -137,13 +140,14 @@ inline float max_lane(Vec v) {
 
 inline Vec absolute(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
 
-// To the nearest integer, ties to even; |v| below 2^22.
+// Round to the nearest integer, ties to even; |v| must be below 2^22.
 inline Int round_to_int(Vec v) {
-    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: the integer lands in the lowest bits
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the integer in the lowest bits
     return (Int)(v + magic) - (Int)magic;
 }
 
-// e^x, relative error about 1e-7 (Cody and Waite's reduction, then a polynomial of degree 6); 0 below -87.
+// e^x with a relative error of about 1e-7 (Cody and Waite's range reduction, then a polynomial of degree 6); 0 below
+// -87.3.
 inline Vec exponential(Vec x) {
     const Vec low = splat(-87.3f), clamped = maximum(x, low);
     const Int n = round_to_int(clamped * 1.44269504f);
@@ -162,11 +166,11 @@ inline Vec exponential(Vec x) {
 }
 
 inline Vec silu(Vec x) {
-    const Vec bounded = x > 88.0f ? splat(88.0f) : x;  // e^-x stays in range on both sides
+    const Vec bounded = x > 88.0f ? splat(88.0f) : x;  // so that e^-x neither overflows nor underflows
     return x / (exponential(Vec{} - bounded) + 1.0f);
 }
 
-// bfloat16 is the upper half of a float.
+// A bfloat16 number is the upper half of a float.
 inline Vec load_bf16(const uint16_t* p) {
 #if DSV2_AVX512
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -184,7 +188,7 @@ inline float from_bf16(uint16_t half) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
-inline uint16_t to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+inline uint16_t to_bf16(float x) {  // round to nearest, ties to even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     if (x != x) return uint16_t(bits >> 16 | 0x40);
@@ -208,7 +212,7 @@ inline float from_fp16(uint16_t half) {
     return x;
 }
 
-// The fp16 scales of a panel's rows: 8 from each group.
+// The fp16 scales of a panel's rows, 8 from each group of rows.
 inline Vec load_scales(const uint16_t* first, const uint16_t* second) {
 #if DSV2_AVX512
     const __m128i a = _mm_loadu_si128((const __m128i*)first), b = _mm_loadu_si128((const __m128i*)second);
@@ -224,13 +228,13 @@ inline Vec load_scales(const uint16_t* first, const uint16_t* second) {
 #endif
 }
 
-// NF4's levels as integers, (code - NF4_BIAS) * NF4_STEP: of all 8-bit grids the one with the least squared error over
-// the codes of Gaussian weights (0.30 % of their norm).
+// The levels of NF4 as 8-bit integers: level ≈ (NF4_CODES[code] - NF4_BIAS) * NF4_STEP. Of all such grids this one has
+// the least squared error over Gaussian weights (0.30 % of their norm).
 constexpr int8_t NF4_CODES[16] = {-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124};
 constexpr float NF4_BIAS = 0.16f, NF4_STEP = 0.008058306855831972f;
 
-// Levels of LANES rows x 4 columns, as the dot product takes them. VNNI multiplies unsigned by signed bytes, so there
-// they are kept with an offset of 128 that the start of the sum makes good; AVX2 multiplies magnitudes.
+// Weight levels of LANES rows x 4 columns, as `dot` takes them. VNNI multiplies unsigned by signed bytes, so there they
+// have an offset of 128, which the initial value of the sum cancels; AVX2 multiplies magnitudes.
 #if DSV2_AVX512
 typedef __m512i Levels;
 constexpr int LEVEL_OFFSET = 128;
@@ -246,7 +250,7 @@ constexpr int LEVEL_OFFSET = 0;
 
 inline Levels load_levels(const Levels* p) { return *p; }
 
-// One octet (8 columns) of a panel: `low` are columns 0 to 3, `high` 4 to 7.
+// Unpack one octet (8 columns) of a panel of nf4: columns 0 to 3 to `low`, 4 to 7 to `high`.
 inline void nf4_levels(const uint8_t* first, const uint8_t* second, Levels& low, Levels& high) {
 #if DSV2_AVX512
     const __m512i table = _mm512_xor_si512(
@@ -272,7 +276,7 @@ inline void nf4_levels(const uint8_t* first, const uint8_t* second, Levels& low,
 #endif
 }
 
-// One quad (4 columns) of a panel of int8.
+// Unpack one quad (4 columns) of a panel of int8.
 inline Levels int8_levels(const uint8_t* first, const uint8_t* second) {
 #if DSV2_AVX512
     const __m512i codes = _mm512_inserti64x4(
@@ -289,7 +293,7 @@ inline Levels int8_levels(const uint8_t* first, const uint8_t* second) {
 #endif
 }
 
-// sum + Σ levels · four activations, exact.
+// sum + the products of 4 columns of levels with 4 activations, exactly.
 inline Int dot(Int sum, Levels levels, const int8_t* activations) {
     int32_t four;
     std::memcpy(&four, activations, 4);

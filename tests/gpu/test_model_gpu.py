@@ -14,7 +14,8 @@ from dsv2_local.offload.plan import CONTEXT_BYTES, make_plan
 from dsv2_local.offload.plan_request import Machine, Mode
 from dsv2_local.runtime.cpu_step import CpuStep
 from dsv2_local.runtime.prompt_lookup import PromptLookup
-from dsv2_local.runtime.sampler import SamplingParams, TopCandidates
+from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.step import TopCandidates
 from tests.conftest import kernels
 
 if not torch.cuda.is_available():
@@ -22,7 +23,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from dsv2_local.offload.cuda_device import CudaDevice
-from dsv2_local.runtime.gpu_step import GUESSES, GpuStep
+from dsv2_local.runtime.gpu_step import DRAFT, GpuStep
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EVEN = Costs(fetch=1.0, read=1.0, token=0.1)
@@ -117,7 +118,7 @@ def test_streamed_experts_change_no_bit():
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1, "top_p": 0.9}, {"seed": 1, "temperature": 1.0}])
 def test_tokens_are_chosen_as_from_all_logits(monkeypatch, options):
-    """The step is begun before its token is told, and the likeliest tokens are narrowed down on the device."""
+    """Steps are launched before their token is yielded, and the top candidates are found on the device."""
 
     def tokens() -> list[int | None]:
         with loaded(Mode.GPU, dtype=FP32) as model:
@@ -133,22 +134,27 @@ def test_tokens_are_chosen_as_from_all_logits(monkeypatch, options):
 def test_several_tokens_in_a_step_are_several_steps_up_to_rounding(dtype):
     with loaded(Mode.GPU, dtype=dtype) as model:
         step, cache = model.engine.step, model.engine.cache
-        assert step.max_draft == GUESSES
+        assert step.max_draft == DRAFT
         tokens, params = list(range(100, 130)), SamplingParams(temperature=0)
         expected = torch.stack([step.run(token) for token in tokens])
-        for begin in range(0, len(tokens), 1 + GUESSES):
-            cache.truncate(begin)
-            outcomes, seconds = step.begin(tokens[begin : begin + 1 + GUESSES], params)()
-            assert seconds > 0
-            for outcome, logits in zip(outcomes, expected[begin:], strict=False):
-                assert (outcome.logits() - logits).norm() < (1e-4 if dtype == FP32 else 3e-2) * logits.norm()
-                assert outcome.likely.ids.tolist() == [int(outcome.logits().argmax())]
+        for start in range(0, len(tokens), 1 + DRAFT):
+            cache.truncate(start)
+            launched = tokens[start : start + 1 + DRAFT]
+            result = step.launch(launched, params)
+            result.wait()
+            assert result.seconds > 0
+            for token, logits in zip([*launched[1:], -1], expected[start:], strict=False):
+                ours, candidates = result.logits(), result.candidates()
+                assert (ours - logits).norm() < (1e-4 if dtype == FP32 else 3e-2) * logits.norm()
+                assert candidates is not None
+                assert candidates.ids.tolist() == [int(ours.argmax())]
+                assert result.accept(token) == (token != -1)
         assert cache.length == len(tokens)
 
 
-def test_guesses_are_checked_in_steps_of_several_tokens(monkeypatch):
-    def tokens(guess) -> tuple[list[int | None], int]:
-        monkeypatch.setattr(PromptLookup, "guess", guess)
+def test_drafts_are_verified_in_one_step(monkeypatch):
+    def tokens(propose) -> tuple[list[int | None], int]:
+        monkeypatch.setattr(PromptLookup, "propose", propose)
         with loaded(Mode.GPU, dtype=FP32) as model:
             chunks = model.generate(
                 PROMPT, max_tokens=40, temperature=0, logit_bias=dict.fromkeys(model._end_tokens, -100.0)
@@ -159,6 +165,6 @@ def test_guesses_are_checked_in_steps_of_several_tokens(monkeypatch):
     prompt: list[int] = []
     answer, _ = tokens(lambda self, most: [])
     right = lambda self, most: [*answer[len(self._tokens) - prompt[0] :], 5, 5, 5, 5][:most]  # noqa: E731
-    again, guessed = tokens(right)
+    again, accepted = tokens(right)
     assert again == answer
-    assert guessed >= 20
+    assert accepted >= 20
