@@ -1,6 +1,6 @@
-"""The `dsv2` command: options to calls.
+"""The `dsv2` command: parses options and calls `dsv2_local.commands`.
 
-Everything heavy is imported inside the commands, so that help and shell completion are there at once.
+Heavy modules are imported inside the commands, so that help and shell completion are fast.
 """
 
 import os
@@ -21,7 +21,7 @@ from dsv2_local.options import one_of
 if TYPE_CHECKING:
     from dsv2_local.llm import LLM
 
-INTERRUPTED, BROKEN_PIPE = 130, 141  # the shell's codes for SIGINT and SIGPIPE
+INTERRUPTED, BROKEN_PIPE = 130, 141  # exit codes that shells use for SIGINT and SIGPIPE
 
 app = typer.Typer(
     name="dsv2",
@@ -37,33 +37,41 @@ app.add_typer(session_commands, name="sessions")
 Model = Annotated[
     str | None,
     typer.Option(
-        "-m", "--model", envvar="DSV2_MODEL", help="A converted directory or hub repository. Default: dsv2-nano."
+        "-m",
+        "--model",
+        envvar="DSV2_MODEL",
+        help="Converted model: a directory or a hub repository. Default: dsv2-nano.",
     ),
 ]
-Experts = Annotated[str, typer.Option(help="Who computes the routed experts: gpu, cpu, stream, hybrid or auto.")]
+Experts = Annotated[str, typer.Option(help="Where routed experts are computed: auto, gpu, hybrid, stream or cpu.")]
 CacheType = Annotated[
-    str, typer.Option("--cache-type", help="How the KV cache stores latents: bf16, or int8 in 57 % of the bytes.")
+    str, typer.Option("--cache-type", help="Type of the KV cache: bf16, or int8 in 57 % of the bytes.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: one per physical core.")]
-System = Annotated[str | None, typer.Option(help="A system message.")]
+System = Annotated[str | None, typer.Option(help="System message.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-_PANEL = "Sampling (default: what the model's makers set)"
+_PANEL = "Sampling (default: the model's generation_config.json)"
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Which model, and where it runs: the options of every command that answers."""
+    """Options of the commands that generate text: which model, and where it runs."""
 
     model: Model = None
-    context: Annotated[int | None, typer.Option(help="Tokens that prompt and answer may have together.")] = None
-    dtype: Annotated[str, typer.Option(help="Type of the activations: float32 or bfloat16.")] = "auto"
+    context: Annotated[
+        int | None, typer.Option(help="Maximum tokens of prompt and answer. Default: 8192 or the model's limit.")
+    ] = None
+    dtype: Annotated[
+        str, typer.Option(help="Activations: float32, bfloat16, or auto: float32 on the CPU, bfloat16 on GPUs.")
+    ] = "auto"
     device: Annotated[
-        str, typer.Option(help="cpu, cuda (all GPUs), cuda:0,cuda:1, or auto: the GPUs that are able, else the CPU.")
+        str,
+        typer.Option(help="cpu, cuda (all GPUs), cuda:0,cuda:1 and so on, or auto: GPUs if suitable, else the CPU."),
     ] = "auto"
     experts: Experts = "auto"
     vram: Annotated[
-        str | None, typer.Option(help="The most memory to use of each GPU: 8GiB, or 8GiB,24GiB for two.")
+        str | None, typer.Option(help="Maximum memory to use on each GPU: 8GiB, or 8GiB,24GiB for two GPUs.")
     ] = None
     cache_type: CacheType = "bf16"
     threads: Threads = None
@@ -71,48 +79,49 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How an answer is made. None: the model makers' own default."""
+    """Options of the commands that generate text: how to sample. None: the model's default."""
 
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", "-n", help="The most tokens that an answer may have.")
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", help="Maximum tokens of an answer.")] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="Above 1: more random. 0: greedy.", rich_help_panel=_PANEL)
     ] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_PANEL)] = None
     top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens of this total probability.", rich_help_panel=_PANEL)
+        float | None,
+        typer.Option(help="Keep the most likely tokens up to this sum of probabilities.", rich_help_panel=_PANEL),
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(help="Keep this many of the likeliest tokens.", rich_help_panel=_PANEL)
+        int | None, typer.Option(help="Keep this many of the most likely tokens.", rich_help_panel=_PANEL)
     ] = None
     min_p: Annotated[
         float | None,
         typer.Option(help="Drop tokens below this fraction of the largest probability.", rich_help_panel=_PANEL),
     ] = None
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.", rich_help_panel=_PANEL)] = (
-        None
-    )
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: less repetition.", rich_help_panel=_PANEL)
+    ] = None
     presence_penalty: Annotated[
         float | None,
-        typer.Option(help="Subtracted once from the logit of a token in the answer.", rich_help_panel=_PANEL),
+        typer.Option(help="Subtracted once from the logits of tokens in the answer.", rich_help_panel=_PANEL),
     ] = None
     frequency_penalty: Annotated[
         float | None,
-        typer.Option(help="Subtracted for each time that a token is in the answer.", rich_help_panel=_PANEL),
+        typer.Option(help="Subtracted each time that a token occurs in the answer.", rich_help_panel=_PANEL),
     ] = None
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.", rich_help_panel=_PANEL)] = (
         None
     )
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End the answer before this string (may be repeated).", rich_help_panel=_PANEL),
+        typer.Option(help="End the answer before this string; may be given several times.", rich_help_panel=_PANEL),
     ] = None
 
     def given(self) -> dict[str, Any]:
-        """The options that were given, by name."""
+        """The options that were given on the command line, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take dataclasses of options: typer sees their fields as options of their own."""
+    """Decorate a command that takes dataclasses of options: typer sees each of their fields as an option."""
     own = signature(command)
     groups: dict[str, type[Any]] = {
         name: parameter.annotation
@@ -121,11 +130,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     }
 
     def spread(**values: Any) -> None:
-        made = {
+        objects = {
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
         }
-        command(**made, **values)
+        command(**objects, **values)
 
     parameters: list[Parameter] = []
     for name, parameter in own.parameters.items():
@@ -158,22 +167,22 @@ def chat(
     load: LoadOptions,
     generation: GenerationOptions,
     session: Annotated[
-        str | None, typer.Option(help="Continue this session, or begin it; it is saved at the end.")
+        str | None, typer.Option(help="Continue this session, or start it; the chat is saved to it.")
     ] = None,
     system: System = None,
 ) -> None:
-    """Talk with a model in the terminal."""
+    """Chat with a model in the terminal."""
     if session is not None:
         from dsv2_local.commands import sessions
 
-        sessions.file(session)  # before loading, so that a mistake shows at once
+        sessions.file(session)  # checks the name before the model is loaded
     if not sys.stdin.isatty():
         if session is not None:
-            raise InputError("--session needs a terminal; `dsv2 run --cache FILE` keeps what a script has read")
+            raise InputError("--session needs a terminal; in a script use `dsv2 run --cache FILE`")
         from dsv2_local.commands.console import notice
         from dsv2_local.commands.run import gather_prompt
 
-        notice("standard input is not a terminal; answering it as `dsv2 run` would")
+        notice("standard input is not a terminal; answering it like `dsv2 run`")
         text = gather_prompt(None, [], sys.stdin)
         with _load(load) as llm:
             _run(llm, text, generation.given(), system=system)
@@ -189,26 +198,31 @@ def chat(
 def run(
     load: LoadOptions,
     generation: GenerationOptions,
-    prompt: Annotated[str | None, typer.Argument(help="Put after what comes from files and standard input.")] = None,
-    file: Annotated[list[Path] | None, typer.Option("-f", "--file", help="Put a file before the prompt.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt; follows the text of files and standard input.")] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("-f", "--file", help="Put this file before the prompt; may be given several times."),
+    ] = None,
     system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and figures.")] = False,
-    stream: Annotated[bool, typer.Option(help="Print the answer word by word.")] = True,
-    stats: Annotated[bool, typer.Option("--stats", help="Print the figures to stderr.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the chat template.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: the answer and its statistics.")
+    ] = False,
+    stream: Annotated[bool, typer.Option(help="Print the answer while it is generated.")] = True,
+    stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: log probabilities of this many likeliest tokens a step.")
+        int | None, typer.Option(help="With --json: log probabilities of this many most likely tokens per step.")
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Save the KV cache to this file; a later prompt that begins alike reuses it."),
+        typer.Option(help="Save the KV cache to this file; a later prompt that begins the same reuses it."),
     ] = None,
 ) -> None:
-    """Answer one prompt from arguments, files and standard input, for use in scripts."""
+    """Answer one prompt from arguments, files and standard input; for scripts."""
     options = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
     from dsv2_local.commands.run import gather_prompt
 
-    text = gather_prompt(prompt, file or [], sys.stdin)  # before loading, so that a mistake shows at once
+    text = gather_prompt(prompt, file or [], sys.stdin)  # raises before the model is loaded
     with _load(load) as llm:
         _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats, cache=cache)
 
@@ -225,30 +239,30 @@ def list_sessions(invocation: typer.Context) -> None:
 
 @session_commands.command("delete")
 def delete_sessions(
-    names: Annotated[list[str], typer.Argument(help="As `dsv2 sessions` lists them.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    names: Annotated[list[str], typer.Argument(help="Names as listed by `dsv2 sessions`.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> None:
     """Delete saved chats."""
     from dsv2_local.commands import sessions
 
     sessions.check(names)
     if not yes and not sys.stdin.isatty():
-        raise InputError("standard input is no terminal that could be asked; add --yes to delete them")
+        raise InputError("cannot ask, since standard input is not a terminal; add --yes to delete without asking")
     if yes or typer.confirm(f"Delete {', '.join(names)}?", err=True):
         sessions.delete(names)
 
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="A directory of safetensors, or a hub repository.")],
-    destination: Annotated[Path, typer.Argument(help="The directory to make.")],
-    recipe: Annotated[str, typer.Option(help="nf4, mixed, int8 or bf16.")] = "nf4",
-    verify: Annotated[bool, typer.Option("--verify", help="Compare the result with the source.")] = False,
+    source: Annotated[str, typer.Argument(help="Release to convert: a directory of safetensors or a hub repository.")],
+    destination: Annotated[Path, typer.Argument(help="Directory for the converted model.")],
+    recipe: Annotated[str, typer.Option(help="Formats of the weights: nf4, mixed, int8 or bf16.")] = "nf4",
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the result with the source afterwards.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A hub repository's branch, tag or commit.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="For gated repositories.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Access token for gated repositories.")] = None,
 ) -> None:
-    """Convert a DeepSeek-V2 release to 4-bit weights; interrupted, the same command goes on."""
+    """Convert a DeepSeek-V2 release to 4-bit weights. If interrupted, run the same command to continue."""
     from dsv2_local.commands import quantize
     from dsv2_local.quant.schema import Recipe
 
@@ -266,26 +280,26 @@ def quantize(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="deepseek-v2, deepseek-v2-lite, a config.json or a directory.")],
-    recipe: Annotated[str | None, typer.Option(help="nf4, mixed, int8 or bf16.")] = None,
-    vram: Annotated[str | None, typer.Option(help="Of each GPU: 24GiB, or 24GiB,24GiB; 0 for none.")] = None,
-    ram: Annotated[str | None, typer.Option(help="RAM that may be used, such as 192GiB.")] = None,
-    context: Annotated[str | None, typer.Option(help="Tokens that must fit: 8192, or 128K.")] = None,
-    cache_type: Annotated[
-        str, typer.Option("--cache-type", help="How the KV cache stores latents: bf16, int8 or fp32.")
-    ] = "bf16",
+    recipe: Annotated[str | None, typer.Option(help="Formats of the weights: nf4, mixed, int8 or bf16.")] = None,
+    vram: Annotated[str | None, typer.Option(help="Memory of each GPU: 24GiB, or 24GiB,24GiB; 0: no GPU.")] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="RAM of the machine, such as 192GiB. Default: what is free here.")
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="Maximum tokens of prompt and answer: 8192, or 128K.")] = None,
+    cache_type: Annotated[str, typer.Option("--cache-type", help="Type of the KV cache: bf16, int8 or fp32.")] = "bf16",
     cache: Annotated[str | None, typer.Option("--cache", hidden=True)] = None,
     experts: Experts = "auto",
     rates: Annotated[
-        str, typer.Option(help="Rates to predict the speed from, in GB/s and GFLOP/s: ram=80,link=25,vram=900.")
+        str, typer.Option(help="Rates for the predicted speed, in GB/s and GFLOP/s: ram=80,link=25,vram=900.")
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show where a model would lie in memory, here or on another machine, before anything is downloaded."""
+    """Show whether and how a model fits in memory, here or on another machine, before a download."""
     from dsv2_local.commands import plan
     from dsv2_local.commands.console import notice
 
     if cache is not None:
-        notice("--cache is now spelled --cache-type")
+        notice("--cache is now called --cache-type")
     options = plan.PlanOptions(model, recipe, vram, ram, context, cache or cache_type, rates, experts)
     with _closed_pipe_is_no_error():
         plan.run(options, as_json)
@@ -293,10 +307,12 @@ def plan(
 
 @app.command()
 def inspect(
-    model: Annotated[str | None, typer.Argument(envvar="DSV2_MODEL", help="A directory or hub repository.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(envvar="DSV2_MODEL", help="Directory or hub repository. Default: dsv2-nano.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's architecture, tensors, sizes and cache."""
+    """Show a model's architecture, and the sizes of its weights and KV cache."""
     from dsv2_local.commands import inspect
 
     with _closed_pipe_is_no_error():
@@ -309,26 +325,29 @@ def bench(
     model: Model = None,
     random_weights: Annotated[
         str | None,
-        typer.Option(help="Measure random weights of a shape: deepseek-v2, deepseek-v2-lite or a config.json."),
+        typer.Option(help="Measure random weights: deepseek-v2, deepseek-v2-lite or a config.json."),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Only the first layers; the whole is extrapolated.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Tokens of the prompts. Default: 128,512.")] = None,
-    decode: Annotated[int, typer.Option(help="Tokens to decode at each context.")] = 32,
+    layers: Annotated[int | None, typer.Option(help="Measure only so many layers, and extrapolate.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt lengths in tokens. Default: 128,512.")] = None,
+    decode: Annotated[int, typer.Option(help="Tokens to decode at each context length.")] = 32,
     context: Annotated[
-        str | None, typer.Option(help="Tokens in the cache before decoding. Default: 0,4096,32768.")
+        str | None, typer.Option(help="Context lengths at which to decode, in tokens. Default: 0,4096,32768.")
     ] = None,
     cache_type: CacheType = "bf16",
     threads: Threads = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
+        str | None, typer.Option(help="Formats of random weights: nf4, mixed, int8 or bf16. Default: nf4.")
     ] = None,
     as_json: AsJson = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Measure nothing; write the experts that a text is routed to, to this file.")
+        Path | None,
+        typer.Option(help="Instead of measuring, write the experts that each token of a text uses to this file."),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="With --trace: the text. Default: standard input.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With --trace: file with the text. Default: standard input.")
+    ] = None,
 ) -> None:
-    """Measure how fast this machine runs a model, or would run one that is not there yet."""
+    """Measure how fast this machine runs a model, or would run one that is not downloaded."""
     from dsv2_local.commands import bench
     from dsv2_local.llm import CACHE_DTYPES
     from dsv2_local.quant.schema import Recipe
@@ -337,8 +356,8 @@ def bench(
     if random_weights is not None and source is not None and source.name == "ENVIRONMENT":
         model = None  # $DSV2_MODEL is only a default
     chosen = None if recipe is None else one_of("--recipe", recipe, Recipe)
-    kept = one_of("--cache-type", cache_type, CACHE_DTYPES)
-    options = bench.BenchOptions(model, random_weights, layers, prompt, decode, context, threads, chosen, kept)
+    cache_dtype = one_of("--cache-type", cache_type, CACHE_DTYPES)
+    options = bench.BenchOptions(model, random_weights, layers, prompt, decode, context, threads, chosen, cache_dtype)
     if trace is not None:
         bench.trace(options, trace, text)
         return
@@ -361,7 +380,7 @@ def _run(llm: "LLM", text: str, generation: dict[str, Any], **settings: Any) -> 
 
 @contextmanager
 def _closed_pipe_is_no_error() -> Iterator[None]:
-    """End with the shell's code when nobody reads on, and keep the interpreter's last flush quiet."""
+    """Exit with the shell's code for SIGPIPE if stdout's reader is gone, without an error at the final flush."""
     try:
         yield
     except BrokenPipeError:
@@ -370,7 +389,7 @@ def _closed_pipe_is_no_error() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command; an error made on purpose becomes one line on stderr and its exit code."""
+    """Run the command; a `Dsv2Error` becomes one line on stderr and its exit code."""
     try:
         app()
     except Dsv2Error as error:

@@ -6,8 +6,8 @@ llama.cpp must be installed in its own environment, where it is built from sourc
     peer/bin/python benchmarks/against_llama_cpp.py make lite.gguf          # random Q4_0 weights, 8.9 GB
     python benchmarks/against_llama_cpp.py compare lite.gguf --peer peer/bin/python
 
-With Q4_0 for all weights llama.cpp reads the fewest bytes per token. `make --head Q6_K` stores the LM head in 6 bits, as
-llama.cpp's own converter does (dsv2 stores it in 8 bits).
+With Q4_0 for all weights llama.cpp reads the fewest bytes per token. `make --head Q6_K` stores the LM head in 6 bits,
+as llama.cpp's own converter does (dsv2 stores it in 8 bits).
 
 Both programs run in turn with the same number of threads, a prompt of 512 tokens and 32 decoded tokens.
 """
@@ -26,7 +26,7 @@ HEADS, LATENT, ROPE, NOPE, VALUE, VOCAB = 16, 512, 64, 128, 128, 102400
 
 
 def make(path: Path, head: str) -> None:
-    """Write a GGUF file of random Q4_0 blocks (IQ4_NL if Q4_0 blocks do not divide a row), with the LM head in `head`."""
+    """Write a GGUF file of random Q4_0 blocks (IQ4_NL if they do not divide a row); `head`: type of the LM head."""
     import gguf  # type: ignore[import-not-found]
     import numpy as np
 
@@ -182,13 +182,13 @@ def main() -> None:
     parser.add_argument("--peer", default="peer/bin/python", help="Python interpreter that has llama-cpp-python")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of both programs (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default: 3)")
-    given = parser.parse_args()
-    if given.action == "make":
-        make(given.gguf, given.head)
-    elif given.action == "peer":
-        peer(given.gguf, given.threads)
+    args = parser.parse_args()
+    if args.action == "make":
+        make(args.gguf, args.head)
+    elif args.action == "peer":
+        peer(args.gguf, args.threads)
     else:
-        compare(given.gguf, given.peer, given.threads, given.rounds)
+        compare(args.gguf, args.peer, args.threads, args.rounds)
 
 
 if __name__ == "__main__":

@@ -75,17 +75,17 @@ def run(case: str, layers: int, tokens: int, file: Path) -> None:
     ids = text(1 if case == "other" else 0, tokens, config.vocab_size)
     following = text(2, NEXT, config.vocab_size)
     start = time.perf_counter()
-    found: Logits = defaultdict(dict)
+    logits: Logits = defaultdict(dict)
     for begin, end in pairwise([0, *lengths(tokens)]):
         for at in range(begin, end, CHUNK):
             read(model, ids[at : min(at + CHUNK, end)], cache)
             print(f"{case}: {cache.length:,} tokens, {time.perf_counter() - start:,.0f} s", file=sys.stderr)
         for kind in (CacheDtype.BF16, CacheDtype.INT8) if case == "fp32" else ():
             copy = rounded(cache, config, kind)
-            found[f"fp32 rounded to {kind}"][end] = model.logits(model.forward(following, copy))
-        found[case][end] = model.logits(model.forward(following, cache))
+            logits[f"fp32 rounded to {kind}"][end] = model.logits(model.forward(following, copy))
+        logits[case][end] = model.logits(model.forward(following, cache))
         cache.truncate(end)
-        torch.save(dict(found), file)
+        torch.save(dict(logits), file)
 
 
 @torch.inference_mode()
@@ -122,16 +122,16 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="cases separated by commas (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)  # given to the process of a case
-    given = parser.parse_args()
-    files = {case: given.directory / f"{case}-{given.layers}-{given.tokens}.pt" for case in CASES}
-    if given.one:
-        return run(given.one, given.layers, given.tokens, files[given.one])
-    given.directory.mkdir(parents=True, exist_ok=True)
-    for case in given.cases.split(","):
-        if not (files[case].exists() and given.tokens in torch.load(files[case])[case]):
+    args = parser.parse_args()
+    files = {case: args.directory / f"{case}-{args.layers}-{args.tokens}.pt" for case in CASES}
+    if args.one:
+        return run(args.one, args.layers, args.tokens, files[args.one])
+    args.directory.mkdir(parents=True, exist_ok=True)
+    for case in args.cases.split(","):
+        if not (files[case].exists() and args.tokens in torch.load(files[case])[case]):
             kernels = {"DSV2_KERNELS": "reference"} if case == "fp32" else {}
             subprocess.run([sys.executable, *sys.argv, "--one", case], env=os.environ | kernels, check=True)
-    show(files, given.json)
+    show(files, args.json)
     return None
 
 
@@ -142,19 +142,19 @@ def show(files: dict[str, Path], out: Path | None) -> None:
         logits |= torch.load(file) if file.exists() else {}
     pairs = [pair for pair in PAIRS if pair[0] in logits and pair[1] in logits]
     table = Table("logits of", "against", "tokens", "error %", "±", "largest", "same first token")
-    figures = []
+    results = []
     for got, wanted in pairs:
         for length in sorted(logits[wanted].keys() & logits[got].keys()):
             a, b = logits[got][length], logits[wanted][length]
             mean, deviation, most = relative_error(a, b)
             same = float((a.argmax(1) == b.argmax(1)).float().mean())
-            figures.append({"of": got, "against": wanted, "tokens": length, "error": mean, "se": deviation})
-            figures[-1] |= {"largest": most, "same_first": same}
+            results.append({"of": got, "against": wanted, "tokens": length, "error": mean, "se": deviation})
+            results[-1] |= {"largest": most, "same_first": same}
             cells = (f"{100 * value:.2f}" for value in (mean, deviation, most))
             table.add_row(got, wanted, f"{length:,}", *cells, f"{same:.0%}")
     Console(highlight=False, width=120).print(table)
     if out:
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Result:
     """Perplexities over `tokens` answer tokens, and by how many per cent that of int8 is larger, with its error."""
 
     how: str
@@ -80,43 +80,43 @@ def token_by_token(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
 
 def log_probabilities(logits: Tensor, talk: Conversation) -> Tensor:
     """Log-probabilities of the answer tokens in nats."""
-    positions = torch.tensor(talk.answers)
-    return logits[positions - 1].double().log_softmax(1)[torch.arange(len(positions)), torch.tensor(talk.ids)[positions]]
+    at = torch.tensor(talk.answers)
+    return logits[at - 1].double().log_softmax(1)[torch.arange(len(at)), torch.tensor(talk.ids)[at]]
 
 
-def compare(how: str, bf16: list[Tensor], int8: list[Tensor]) -> Figure:
+def compare(how: str, bf16: list[Tensor], int8: list[Tensor]) -> Result:
     """Compare the log-probabilities of each conversation's answer tokens."""
     tokens = sum(map(len, bf16))
     sums = torch.tensor([float((a - b).sum()) for a, b in zip(bf16, int8, strict=True)])
     sizes = torch.tensor([float(len(a)) for a in bf16])
     mean = float(sums.sum() / tokens)
     spread = (sums - mean * sizes).square().sum().sqrt() * math.sqrt(len(bf16) / max(1, len(bf16) - 1)) / tokens
-    perplexities = [math.exp(-sum(float(a.sum()) for a in given) / tokens) for given in (bf16, int8)]
-    return Figure(how, tokens, len(bf16), *perplexities, 100 * math.expm1(mean), 100 * float(spread))
+    perplexities = [math.exp(-sum(float(a.sum()) for a in parts) / tokens) for parts in (bf16, int8)]
+    return Result(how, tokens, len(bf16), *perplexities, 100 * math.expm1(mean), 100 * float(spread))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=400, help="number of conversations (default: 400)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
-    given = parser.parse_args()
+    args = parser.parse_args()
     models = {kind: dsv2_local.load(device="cpu", cache_dtype=kind) for kind in (CacheDtype.BF16, CacheDtype.INT8)}
     random = Random(0)
-    talks = [converse(models[CacheDtype.BF16], random) for _ in range(given.conversations)]
-    figures = []
+    talks = [converse(models[CacheDtype.BF16], random) for _ in range(args.conversations)]
+    results = []
     for how, logits_of in (("at once", at_once), ("token by token", token_by_token)):
-        found = {
+        log_probs = {
             kind: [log_probabilities(logits_of(llm, talk.ids), talk) for talk in talks] for kind, llm in models.items()
         }
-        figures.append(compare(how, found[CacheDtype.BF16], found[CacheDtype.INT8]))
+        results.append(compare(how, log_probs[CacheDtype.BF16], log_probs[CacheDtype.INT8]))
     table = Table("read", "answer tokens", "bf16", "int8", "difference", title=f"kernels: {ops.variant()}")
-    for f in figures:
+    for f in results:
         table.add_row(
             f.how, f"{f.tokens:,}", f"{f.bf16:.4f}", f"{f.int8:.4f}", f"{f.difference:+.2f} ± {f.se:.2f} %"
         )  # fmt: skip
     Console().print(table)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
 
 
 if __name__ == "__main__":

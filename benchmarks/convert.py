@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py DIRECTORY [--layers 3] [--kills 10] [--recipe nf4]
 
-DIRECTORY must not exist or must be empty. It takes 5 GB with three layers and 40 GB with all 27; the files are deleted at
-the end. Loading is timed from the start of a process to its first token, with the files in the page cache. Prints one
-JSON object; exits with a non-zero status if a resumed conversion differs from an uninterrupted one.
+DIRECTORY must not exist or must be empty. It takes 5 GB with three layers and 40 GB with all 27; the files are deleted
+at the end. Loading is timed from the start of a process to its first token, with the files in the page cache. Prints
+one JSON object; exits with a non-zero status if a resumed conversion differs from an uninterrupted one.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def bitsandbytes_nf4(rows: int, cols: int) -> tuple[Callable[[Tensor, int], Tens
 
 
 def mixture(format: Format) -> tuple[Callable[[Tensor, int], Tensor], int]:
-    """V2-Lite's routed experts, six per token, out of more than fit in the CPU's caches; different ones in each call."""
+    """V2-Lite's routed experts, six per token, different ones in each call, out of more than fit in the caches."""
     layout = ExpertLayout(format, 2048, 1408)
     count = WORKING_SET // layout.nbytes
     records = torch.randint(0, 100, (count, layout.nbytes), dtype=torch.uint8)
@@ -78,7 +78,7 @@ def choice(tokens: int, experts: int, i: int) -> tuple[Tensor, Tensor]:
 
 
 def attention(tokens: int, context: int, cache: CacheDtype) -> tuple[Callable[[Tensor, int], Tensor], int, float]:
-    """V2-Lite's attention of the last `tokens` of `context` with the i-th of several caches, their number, and FLOPs."""
+    """V2-Lite's attention of the last `tokens` of `context` with the i-th of several caches; their number; FLOPs."""
     H, N, P, C, V = 16, 128, 64, 512, 128
     width, dtype = row_shape(cache, C, P)
     count, blocks = max(2, WORKING_SET // (context * width * dtype.itemsize)), blocks_for(context)
@@ -112,8 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per physical core)")
     parser.add_argument("--seconds", type=float, default=0.3, help="duration of each measurement (default: 0.3)")
-    given = parser.parse_args()
-    threads = ops.set_threads(given.threads, Format.NF4).count
+    args = parser.parse_args()
+    threads = ops.set_threads(args.threads, Format.NF4).count
     if native := cpu.kernels():
         buffer = torch.ones(1 << 30, dtype=torch.uint8)
         seconds = seconds_of(lambda x, _: native.read(buffer) or x, 1, buffer, 1.0)
@@ -130,16 +130,16 @@ def main() -> None:
             bits = 8.25 if rival == "dsv2 int8" else 4.25
             speeds = []
             for tokens in TOKENS:
-                seconds = seconds_of(product, count, torch.randn(tokens, cols), given.seconds)
+                seconds = seconds_of(product, count, torch.randn(tokens, cols), args.seconds)
                 rate = f"{rows * cols * bits / 8 / seconds / 1e9:.1f} GB/s" if tokens == 1 else ""
                 speeds.append(rate or f"{2 * tokens * rows * cols / seconds / 1e9:.0f}")
             print(f"{name:16}{rival:18}1 token {speeds[0]:>10}; {TOKENS[1:]} tokens {', '.join(speeds[1:])} GFLOP/s")
     torch.set_num_threads(1)
     for format in (Format.NF4, Format.INT8):
-        show_mixture(format, given.seconds)
+        show_mixture(format, args.seconds)
     for tokens, context in ((1, 1024), (1, 4096), (1, 32768), (512, 512), (512, 4096)):
         for cache in (CacheDtype.BF16, CacheDtype.INT8):
-            show_attention(tokens, context, cache, given.seconds)
+            show_attention(tokens, context, cache, args.seconds)
 
 
 def show_mixture(format: Format, budget: float) -> None:

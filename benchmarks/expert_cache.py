@@ -25,24 +25,24 @@ MARKS = {"best": "B", Policy.LRU: "L", Policy.LFU: "F", Policy.LFU_AGEING: "A", 
 
 def rates(trace: Trace, slots: list[int]) -> dict[str, list[float]]:
     """Hit rates by policy, one per number of slots."""
-    found = {"best": [best_hit_rate(trace, count) for count in slots]}
-    found |= {policy: [hit_rate(trace, count, policy) for count in slots] for policy in Policy}
-    return found | {"even": [count / (trace.layers * trace.experts) for count in slots]}
+    curves = {"best": [best_hit_rate(trace, count) for count in slots]}
+    curves |= {policy: [hit_rate(trace, count, policy) for count in slots] for policy in Policy}
+    return curves | {"even": [count / (trace.layers * trace.experts) for count in slots]}
 
 
-def show(trace: Trace, slots: list[int], found: dict[str, list[float]]) -> None:
+def show(trace: Trace, slots: list[int], curves: dict[str, list[float]]) -> None:
     """Print a table and a plot of characters."""
     console = Console(highlight=False)
     experts = trace.layers * trace.experts
     console.print(f"{trace.model}: {len(trace.tokens):,} tokens, {trace.layers} layers of {trace.experts} experts")
-    table = Table("slots", "of all", *found)
+    table = Table("slots", "of all", *curves)
     for column, count in enumerate(slots):
-        values = (f"{curve[column]:.1%}" for curve in found.values())
+        values = (f"{curve[column]:.1%}" for curve in curves.values())
         table.add_row(f"{count:,}", f"{count / experts:.0%}", *values)
     console.print(table)
     rows = [[" "] * (6 * len(slots)) for _ in range(HEIGHT + 1)]
-    for name in reversed(found):
-        for column, value in enumerate(found[name]):
+    for name in reversed(curves):
+        for column, value in enumerate(curves[name]):
             rows[HEIGHT - round(HEIGHT * value)][6 * column + 2] = MARKS[name]
     for number, row in enumerate(rows):
         share = f"{1 - number / HEIGHT:>5.0%}" if number % 4 == 0 else ""
@@ -51,14 +51,14 @@ def show(trace: Trace, slots: list[int], found: dict[str, list[float]]) -> None:
     console.print(" " * 7 + ", ".join(f"{mark} {name}" for name, mark in MARKS.items()), markup=False)
 
 
-def draw(trace: Trace, slots: list[int], found: dict[str, list[float]], file: Path) -> None:
+def draw(trace: Trace, slots: list[int], curves: dict[str, list[float]], file: Path) -> None:
     """Draw the plot as a PNG."""
     import matplotlib  # type: ignore[import-not-found]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot  # type: ignore[import-not-found]
 
-    for name, curve in found.items():
+    for name, curve in curves.items():
         pyplot.plot(slots, curve, "k:" if name == "even" else "o-", label=str(name), markersize=3)
     pyplot.xlabel(f"slots, of {trace.layers * trace.experts:,} experts")
     pyplot.ylabel("hit rate")
@@ -72,17 +72,17 @@ def main() -> None:
     parser.add_argument("trace", type=Path, help="routing trace written by `dsv2 bench --trace`")
     parser.add_argument("--slots", help="numbers of slots, separated by commas (default: 5 to 90 %% of all experts)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the plot to this file too")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        trace = Trace.load(given.trace)
+        trace = Trace.load(args.trace)
     except Dsv2Error as error:
         sys.exit(str(error))
     experts = trace.layers * trace.experts
-    slots = [int(part) for part in given.slots.split(",")] if given.slots else [round(experts * s) for s in SHARES]
-    found = rates(trace, slots)
-    show(trace, slots, found)
-    if given.png:
-        draw(trace, slots, found, given.png)
+    slots = [int(part) for part in args.slots.split(",")] if args.slots else [round(experts * s) for s in SHARES]
+    curves = rates(trace, slots)
+    show(trace, slots, curves)
+    if args.png:
+        draw(trace, slots, curves, args.png)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A GPU: its kernels, V2-Lite's shape resident, and both models' shapes with experts in RAM.
+"""GPU speed: the kernels, V2-Lite's shape with all experts in GPU memory, and both models' shapes with experts in RAM.
 
     python benchmarks/gpu.py [--json FILE]
-    python benchmarks/gpu.py --interpret --tiny    # the program itself, without a GPU; its times mean nothing
+    python benchmarks/gpu.py --interpret --tiny    # tests this program without a GPU; its times mean nothing
 
-Weights are random. Each case of experts in RAM runs in every mode and tells what the plan predicted. Without a GPU,
-devices are made of RAM (`offload/stand_in.py`) and Triton's interpreter runs the kernels.
+Weights are random. Each case with experts in RAM runs in every mode and is printed beside the plan's prediction.
+Without a GPU, devices are simulated (`offload/simulated_device.py`) and Triton's interpreter runs the kernels.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv2_local.architectures.config import ModelConfig
-    from dsv2_local.architectures.families import parse_config
     from dsv2_local.offload.device import Device, Event
     from dsv2_local.offload.plan import Plan
     from dsv2_local.offload.plan_request import Mode
@@ -34,34 +33,36 @@ TINY = {
     "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 128, "rope_theta": 10000, "eos_token_id": 1,
 }  # fmt: skip
-LARGE_LAYERS = 9  # of the 236B model: 17 GB, soon made
-LARGE_SLOTS = 0.1  # of its experts
+LARGE_LAYERS = 9  # layers of the 236B model: 17 GB, which takes little time to generate
+LARGE_SLOTS = 0.1  # fraction of its experts that have a slot
 ANSWER = 64  # tokens
 LONG, LONG_PROMPT = "long", 131_072
 Limit = int | float | str | None
+"""Limit of GPU memory: bytes, a fraction of the experts in slots, no limit, or `LONG`: 131,072 tokens within 24 GiB."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--interpret", action="store_true", help="without a GPU, in Triton's interpreter")
-    parser.add_argument("--tiny", action="store_true", help="small shapes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    given = parser.parse_args()
-    if given.interpret:
+    parser.add_argument("--interpret", action="store_true", help="run without a GPU, in Triton's interpreter")
+    parser.add_argument("--tiny", action="store_true", help="use small shapes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    args = parser.parse_args()
+    if args.interpret:
         os.environ |= {"TRITON_INTERPRET": "1", "DSV2_KERNELS": "triton"}  # before the kernels are imported
     start = time.perf_counter()
-    for result in measured(given.interpret, given.tiny):
+    for result in results(args.interpret, args.tiny):
         result["seconds"] = time.perf_counter() - start
-        if given.json:
-            given.json.write_text(json.dumps(result, indent=1) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
 
 
-def measured(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
-    """What the command tells, as plain values, whenever there is more of it."""
+def results(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
+    """All results so far as plain values, after every measurement."""
     import gpu_kernels
 
     from dsv2_local.architectures import released
+    from dsv2_local.architectures.families import parse_config
     from dsv2_local.runtime.random_weights import first_layers
 
     result: dict[str, Any] = {
@@ -76,34 +77,31 @@ def measured(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
         large = first_layers(released.read_config("deepseek-v2"), LARGE_LAYERS)
         models.append((f"236B, {LARGE_LAYERS} layers", large, [LARGE_SLOTS]))
     for model in models:
-        for figures in cases(*model, interpret, tiny):
-            result["models"].append(figures)
+        for measured in cases(*model, interpret, tiny):
+            result["models"].append(measured)
             yield result
 
 
 def cases(
     name: str, config: "ModelConfig", limits: list["Limit"], interpret: bool, tiny: bool
 ) -> Iterator[dict[str, Any]]:
-    """The shape within each limit of GPU memory, in each mode.
-
-    A limit is bytes, a share of the experts in slots, none, or `LONG`: a prompt of all the context within 24 GiB.
-    """
+    """Measure a model's shape within each limit of GPU memory, in each mode."""
     from dsv2_local.kernels import ops
     from dsv2_local.offload.plan_request import Mode
     from dsv2_local.quant.schema import Recipe
     from dsv2_local.runtime.placement import ModelWeights
     from dsv2_local.runtime.random_weights import build
 
-    made = build(config, Recipe.NF4, threads=os.cpu_count() or 1)
-    weights = ModelWeights(config, made.weights, made.layout, made.records)
-    ops.set_threads(None, made.layout.format)
+    random_model = build(config, Recipe.NF4, threads=os.cpu_count() or 1)
+    weights = ModelWeights(config, random_model.weights, random_model.layout, random_model.records)
+    ops.set_threads(None, random_model.layout.format)
     for limit in limits:
         for mode in (Mode.GPU,) if limit in (None, LONG) else (Mode.HYBRID, Mode.STREAM, Mode.CPU):
             yield {"model": name, "mode": str(mode), **case(weights, mode, limit, interpret, tiny)}
 
 
 def case(weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool) -> dict[str, Any]:
-    """Load, prefill, decode and give everything back."""
+    """Load the model, measure prefill and decode, and release the device."""
     import torch
 
     from dsv2_local.offload.forecast import forecast
@@ -121,7 +119,7 @@ def case(weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool,
     engine.warm_up()
     warm_up = time.perf_counter() - start
     greedy, runs = SamplingParams(temperature=0), []
-    for prompt in prompts:  # the first fills slots
+    for prompt in prompts:  # the first run fills the slots and is not reported
         stats = Stats()
         engine.cache.clear()
         request = Request(torch.randint(vocab, (prompt,)).tolist(), greedy, max_tokens=answer)
@@ -132,29 +130,29 @@ def case(weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool,
             pass
         wall = time.perf_counter() - start
         runs.append(stats)
-    figures: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "slots": plan.slots, "experts": plan.experts, "prompt": prompts[-1], "prefill_tok_s": runs[-1].prefill_tok_s,
         "decode_tok_s": (answer - 1) / wall, "predicted_tok_s": forecast(plan).decode_tok_s,
         "warm_up_seconds": warm_up, "planned_bytes": plan.gpus[0].used - plan.gpus[0].parts["driver"],
     }  # fmt: skip
     if not interpret:
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+        measured["peak_bytes"] = torch.cuda.max_memory_allocated()
     if isinstance(placed.experts, OffloadedExperts):
         experts = placed.experts.stats
-        figures |= {"hit_rate": experts.hit_rate, "fetched_bytes": experts.fetched_bytes, "retries": experts.retries}
-        figures["link_gb_s"] = experts.fetched_bytes / experts.fetch_seconds / 1e9 if experts.fetch_seconds else 0.0
+        measured |= {"hit_rate": experts.hit_rate, "fetched_bytes": experts.fetched_bytes, "retries": experts.retries}
+        measured["link_gb_s"] = experts.fetched_bytes / experts.fetch_seconds / 1e9 if experts.fetch_seconds else 0.0
     placed.close()
     del placed, engine
     if not interpret:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return figures
+    return measured
 
 
 def planned(
     weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool
 ) -> tuple["Device", "Plan"]:
-    """A device, and the plan of the model on as much of it as the limit says."""
+    """A device, and the plan of the model within the limit on the device's memory."""
     from dsv2_local.kernels.format import CacheDtype
     from dsv2_local.machine.resources import memory_available
     from dsv2_local.offload.cuda_device import CudaDevice
@@ -168,24 +166,24 @@ def planned(
     context = 16 if tiny else LONG_PROMPT + ANSWER if long else 4096 + ANSWER
     request = PlanRequest(weights.config, Recipe.NF4, context, CacheDtype.FP32 if interpret else CacheDtype.BF16, mode)
 
-    class InTurn(SimulatedDevice):
-        """Whose work is done before the caller goes on: Triton's interpreter bears one thread at a time."""
+    class SynchronousDevice(SimulatedDevice):
+        """Finishes all work before `compute` returns, because Triton's interpreter supports one thread at a time."""
 
         def compute(self, work: Callable[[], None], after: Sequence["Event"] = ()) -> "Event":
             event = super().compute(work, after)
             event.wait()
             return event
 
-    device: Device = InTurn(capacity=GIB) if interpret else CudaDevice(0)
-    room = device.free + CONTEXT_BYTES
+    device: Device = SynchronousDevice(capacity=GIB) if interpret else CudaDevice(0)
+    vram = device.free + CONTEXT_BYTES
     if isinstance(limit, float) or (tiny and limit):
         whole = make_plan(replace(request, experts=Mode.STREAM), Machine((1 << 50,), 1 << 50))
         share = limit if isinstance(limit, float) else 0.5
         slots = int(whole.experts * share) * whole.expert_bytes
-        room = min(room, whole.gpus[0].used - whole.gpus[0].parts["expert slots"] + slots)
+        vram = min(vram, whole.gpus[0].used - whole.gpus[0].parts["expert slots"] + slots)
     elif limit:
-        room = min(room, int(limit))
-    return device, make_plan(request, Machine((room,), memory_available(), available=True))
+        vram = min(vram, int(limit))
+    return device, make_plan(request, Machine((vram,), memory_available(), available=True))
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""The Triton kernels on a GPU: checked against the reference, then timed against memory.
+"""The Triton kernels on a GPU: errors against the torch reference, then speed relative to memory bandwidth.
 
     python benchmarks/gpu_kernels.py [--json FILE]
-    python benchmarks/gpu_kernels.py --interpret --tiny    # the program itself, without a GPU; its times mean nothing
+    python benchmarks/gpu_kernels.py --interpret --tiny    # tests this program without a GPU; its times mean nothing
 
-Weights and caches of one shape are several, more than the L2 cache holds, used in turn. On a GPU all turns are one
-CUDA graph, so that launching from Python costs nothing; a figure is the median of its replays, divided by the turns.
+Each measurement cycles through several sets of weights or caches of one shape, more than fit in the L2 cache. One call
+per set ("turn") is captured in a CUDA graph, so that launches from Python cost nothing; a result is the median time of
+the graph's replays divided by the number of turns.
 """
 
 import argparse
@@ -36,16 +37,19 @@ SHAPES = {
 }  # [R, C]; fmt: skip
 EXPERTS = {"Lite": (2048, 1408), "236B": (5120, 1536)}  # hidden, intermediate
 HEADS = {"Lite": 16, "236B": 128}
-WORKING_SET = 400 << 20  # bytes of what is used in turn
+WORKING_SET = 400 << 20  # bytes of all sets of weights or caches
 MANY = 4096  # tokens of prefill
-TURNS = 64  # at most
+TURNS = 64  # maximum
 REPLAYS = 20
 
 Turn = Callable[[int], Any]
+"""Launches a kernel on the i-th set of inputs."""
+Case = tuple[str, int, Turn, int, float, float]
+"""Name, tokens, turn, number of turns, bytes read, and floating-point operations."""
 
 
 def random_matrix(format: Format, rows: int, cols: int, device: str) -> Matrix:
-    """Random codes, and scales that keep products near 1."""
+    """A matrix of random codes, with scales that keep products near 1."""
     codes, scales = planes(format, rows, cols)
     low, high = (0, 256) if format is Format.NF4 else (-127, 128)
     size = 1.0 if format is Format.NF4 else 1 / 127
@@ -66,15 +70,15 @@ def random_records(layout: ExpertLayout, count: int, device: str) -> Tensor:
 
 
 def latent_weights(heads: int, tiny: bool, device: str) -> tuple[Matrix, Matrix, int, int]:
-    """w_uk, w_uv, N and P of a model's attention."""
+    """w_uk, w_uv, N (qk_nope_head_dim) and P (qk_rope_head_dim) of a model's attention."""
     N, P, C, V = (16, 8, 32, 16) if tiny else (128, 64, 512, 128)
     uk, uv = (random_matrix(Format.INT8, heads * rows, cols, device) for rows, cols in ((C, N), (V, C)))
     return uk, uv, N, P
 
 
 def seconds_of(turn: Turn, turns: int, device: str) -> float:
-    """Median seconds of one of `turns` different turns."""
-    turn(0)  # compiles and tunes
+    """Median seconds of one turn, over `turns` different turns."""
+    turn(0)  # compiles and autotunes
     if device == "cpu":
         start = time.perf_counter()
         turn(turns - 1)
@@ -94,20 +98,20 @@ def seconds_of(turn: Turn, turns: int, device: str) -> float:
 
 
 def copy_rate(device: str, tiny: bool) -> float:
-    """Bytes per second read and written by a kernel that adds 1 to all; a plain copy is slower on an H200."""
+    """Bytes per second read and written by a kernel that adds 1 to a tensor; a plain copy is slower on an H200."""
     source = torch.ones(1 << (20 if tiny else 30), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda i: torch.add(source, 1, out=target), 1, device)
 
 
-def off(ours: Tensor, exact: Tensor) -> float:
-    """The error in norm; infinite where anything is not a number."""
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """‖ours - exact‖ / ‖exact‖; infinite if a value is not finite."""
     ours = ours.to(exact.device, torch.float32)
     return float((ours - exact).norm() / exact.norm()) if ours.isfinite().all() else float("inf")
 
 
 def check_all(device: str, tiny: bool) -> dict[str, float]:
-    """The error of each kernel in bf16 on inputs never seen before."""
+    """The error of each kernel in bf16 on random inputs."""
     from dsv2_local.kernels import triton as kernels
 
     errors = {}
@@ -117,7 +121,7 @@ def check_all(device: str, tiny: bool) -> dict[str, float]:
         for tokens in (1, 3, 40):
             x = torch.randn(tokens, weight.cols).bfloat16()
             ours = kernels.linear(x.to(device), moved)
-            errors[f"linear {format}, {tokens} tokens"] = off(ours, reference.linear(x.float(), weight))
+            errors[f"linear {format}, {tokens} tokens"] = relative_error(ours, reference.linear(x.float(), weight))
     layout = ExpertLayout(Format.NF4, *((64, 40) if tiny else EXPERTS["Lite"]))
     records = random_records(layout, 8, "cpu")
     for tokens in (1, 20):
@@ -125,7 +129,7 @@ def check_all(device: str, tiny: bool) -> dict[str, float]:
         ids = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)])
         ours = kernels.experts(x.to(device), records.to(device), layout, ids.to(device), weights.to(device))
         exact = reference.experts(x.float(), records, layout, ids, weights)
-        errors[f"experts nf4, {tokens} tokens"] = off(ours, exact)
+        errors[f"experts nf4, {tokens} tokens"] = relative_error(ours, exact)
     uk, uv, N, P = latent_weights(4 if tiny else 16, tiny, "cpu")
     heads = 4 if tiny else 16
     moved_weights = (Matrix(m.format, m.rows, m.cols, *(part.to(device) for part in m.parts)) for m in (uk, uv))
@@ -135,12 +139,12 @@ def check_all(device: str, tiny: bool) -> dict[str, float]:
     exact = reference.attention(q.float(), rotation, latents.float(), block_table, uk, uv, 0.1, absorb=True)
     inputs = [part.to(device) for part in (q, rotation, latents, block_table)]
     for absorb, name in ((True, "absorbed"), (False, "materialised")):
-        errors[f"attention, {name}"] = off(kernels.attention(*inputs, w_uk, w_uv, 0.1, absorb), exact)
+        errors[f"attention, {name}"] = relative_error(kernels.attention(*inputs, w_uk, w_uv, 0.1, absorb), exact)
     return errors
 
 
-def linears(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, float, float]]:
-    """Name, tokens, turn, turns, bytes and operations of each product; those of bitsandbytes too, where it runs."""
+def linears(device: str, tiny: bool) -> Iterator[Case]:
+    """Matrix products, with those of bitsandbytes if it is installed."""
     from dsv2_local.kernels import triton as kernels
 
     shapes = {"tiny": (40, 128)} if tiny else SHAPES
@@ -159,7 +163,7 @@ def linears(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, floa
 
 
 def bitsandbytes_turn(rows: int, cols: int, x: Tensor) -> tuple[Turn, int] | None:
-    """bitsandbytes' NF4 product; None where it is not installed."""
+    """bitsandbytes' NF4 product and its number of turns; None if bitsandbytes is not installed."""
     try:
         import bitsandbytes
         from bitsandbytes.functional import quantize_4bit
@@ -171,12 +175,12 @@ def bitsandbytes_turn(rows: int, cols: int, x: Tensor) -> tuple[Turn, int] | Non
 
 
 def turns_of(size: int, tokens: int) -> int:
-    """How many things of `size` bytes to use in turn: many tokens spend their time elsewhere."""
+    """How many sets of `size` bytes to cycle through; few with many tokens, which are not bound by memory."""
     return 4 if tokens > 1 else max(2, min(TURNS, WORKING_SET // size))
 
 
-def mixtures(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, float, float]]:
-    """One token's six routed experts, out of more than the L2 cache holds."""
+def mixtures(device: str, tiny: bool) -> Iterator[Case]:
+    """The six routed experts of one token, out of more than fit in the L2 cache."""
     from dsv2_local.kernels import triton as kernels
 
     for name, shape in ({"tiny": (64, 40)} if tiny else EXPERTS).items():
@@ -195,8 +199,8 @@ def mixtures(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, flo
         yield f"6 experts {name}", 1, turn, len(slots), 6 * layout.nbytes, 36 * shape[0] * shape[1]
 
 
-def attentions(device: str, tiny: bool) -> Iterator[tuple[str, int, Turn, int, float, float]]:
-    """The last token of a context, absorbed; a graph's cache is as long as it may become, here the context itself."""
+def attentions(device: str, tiny: bool) -> Iterator[Case]:
+    """Absorbed attention of the last token of a context; the block table has the blocks of this context only."""
     from dsv2_local.kernels import triton as kernels
 
     for name, heads in ({"tiny": 4} if tiny else HEADS).items():
@@ -227,21 +231,21 @@ def measure(device: str, tiny: bool) -> dict[str, Any]:
     """Check and time every kernel.
 
     Returns:
-        device: its name; copy: GB/s; errors: by kernel; figures: a list of name, tokens, microseconds, gb_s,
-        fraction (of the copy's rate) and tflop_s.
+        device: name of the device; copy: GB/s of `copy_rate`; errors: error by kernel; figures: a list of name, tokens,
+        microseconds, gb_s, fraction (of `copy`) and tflop_s.
     """
     copy = copy_rate(device, tiny)
     errors = check_all(device, tiny)
-    figures = []
+    timings = []
     for cases in (linears, mixtures, attentions):
         for name, tokens, turn, turns, size, operations in cases(device, tiny):
             seconds = seconds_of(turn, turns, device)
-            figures.append({
+            timings.append({
                 "name": name, "tokens": tokens, "microseconds": seconds * 1e6, "gb_s": size / seconds / 1e9,
                 "fraction": size / seconds / copy, "tflop_s": operations / seconds / 1e12,
             })  # fmt: skip
     name = "interpreted" if device == "cpu" else torch.cuda.get_device_name()
-    return {"device": name, "copy": copy / 1e9, "errors": errors, "figures": figures}
+    return {"device": name, "copy": copy / 1e9, "errors": errors, "figures": timings}
 
 
 def show(measured: dict[str, Any]) -> None:
@@ -259,15 +263,15 @@ def show(measured: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interpret", action="store_true", help="run on the CPU, in Triton's interpreter")
-    parser.add_argument("--tiny", action="store_true", help="small shapes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    given = parser.parse_args()
-    if given.interpret:
+    parser.add_argument("--tiny", action="store_true", help="use small shapes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    args = parser.parse_args()
+    if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-    measured = measure("cpu" if given.interpret else "cuda", given.tiny)
+    measured = measure("cpu" if args.interpret else "cuda", args.tiny)
     show(measured)
-    if given.json:
-        given.json.write_text(json.dumps(measured, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(measured, indent=1))
     worst = max(measured["errors"].values())
     if worst > 0.02:
         raise SystemExit(f"a kernel is wrong: error {worst:.3f}")

@@ -1,9 +1,9 @@
-"""How well the schedule uses a link and a CPU, on a device made of RAM whose link, like the CPU, has a set speed.
+"""How well the offload engine uses the PCIe link and the CPU, on a simulated device with set speeds of both.
 
     python benchmarks/offload.py [--json FILE]
 
-Computing is replaced by waiting as long as a CPU of that bandwidth would take, and a GPU is taken to need no time; what
-is measured is who waits for whom. Experts have the size of V2-Lite's.
+Computing an expert is replaced by a pause as long as a CPU of that bandwidth needs, and the GPU takes no time; so the
+times show only how long the parts wait for each other. Experts have V2-Lite's size.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from dsv2_local.offload.simulated_device import SimulatedDevice
 LAYOUT = ExpertLayout(Format.NF4, 2048, 1408)
 EXPERTS, PER_TOKEN, LAYERS = 64, 6, 4
 TOKENS, PROMPT = 12, 512
-REPEATS = 20  # of the overhead's measurement, of which the best counts
+REPEATS = 20  # measurements of the overhead; the best one counts
 GB = 10**9
-SPEEDS = [(0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (0.25, 1.0), (2.0, 2.0)]  # GB/s of link and CPU
+SPEEDS = [(0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (0.25, 1.0), (2.0, 2.0)]  # GB/s of the PCIe link and of the CPU
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
-    given = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     records = {layer: torch.zeros(EXPERTS, LAYOUT.nbytes, dtype=torch.uint8) for layer in range(LAYERS)}
     result: dict[str, Any] = {
@@ -53,13 +53,13 @@ def main() -> None:
     result["prefill"] = [prefill(records, link, slots) for link in (2.0, 4.0) for slots in (0, 64)]
     result["overhead"] = [overhead(records, slots) for slots in (0, 64, EXPERTS * LAYERS)]
     show(result)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 @contextmanager
 def speeds(records: dict[int, Tensor], cpu: float) -> Iterator[None]:
-    """Experts in RAM take as long as reading them at `cpu` GB/s would; on a device they take no time."""
+    """Replace the kernels: an expert in RAM takes as long as reading it at `cpu` GB/s, one on a device no time."""
     in_ram = {layer.data_ptr() for layer in records.values()}
 
     def wait(x: Tensor, at: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor) -> None:
@@ -75,7 +75,7 @@ def speeds(records: dict[int, Tensor], cpu: float) -> Iterator[None]:
 
 
 def choices() -> list[list[Tensor]]:
-    """Experts by token and layer, unequally popular."""
+    """The experts chosen by each token in each layer, with unequal popularity."""
     draw = random.Random(0)
     popularity = [[draw.expovariate(1) ** 2 for _ in range(EXPERTS)] for _ in range(LAYERS)]
     tokens = []
@@ -86,9 +86,10 @@ def choices() -> list[list[Tensor]]:
 
 
 def decode(records: dict[int, Tensor], link: float, cpu: float, slots: int) -> dict[str, Any]:
-    """Milliseconds of a layer in each mode, and what link and CPU together would need for the misses of the last one.
+    """Milliseconds per layer in each mode, and the least time for the missing experts of the last mode.
 
-    `bound_ms` is of their bytes, `whole_ms` of the best division of whole experts.
+    `bound_ms` is the time of their bytes at the bandwidth of the link and the CPU together, `whole_ms` the time of the
+    best split into whole experts.
     """
     fetch, read, whole = LAYOUT.nbytes / (link * GB), LAYOUT.nbytes / (cpu * GB), list[float]()
 
@@ -101,27 +102,27 @@ def decode(records: dict[int, Tensor], link: float, cpu: float, slots: int) -> d
     x, weights = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN)
     for mode in (Mode.CPU, Mode.STREAM, Mode.HYBRID):
         with speeds(records, cpu), patch.object(offloaded_experts, "divide", noted):
-            experts = made(records, mode, link, cpu, slots)
+            experts = simulated_experts(records, mode, link, cpu, slots)
             start = time.perf_counter()
             for token in choices():
                 for layer, ids in enumerate(token):
                     experts.start(layer, x, ids, weights)()
             result[f"{mode}_ms"] = (time.perf_counter() - start) / TOKENS / LAYERS * 1e3
-            figures = experts.stats
+            stats = experts.stats
             experts.close()
-    missed = figures.misses * LAYOUT.nbytes / TOKENS / LAYERS
+    missed = stats.misses * LAYOUT.nbytes / TOKENS / LAYERS
     result["bound_ms"] = missed / ((link + cpu) * GB) * 1e3
     result["whole_ms"] = sum(whole) / TOKENS / LAYERS * 1e3
-    result["hit_rate"] = figures.hit_rate
+    result["hit_rate"] = stats.hit_rate
     return result
 
 
 def prefill(records: dict[int, Tensor], link: float, slots: int) -> dict[str, Any]:
-    """Streamed layers against their bytes at the link's speed."""
+    """Time of streamed layers, and what fraction of it their bytes need at the link's speed."""
     ids = torch.stack([torch.randperm(EXPERTS)[:PER_TOKEN] for _ in range(PROMPT)])
     x, weights = torch.zeros(PROMPT, LAYOUT.hidden_size), torch.ones(PROMPT, PER_TOKEN)
     with speeds(records, 1e-3):
-        experts = made(records, Mode.STREAM, link, 1.0, slots)
+        experts = simulated_experts(records, Mode.STREAM, link, 1.0, slots)
         before, start = experts.stats.fetched_bytes, time.perf_counter()
         for layer in records:
             experts.start(layer, x, ids, weights)()
@@ -132,29 +133,29 @@ def prefill(records: dict[int, Tensor], link: float, slots: int) -> dict[str, An
     return {"link_gb_s": link, "slots": slots, "seconds": seconds, "of_bound": fetched / (link * GB) / seconds}
 
 
-class Done:
-    """An event of `Nowhere`."""
+class DoneEvent:
+    """An event that is done at once."""
 
     done, seconds = True, LAYOUT.nbytes / GB
 
     def wait(self) -> None: ...
 
 
-class Nowhere(SimulatedDevice):
-    """A device that is done at once with what it is given, without doing it."""
+class NullDevice(SimulatedDevice):
+    """A device that does nothing and reports every operation as done at once."""
 
     def copy(self, target: Tensor, source: Tensor, after: Sequence[Event] = ()) -> Event:
-        return Done()
+        return DoneEvent()
 
     def compute(self, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
-        return Done()
+        return DoneEvent()
 
 
 def overhead(records: dict[int, Tensor], slots: int) -> dict[str, float]:
-    """Microseconds that the caller spends on a decoded layer beside kernels, in the best of some rounds."""
+    """Microseconds of Python per decoded layer, without kernels and copies; the best of `REPEATS` rounds."""
     costs = Costs(LAYOUT.nbytes / GB, LAYOUT.nbytes / GB, 0.0)
-    placed = ExpertSlots(Nowhere(), LAYOUT, slots, EXPERTS, Policy.LRFU)
-    experts = OffloadedExperts([DeviceExperts(placed, LAYOUT, records, Mode.HYBRID, costs)])
+    expert_slots = ExpertSlots(NullDevice(), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    experts = OffloadedExperts([DeviceExperts(expert_slots, LAYOUT, records, Mode.HYBRID, costs)])
     x, weights, tokens = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN), choices()
     best = inf
     with patch.object(ops, "expert_outputs", lambda *arguments: None), torch.inference_mode():
@@ -183,16 +184,16 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     for run in result["prefill"]:
         speed, slots = f"{run['link_gb_s']:g} GB/s", run["slots"]
-        console.print(f"streamed prefill at {speed}, {slots} slots: {run['of_bound']:.1%} of bytes over link")
+        console.print(f"streamed prefill at {speed}, {slots} slots: {run['of_bound']:.1%} of the link's speed")
     for run in result["overhead"]:
-        console.print(f"host time a layer, {run['slots']} slots, {run['hit_rate']:.0%} hits: {run['us']:.0f} µs")
+        console.print(f"host time per layer, {run['slots']} slots, {run['hit_rate']:.0%} hits: {run['us']:.0f} µs")
 
 
-def made(records: dict[int, Tensor], mode: Mode, link: float, cpu: float, slots: int) -> OffloadedExperts:
-    """Experts on a stand-in; its first slots are filled."""
+def simulated_experts(records: dict[int, Tensor], mode: Mode, link: float, cpu: float, slots: int) -> OffloadedExperts:
+    """Experts on a simulated device, all of whose slots are free."""
     costs = Costs(LAYOUT.nbytes / (link * GB), LAYOUT.nbytes / (cpu * GB), 0.0)
-    made = ExpertSlots(SimulatedDevice(link=link), LAYOUT, slots, EXPERTS, Policy.LRFU)
-    return OffloadedExperts([DeviceExperts(made, LAYOUT, records, mode, costs)])
+    expert_slots = ExpertSlots(SimulatedDevice(link=link), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    return OffloadedExperts([DeviceExperts(expert_slots, LAYOUT, records, mode, costs)])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.tensors import Kind
 from dsv2_local.errors import CheckpointError, InputError, PlanError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
@@ -26,7 +27,6 @@ from dsv2_local.options import one_of
 from dsv2_local.progress import Progress, no_progress
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Checkpoint
-from dsv2_local.architectures.tensors import Kind
 from dsv2_local.runtime import placement, saved_cache
 from dsv2_local.runtime.cache import bytes_per_token
 from dsv2_local.runtime.engine import Engine, GeneratedToken, Request, Stats
@@ -388,7 +388,7 @@ def _devices(names: str) -> list[Device]:
     if missing := [index for index in indices if index >= count]:
         found = "finds no GPU" if count == 0 else f"finds {count}"
         raise InputError(
-            f"there is no cuda:{missing[0]} on this machine: torch {torch.__version__} {found}; use --device cpu or auto"
+            f"there is no cuda:{missing[0]} on this machine: torch {torch.__version__} {found}; use --device cpu"
         )
     from dsv2_local.offload.cuda_device import CudaDevice
 

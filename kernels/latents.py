@@ -3,8 +3,8 @@
 Shapes: `T` tokens, `C` kv_lora_rank, `P` qk_rope_head_dim, `B` groups of 64 numbers of a latent, each with a scale.
 
 A layer's cache is a tensor of blocks [blocks, CACHE_BLOCK, row], one row per token. A block table is int64 [1 + n]: the
-length of a sequence, then its block numbers. Block number i stores the positions from CACHE_BLOCK · i on; entries past
-the sequence's blocks are ignored.
+length of a sequence, then the numbers of its blocks; the i-th of them stores the positions from CACHE_BLOCK · i on.
+Entries past the sequence's blocks are ignored.
 
 A row has one of two layouts:
 

@@ -117,7 +117,7 @@ def capturable(device: torch.device) -> bool:
 def cache_dtype(kv_b: Format, dtype: torch.dtype, requested: CacheDtype, device: torch.device = RAM) -> CacheDtype:
     """The type of the KV cache: as requested, but fp32 instead of bf16 if the reference computes attention in fp32.
 
-    `kv_b` is the weight format of the kv_b projection and `dtype` the type of activations. On the CPU the native kernels
+    `kv_b` is the weight format of the kv_b projection, `dtype` the type of activations. On the CPU the native kernels
     compute attention if they support that format.
     """
     native = device == RAM and cpu.kernels() and kv_b in cpu.FORMATS
@@ -133,8 +133,8 @@ def recording() -> Recording | None:
 def _kernels(x: Tensor, format: Format | None = None) -> cpu.Kernels:
     """The implementation for x and weights in this format (None: a kernel without weights).
 
-    It is a `cpu.Kernels` or a module with the same functions. On a GPU: what `_on_gpus` names. In RAM: the native kernels,
-    if they are compiled and support the format; else `reference`, or what $DSV2_KERNELS names.
+    It is a `cpu.Kernels` or a module with the same functions. On a GPU: what `_on_gpus` names. In RAM: the native
+    kernels, if they are compiled and support the format; else `reference`, or what $DSV2_KERNELS names.
     """
     if not x.is_cpu:
         return _module(_on_gpus())

@@ -223,7 +223,7 @@ def attention(
             rows (`kernels.latents`).
         block_table: int64 [1 + n]: S - T, the number of positions before the queries; then the block numbers of all S.
         w_uk: [H·C, N]; w_uv: [H·V, C].
-        scale: multiplies the scores.
+        scale: multiplies the scores; the same in both forms, derived from N + P.
         absorb: whether to compute in latent space (cheaper for few queries) or from rebuilt keys and values (for many).
 
     Returns:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 
+from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.kernels.format import CACHE_BLOCK, blocks_for
 from dsv2_local.offload.plan_request import PlanRequest
-from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.quant.schema import active_weights, dense_files, expert_layout, stored_bytes
 
 GB, GIB, MIB = 10**9, 1 << 30, 1 << 20

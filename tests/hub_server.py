@@ -1,4 +1,4 @@
-"""A stand-in for the hub on the loopback: model info, tree and files with ranges, for huggingface_hub to talk to."""
+"""A fake hub on the loopback interface for huggingface_hub: model info, file tree, and files with range requests."""
 
 import hashlib
 import json
@@ -11,10 +11,14 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """One repository; `log` keeps each request's method, path and Range.
+    """One repository.
 
-    `revisions` maps a name to its files; `token` is what a request must carry, if anything; `gated` answers as a
-    repository does whose terms were not accepted; `cut` is after how many bytes of a file to hang up, once.
+    Attributes:
+        revisions: files by name of the revision.
+        token: token that requests must have; None: none.
+        gated: answer like a gated repository whose terms were not accepted.
+        cut: number of bytes of a file after which to close the connection, once (always, if `always_cut`).
+        log: method, path and Range header of each request.
     """
 
     def __init__(self, repository: str, revisions: dict[str, dict[str, bytes]]) -> None:
@@ -110,10 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None or name not in files:
             return self.refuse(404, "RevisionNotFound" if files is None else "EntryNotFound")
         data, start = files[name], 0
-        if given := self.headers.get("Range"):
-            start = int(given.removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if given else 200)
-        if given:
+        if requested := self.headers.get("Range"):
+            start = int(requested.removeprefix("bytes=").split("-")[0])
+        self.send_response(206 if requested else 200)
+        if requested:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("Accept-Ranges", "bytes")

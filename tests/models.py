@@ -1,4 +1,4 @@
-"""Small random DeepSeek-V2 models: made by transformers, saved as a release is, converted, and computed naively."""
+"""Small random DeepSeek-V2 models, built by transformers and saved like a release, and a naive implementation."""
 
 import json
 import math
@@ -26,13 +26,13 @@ TINY: dict[str, Any] = {
 
 
 def heed_signals() -> None:
-    """For `preexec_fn`: tests in the background ignore SIGINT, with nohup SIGHUP, and what they start inherits that."""
+    """For `preexec_fn`: reset SIGINT and SIGHUP, which child processes of a background test run would ignore."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def kill_half_way(script: str) -> None:
-    """Run Python until it prints "half way", and kill it."""
+    """Run a Python script until it prints "half way", and kill it."""
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heed_signals,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
@@ -49,7 +49,7 @@ def yarn(mscale: float | None, all_dim: float | None, factor: float = 40.0, orig
 
 
 def save_random(directory: Path, seed: int = 0, *, hub_shape: bool = False, **changes: Any) -> Path:
-    """A random model in bf16 as transformers saves it; `hub_shape` rewrites config.json as the releases have it."""
+    """Save a random bf16 model with transformers; `hub_shape` rewrites config.json to the layout of the releases."""
     torch.manual_seed(seed)
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**TINY, **changes}))
     with torch.no_grad():
@@ -57,7 +57,7 @@ def save_random(directory: Path, seed: int = 0, *, hub_shape: bool = False, **ch
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("mlp.gate.weight"):
-                parameter.normal_(std=0.15)  # transformers leaves routers at zero, where every choice is a tie
+                parameter.normal_(std=0.15)  # transformers initialises routers with zeros, so that all experts would tie
     model.to(torch.bfloat16).save_pretrained(directory)
     if hub_shape:
         rewrite_config(directory, _as_released)
@@ -79,7 +79,7 @@ def rewrite_config(directory: Path, change: Any) -> None:
 
 
 def transformers_logits(directory: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The oracle's logits: [T, vocab]."""
+    """Logits of transformers' implementation: [T, vocab]."""
     model = DeepseekV2ForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([ids])).logits[0]
@@ -87,7 +87,7 @@ def transformers_logits(directory: Path, ids: list[int], dtype: torch.dtype = to
 
 
 class Naive:
-    """DeepSeek-V2 read straight from the paper: keys and values of every head, no cache, expert by expert."""
+    """DeepSeek-V2 straight from the paper: keys and values of every head, no cache, one expert after the other."""
 
     def __init__(self, directory: Path) -> None:
         self.c = json.loads((directory / "config.json").read_text())
@@ -130,7 +130,7 @@ class Naive:
         return dim**-0.5 * m * m
 
     def rope(self, x: Tensor) -> Tensor:
-        """x [T, H, P]; plain RoPE alone, pair by pair, in double precision."""
+        """x [T, H, P] -> the same shape, by plain RoPE without YaRN, pair by pair; angles in double precision."""
         assert self.c["rope_parameters"]["rope_type"] == "default"
         out = torch.empty_like(x)
         for i in range(x.shape[2] // 2):

@@ -1,4 +1,4 @@
-"""Steps launched before their token is yielded, as on GPUs; here a step that is done at once takes their place."""
+"""Asynchronous steps, launched before their token is yielded as on GPUs; here simulated by a step on the CPU."""
 
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -21,7 +21,7 @@ PROMPT = "The bow of a violin is made of wood and hair. "
 
 
 class AtOnce(GpuStep):
-    """Finds the top candidates, and has its logits overwritten by the next step of as many tokens."""
+    """A simulated GPU step: returns top candidates, and overwrites the logits of the last step of the same length."""
 
     asynchronous = True
 
@@ -63,7 +63,7 @@ def generation(model: LLM, prompt: str = PROMPT, tokens: int = 30, **options: ob
     return model.generate(prompt, **{"max_tokens": tokens, "logit_bias": never_end, **options})
 
 
-def told(chunks: Iterable[llm.Chunk]) -> list[tuple[object, ...]]:
+def tokens_of(chunks: Iterable[llm.Chunk]) -> list[tuple[object, ...]]:
     return [(chunk.token_id, chunk.logprob, chunk.top_logprobs) for chunk in chunks]
 
 
@@ -75,12 +75,12 @@ def told(chunks: Iterable[llm.Chunk]) -> list[tuple[object, ...]]:
     ],
 )  # fmt: skip
 def test_answers_are_the_same_to_the_last_bit(plain, early, options):
-    assert told(generation(early, **options)) == told(generation(plain, **options))
+    assert tokens_of(generation(early, **options)) == tokens_of(generation(plain, **options))
 
 
-def test_drafts_of_the_length_that_is_captured_are_checked_in_one_step(plain, early, monkeypatch):
+def test_drafts_of_the_captured_length_are_verified_in_one_step(plain, early, monkeypatch):
     options = {"temperature": 0, "logprobs": 1}
-    expected = told(generation(plain, **options))
+    expected = tokens_of(generation(plain, **options))
     prompt, answer = len(plain.tokenizer.encode(PROMPT)), [token for token, *_ in expected]
 
     def propose(lookup: PromptLookup, most: int) -> list[int]:
@@ -89,10 +89,10 @@ def test_drafts_of_the_length_that_is_captured_are_checked_in_one_step(plain, ea
         return [*right, 5, 5, 5, 5][:most]
 
     monkeypatch.setattr(PromptLookup, "propose", propose)
-    early.engine.step.run(0)  # so that it is recorded
+    early.engine.step.run(0)  # records the step, so that drafts can be verified
     early.engine.cache.clear()
     chunks = generation(early, **options)
-    assert told(chunks) == expected
+    assert tokens_of(chunks) == expected
     assert 0 < chunks.stats.accepted_tokens < chunks.stats.draft_tokens
     assert len(early.engine.step.launched) < 29
 
@@ -110,25 +110,25 @@ def test_a_step_is_launched_before_its_token_is_yielded_and_none_after_the_last(
 
 def test_generations_that_take_turns_compute_no_step_twice(plain, early):
     prompts = [PROMPT, "What is a harp?", PROMPT + "It"]
-    alone = [told(generation(plain, prompt, seed=2, logprobs=2)) for prompt in prompts]
+    alone = [tokens_of(generation(plain, prompt, seed=2, logprobs=2)) for prompt in prompts]
     running = [generation(early, prompt, seed=2, logprobs=2) for prompt in prompts]
     columns = zip(*zip_longest(*running), strict=True)
-    assert [told(column) for column in columns] == alone
+    assert [tokens_of(column) for column in columns] == alone
     assert len(early.engine.step.launched) == 3 * 29
 
 
-def test_an_answer_broken_off_leaves_a_sound_cache(plain, early):
-    expected = told(generation(plain, temperature=0))
+def test_an_interrupted_answer_leaves_a_consistent_cache(plain, early):
+    expected = tokens_of(generation(plain, temperature=0))
     chunks = generation(early, temperature=0)
     first = [next(chunks).token_id for _ in range(7)]
     chunks.close()
     assert early.engine.tokens == [*early.tokenizer.encode(PROMPT), *first]
     assert early.engine.cache.length == len(early.engine.tokens)
-    assert [token for token, *_ in told(generation(early, temperature=0))] == [token for token, *_ in expected]
+    assert [token for token, *_ in tokens_of(generation(early, temperature=0))] == [token for token, *_ in expected]
 
 
 def test_a_full_context_ends_the_answer(early):
     chunks = generation(early, tokens=1000)
-    answer = told(chunks)
+    answer = tokens_of(chunks)
     assert len(answer) == 512 - chunks.stats.prompt_tokens + 1
     assert chunks.stats.finish_reason == "length"

@@ -1,4 +1,4 @@
-"""Who computes which experts: the division is the best there is, and the order of sums never changes."""
+"""The split of missing experts between copies and CPU is optimal, and the dispatch is sorted as documented."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ COSTS = st.builds(Costs, SECONDS, SECONDS, st.floats(0.0, 1.0))
 
 
 @given(st.lists(st.integers(1, 100), max_size=12), COSTS)
-def test_no_division_of_these_counts_is_faster(counts, costs):
+def test_no_other_split_is_faster(counts, costs):
     counts.sort(reverse=True)
 
     def seconds(fetched: int) -> float:
@@ -23,14 +23,14 @@ def test_no_division_of_these_counts_is_faster(counts, costs):
     assert seconds(divide(counts, costs)) <= min(map(seconds, range(len(counts) + 1))) * (1 + 1e-9)
 
 
-def test_equal_speeds_halve_and_a_slow_link_is_left_alone():
+def test_equal_speeds_split_in_half_and_a_slow_link_copies_nothing():
     assert divide([1] * 6, Costs(1, 1, 0)) == 3
     assert divide([1] * 6, Costs(10, 1, 0)) == 0
     assert divide([1] * 6, Costs(1, 10, 0)) == 6
     assert divide([], Costs(1, 1, 0)) == 0
 
 
-def test_experts_of_many_tokens_are_fetched():
+def test_experts_with_many_tokens_are_copied():
     assert divide([50, 2, 1], Costs(fetch=3, read=1, token=1)) == 1
 
 
@@ -47,13 +47,13 @@ def test_a_fast_link_streams_and_a_slow_one_does_not():
     assert not streaming_pays(512, 64, 6, 0.0, Costs(1.0, 1e-4, 1e-6))
 
 
-def test_without_the_cpu_a_layer_streams_when_nearly_all_of_it_is_chosen():
+def test_without_the_cpu_a_layer_streams_if_nearly_all_of_its_experts_are_chosen():
     assert not streaming_pays(2, 64, 6, 0.0, Costs(1, 1, 1), shared=False)
     assert not streaming_pays(16, 64, 6, 0.5, Costs(1, 1, 1), shared=False)
     assert streaming_pays(64, 64, 6, 0.5, Costs(1, 1, 1), shared=False)
 
 
-def test_costs_are_corrected_when_they_are_off_by_a_quarter_and_not_before():
+def test_costs_are_corrected_only_if_they_are_off_by_a_quarter():
     watch = Watch()
     for _ in range(10 * MEMORY):
         watch.observe(1.0, 1.2)
@@ -64,27 +64,27 @@ def test_costs_are_corrected_when_they_are_off_by_a_quarter_and_not_before():
             break
     assert 1.25 < ratio < 2
     assert watch.ratio == 1
-    for _ in range(MEMORY - 1):  # one slow moment is no reason
+    for _ in range(MEMORY - 1):  # too few samples
         watch.observe(1.0, 50.0)
         assert watch.correction() is None
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5))
-def test_pairs_are_sorted_and_found_again(seed, tokens, per_token, groups):
+def test_dispatch_sorts_pairs_and_finds_them_again(seed, tokens, per_token, groups):
     draw = np.random.default_rng(seed)
     ids = np.stack([draw.permutation(10)[:per_token] for _ in range(tokens)]).astype(np.int64)
-    number = draw.integers(0, groups, 10)
-    members = [np.flatnonzero(number == group).tolist() for group in range(groups)]
+    group_of = draw.integers(0, groups, 10)
+    members = [np.flatnonzero(group_of == group).tolist() for group in range(groups)]
     counts = Counter(ids.ravel().tolist())
     if tokens == 1:
         members = [[expert for expert in group if counts[expert]] for group in members]
-    pairs = Dispatch(ids, counts, members)
-    assert pairs.parts[0].start == 0
-    assert pairs.parts[-1].stop == tokens * per_token
-    for group, part in enumerate(pairs.parts):
-        experts = pairs.experts[part].tolist()
+    dispatch = Dispatch(ids, counts, members)
+    assert dispatch.parts[0].start == 0
+    assert dispatch.parts[-1].stop == tokens * per_token
+    for group, part in enumerate(dispatch.parts):
+        experts = dispatch.experts[part].tolist()
         assert set(experts) <= set(members[group])
         assert experts == sorted(experts)
     for token in range(tokens):
-        assert pairs.experts[pairs.rows[token]].tolist() == ids[token].tolist()
-        assert (pairs.tokens[pairs.rows[token]] == token).all()
+        assert dispatch.experts[dispatch.rows[token]].tolist() == ids[token].tolist()
+        assert (dispatch.tokens[dispatch.rows[token]] == token).all()

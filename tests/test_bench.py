@@ -1,4 +1,4 @@
-"""`dsv2 bench` on small models, and the random models it makes. No test looks at a time: this machine may be busy."""
+"""`dsv2 bench` with small models, and random weights. No test depends on a time, since the machine may be busy."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ def write_config(directory: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure the machine with less, and nothing twice for the sake of a better figure."""
+    """Make the measurements short, and do not repeat them."""
     monkeypatch.setattr(settings, "READ_BYTES", 1 << 20)
     for user in (settings, subject):
         monkeypatch.setattr(user, "last_level_cache_bytes", lambda: 0)
@@ -63,8 +63,8 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def told(quick, capsys):
-    """Run the command in this process; the object that it prints."""
+def bench_json(quick, capsys):
+    """Run the command in this process; returns the JSON object that it prints."""
 
     def run(*arguments: object) -> dict[str, Any]:
         cli.app(["bench", "--json", *map(str, arguments)], standalone_mode=False)
@@ -79,7 +79,7 @@ def made(config: ModelConfig, recipe: Recipe = Recipe.NF4, **options: Any) -> ra
 
 
 def tensors(model: random_weights.RandomModel) -> dict[str, tuple[Tensor, ...]]:
-    """Every array of bytes of a model by the name of what it holds."""
+    """All tensors of a model by name: the planes of each matrix, and the records of each layer."""
     parts = {name: w.parts if isinstance(w, Matrix) else (w,) for name, w in model.weights.items()}
     return {**parts, **{f"experts {layer}": (records,) for layer, records in model.records.items()}}
 
@@ -88,9 +88,9 @@ def transformer(config: ModelConfig, model: random_weights.RandomModel) -> Trans
     return Transformer(config, model.weights, ResidentExperts(model.layout, model.records), torch.float32)
 
 
-def test_json_has_these_keys(told, tmp_path):
+def test_json_has_these_keys(bench_json, tmp_path):
     path = write_config(tmp_path / "small")
-    result = told("--random-weights", path, "--prompt", "5,40", "--decode", 3, "--context", "0,70")
+    result = bench_json("--random-weights", path, "--prompt", "5,40", "--decode", 3, "--context", "0,70")
     assert list(result) == [
         "machine", "model", "prefill", "decode", "predicted", "parts", "peak_rss_bytes", "weight_bytes"
     ]  # fmt: skip
@@ -116,8 +116,8 @@ def test_json_has_these_keys(told, tmp_path):
     assert isinstance(result["machine"]["threads"], int)
 
 
-def test_the_figures_agree_with_one_another(told, tmp_path):
-    result = told("--random-weights", write_config(tmp_path), "--prompt", 20, "--decode", 4, "--context", "0,9")
+def test_the_figures_agree_with_one_another(bench_json, tmp_path):
+    result = bench_json("--random-weights", write_config(tmp_path), "--prompt", 20, "--decode", 4, "--context", "0,9")
     active, reads = result["model"]["active_weights_per_token"], [run["read_gb_s"] for run in result["decode"]]
     assert min(reads) <= result["machine"]["read_gb_s"] <= max(reads)
     for run in result["decode"]:
@@ -170,10 +170,10 @@ class HasConfig:
         self.config = config
 
 
-def test_layers_cut_the_model_and_the_whole_is_extrapolated(told, tmp_path, capsys):
+def test_layers_cut_the_model_and_the_whole_is_extrapolated(bench_json, tmp_path, capsys):
     path = write_config(tmp_path, num_hidden_layers=6)
     arguments = ("--random-weights", path, "--prompt", 4, "--decode", 2, "--context", 0)
-    whole, cut = told(*arguments), told(*arguments, "--layers", 2)
+    whole, cut = bench_json(*arguments), bench_json(*arguments, "--layers", 2)
     assert "extrapolated" not in whole
     assert "total_layers" not in whole
     assert (cut["layers"], cut["total_layers"], cut["model"]["layers"]) == (2, 6, 2)
@@ -187,7 +187,7 @@ def test_layers_cut_the_model_and_the_whole_is_extrapolated(told, tmp_path, caps
 
 def test_missing_layers_take_the_mean_of_their_kind():
     whole = tiny(num_hidden_layers=9, first_k_dense_replace=2)
-    parts = {"dense layers": 0.8, "mixture layers": 1.2}  # of 2 and 2 layers in 4 steps
+    parts = {"dense layers": 0.8, "mixture layers": 1.2}  # seconds for 2 layers of each kind and 4 steps
     plan = settings.BenchPlan(
         settings.BenchOptions(decode=4), None, whole, random_weights.first_layers(whole, 4), Recipe.NF4,
         CacheDtype.BF16, settings.Lengths((), (0,), 4), 0,
@@ -196,9 +196,9 @@ def test_missing_layers_take_the_mean_of_their_kind():
     assert 1 / facts["extrapolated"]["decode_tok_s"] == pytest.approx(0.6 + 5 * 0.15)
 
 
-def test_a_converted_model_is_measured_and_may_be_cut(told, tmp_path):
+def test_a_converted_model_is_measured_and_may_be_cut(bench_json, tmp_path):
     convert(save_random(tmp_path / "source"), tmp_path / "converted", recipe=Recipe.INT8)
-    result = told("-m", tmp_path / "converted", "--prompt", 4, "--decode", 2, "--context", 3, "--layers", 2)
+    result = bench_json("-m", tmp_path / "converted", "--prompt", 4, "--decode", 2, "--context", 3, "--layers", 2)
     assert (result["model"]["name"], result["model"]["recipe"]) == ("converted", "int8")
     assert (result["layers"], result["total_layers"]) == (2, 3)
     stored = sum(path.stat().st_size for path in (tmp_path / "converted").glob("*.safetensors"))
@@ -219,17 +219,17 @@ def test_the_bundled_model_leaves_out_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["-m", "x", "--random-weights", "CONFIG"], "drop one of them"),
-        (["--random-weights", "CONFIG", "--layers", "0"], "--layers must lie between 2 (one layer of each kind) and 3"),
-        (["--random-weights", "CONFIG", "--layers", "1"], "--layers must lie between 2"),
-        (["--random-weights", "CONFIG", "--layers", "4"], "--layers must lie between 2"),
+        (["--random-weights", "CONFIG", "--layers", "0"], "--layers must be between 2 (one layer of each kind) and 3"),
+        (["--random-weights", "CONFIG", "--layers", "1"], "--layers must be between 2"),
+        (["--random-weights", "CONFIG", "--layers", "4"], "--layers must be between 2"),
         (["--random-weights", "CONFIG", "--prompt", "abc"], "--prompt must be whole numbers"),
-        (["--random-weights", "CONFIG", "--prompt", "0"], "--prompt must lie between 1 and 8,191"),
-        (["--random-weights", "CONFIG", "--prompt", "8192"], "--prompt must lie between 1 and 8,191"),
+        (["--random-weights", "CONFIG", "--prompt", "0"], "--prompt must be between 1 and 8,191"),
+        (["--random-weights", "CONFIG", "--prompt", "8192"], "--prompt must be between 1 and 8,191"),
         (["--random-weights", "CONFIG", "--context", "4,"], "--context must be whole numbers"),
-        (["--random-weights", "CONFIG", "--context", "-1"], "--context must lie between 0 and 8,160"),
+        (["--random-weights", "CONFIG", "--context", "-1"], "--context must be between 0 and 8,160"),
         (["--random-weights", "CONFIG", "--context", "0,8161"], "in a context of 8,192 tokens, not 8,161"),
         (["--random-weights", "CONFIG", "--decode", "0"], "--decode must be at least 1"),
         (["--random-weights", "CONFIG", "--decode", "8193"], "--decode 8,193 is more"),
@@ -237,27 +237,27 @@ def test_the_bundled_model_leaves_out_what_does_not_fit():
         (["--random-weights", "CONFIG", "--recipe", "q4"], "--recipe 'q4' is not one of nf4, mixed, int8, bf16"),
         (["--random-weights", "CONFIG", "--cache-type", "fp32"], "--cache-type 'fp32' is not one of bf16, int8"),
         (["--random-weights", "no-such-model"], "neither deepseek-v2 nor deepseek-v2-lite nor a config.json"),
-        (["--recipe", "nf4"], "--recipe belongs to --random-weights"),
-        (["--context", "4096"], "--context must lie between 0 and 2,016"),
+        (["--recipe", "nf4"], "--recipe needs --random-weights"),
+        (["--context", "4096"], "--context must be between 0 and 2,016"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_made(options, said, tmp_path, monkeypatch, quick):
+def test_wrong_options_are_refused_before_anything_is_made(options, message, tmp_path, monkeypatch, quick):
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
     path = str(write_config(tmp_path))
     with pytest.raises(InputError) as error:
         cli.app(["bench", *(path if option == "CONFIG" else option for option in options)], standalone_mode=False)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_an_option_error_is_one_line_and_code_2(tmp_path):
     done = dsv2("bench", "--random-weights", write_config(tmp_path), "--layers", 9)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.decode() == ("dsv2: error: --layers must lie between 2 (one layer of each kind) and 3, not 9\n")
+    assert done.stderr.decode() == ("dsv2: error: --layers must be between 2 (one layer of each kind) and 3, not 9\n")
 
 
-def test_random_weights_win_over_the_environments_model(told, tmp_path, monkeypatch):
+def test_random_weights_win_over_the_environments_model(bench_json, tmp_path, monkeypatch):
     monkeypatch.setenv("DSV2_MODEL", "no-such-model")
-    result = told("--random-weights", write_config(tmp_path).parent, "--prompt", 2, "--decode", 1, "--context", 0)
+    result = bench_json("--random-weights", write_config(tmp_path).parent, "--prompt", 2, "--decode", 1, "--context", 0)
     assert result["model"]["name"].startswith("random ")
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of long contexts reckon themselves."""
+"""The computations of the benchmarks themselves: statistics, filler texts, and caches."""
 
 import math
 import sys
@@ -23,21 +23,21 @@ import cache_perplexity
 import needle
 
 
-def test_an_answer_says_a_word_only_where_it_stands_alone():
+def test_only_whole_words_count_as_the_answer():
     assert needle.says("A Violin is a bowed instrument.", "violin")
     assert needle.says("the king", "king")
     assert not needle.says("A thing is a kind of making.", "king")
 
 
-def test_the_error_is_that_of_differences_of_pairs():
-    found = [needle.Found(10 + i, 40 + i, seen, seen - gain) for i, (seen, gain) in enumerate([(-9, 1), (-5, 3)])]
-    figure = needle.summary("tokens", "bf16", 8, found)
-    assert (figure.mean, figure.control, figure.difference) == (-7, -9, 2)
-    assert figure.se == pytest.approx(1.0)  # gains of 1 and 3: deviation √2, over √2
-    assert (figure.distance, figure.longest, figure.needles) == (10.5, 41, 2)
+def test_the_standard_error_is_that_of_paired_differences():
+    samples = [needle.Sample(10 + i, 40 + i, seen, seen - gain) for i, (seen, gain) in enumerate([(-9, 1), (-5, 3)])]
+    result = needle.summary("tokens", "bf16", 8, samples)
+    assert (result.mean, result.control, result.difference) == (-7, -9, 2)
+    assert result.se == pytest.approx(1.0)  # gains of 1 and 3: deviation √2, over √2
+    assert (result.distance, result.longest, result.needles) == (10.5, 41, 2)
 
 
-def test_filling_is_whole_turns_until_the_distance_is_reached():
+def test_filler_is_whole_turns_until_the_distance_is_reached():
     turns = needle.Turns.__new__(needle.Turns)
     turns.ids = [[1, 2, 3], [4, 5]]
     assert turns.reach(0, Random(0)) == []
@@ -45,7 +45,7 @@ def test_filling_is_whole_turns_until_the_distance_is_reached():
         assert distance <= len(turns.reach(distance, Random(distance))) < distance + 3
 
 
-def test_lengths_are_quarters_of_the_whole():
+def test_each_length_is_a_quarter_of_the_next():
     assert cache_error.lengths(32_768) == [512, 2048, 8192, 32_768]
     assert cache_error.lengths(100) == [100]
 
@@ -53,12 +53,12 @@ def test_lengths_are_quarters_of_the_whole():
 @pytest.fixture
 def tiny(reference_kernels):
     config = parse_config({**TINY, "model_type": "deepseek_v2"})
-    made = build(config, Recipe.NF4)
-    source = placement.ModelWeights(config, made.weights, made.layout, made.records)
-    return placement.place_in_ram(source, torch.float32).model
+    random_model = build(config, Recipe.NF4)
+    weights = placement.ModelWeights(config, random_model.weights, random_model.layout, random_model.records)
+    return placement.place_in_ram(weights, torch.float32).model
 
 
-def test_reading_for_the_cache_alone_leaves_what_forward_leaves(tiny):
+def test_filling_the_cache_alone_gives_the_cache_of_forward(tiny):
     ids = torch.arange(70)
     whole, alone = (LatentCache(tiny.config, 128, CacheDtype.FP32) for _ in range(2))
     tiny.forward(ids, whole)
@@ -69,7 +69,7 @@ def test_reading_for_the_cache_alone_leaves_what_forward_leaves(tiny):
 
 
 @pytest.mark.parametrize(("kind", "error"), [(CacheDtype.BF16, 0.003), (CacheDtype.INT8, 0.007)])
-def test_a_rounded_cache_has_the_same_rows_but_for_rounding(tiny, kind, error):
+def test_a_rounded_cache_has_the_same_rows_up_to_rounding(tiny, kind, error):
     cache = LatentCache(tiny.config, 128, CacheDtype.FP32)
     cache_error.read(tiny, torch.arange(70), cache)
     copy = cache_error.rounded(cache, tiny.config, kind)
@@ -81,15 +81,17 @@ def test_a_rounded_cache_has_the_same_rows_but_for_rounding(tiny, kind, error):
         assert 0 < (got - wanted).norm() < error * wanted.norm()
 
 
-def test_perplexities_are_of_tokens_and_their_error_of_conversations():
+def test_perplexity_is_over_tokens_and_its_error_over_conversations():
     logits = torch.zeros(5, 4)
     logits[1, 3] = logits[3, 2] = 100.0
     talk = cache_perplexity.Conversation([0, 1, 3, 0, 2], [2, 3, 4])
-    found = cache_perplexity.log_probabilities(logits, talk)
-    torch.testing.assert_close(found, torch.tensor([0.0, -math.log(4), 0.0], dtype=torch.float64), atol=1e-9, rtol=0)
-    same = cache_perplexity.compare("", [found, found], [found, found])
+    log_probs = cache_perplexity.log_probabilities(logits, talk)
+    torch.testing.assert_close(
+        log_probs, torch.tensor([0.0, -math.log(4), 0.0], dtype=torch.float64), atol=1e-9, rtol=0
+    )
+    same = cache_perplexity.compare("", [log_probs, log_probs], [log_probs, log_probs])
     assert (same.tokens, same.conversations, same.difference, same.se) == (6, 2, 0.0, 0.0)
     assert same.bf16 == same.int8 == pytest.approx(4 ** (1 / 3))
-    worse = cache_perplexity.compare("", [found, found], [found - 0.01, found - 0.03])
+    worse = cache_perplexity.compare("", [log_probs, log_probs], [log_probs - 0.01, log_probs - 0.03])
     assert worse.difference == pytest.approx(100 * math.expm1(0.02))
     assert worse.se == pytest.approx(100 * 0.01)  # 0.01 and 0.03: deviation 0.01 * sqrt(2), over sqrt(2)

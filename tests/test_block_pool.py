@@ -1,4 +1,4 @@
-"""The block pool and its prefix cache: no block leaks or has two owners, and a match holds the tokens asked for."""
+"""The block pool and its prefix cache: no block leaks or has two writers, and matched blocks hold the right tokens."""
 
 import random
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SIZE = 4
 
 @dataclass
 class Text:
-    """A sequence: its tokens, the blocks that it holds, and how many of them, the first, are shared."""
+    """A sequence: its tokens, the blocks that it holds, and how many of the first blocks are shared."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Text:
 
 
 class World:
-    """Sequences on a pool, with memory that tells what was written: a cell is a hash of all tokens up to its own.
+    """Sequences on a pool, with simulated memory: the cell of a token is a hash of it and all tokens before it.
 
     `choose(n)` draws from [0, n).
     """
@@ -46,7 +46,7 @@ class World:
         [self.write, self.write, self.insert, self.insert, self.cut, self.end][self.choose(6)](text)
 
     def restart(self, text: Text) -> None:
-        """Another prompt, of few kinds of tokens, so that many begin alike."""
+        """Begin another prompt, with only two different tokens, so that many prompts have common prefixes."""
         self.release(text.blocks)
         prompt = [self.choose(2) for _ in range(self.choose(5 * SIZE))]
         text.blocks, done = self.pool.match(prompt)
@@ -58,7 +58,7 @@ class World:
         self.check(text)
 
     def write(self, text: Text) -> None:
-        """Some tokens more, in blocks of its own (copy-on-write)."""
+        """Append some tokens, in private blocks (copy-on-write)."""
         tokens = [self.choose(2) for _ in range(1 + self.choose(SIZE))]
         first = len(text.tokens) // SIZE
         if first < text.shared:
@@ -110,7 +110,7 @@ class World:
             self.references[block] -= 1
 
     def check(self, text: Text) -> None:
-        """Its blocks hold its tokens, whatever others did."""
+        """Check that the blocks of a sequence hold its tokens, whatever other sequences did."""
         cells = [cell for block in text.blocks for cell in self.memory[block]]
         assert cells[: len(text.tokens)] == seen(text.tokens)
 
@@ -140,7 +140,7 @@ class World:
 
 
 def seen(tokens: list[int]) -> list[int]:
-    """What memory holds of these tokens."""
+    """The contents of memory for these tokens."""
     cells, cell = [], 1
     for token in tokens:
         cell = hash((cell, token))
@@ -179,7 +179,7 @@ def test_a_million_operations():
 
 
 def kept(pool: BlockPool, tokens: list[int]) -> list[int]:
-    """A text that was read and left."""
+    """Run a sequence, put it into the prefix cache and release it; returns its blocks."""
     blocks, done = pool.match(tokens)
     whole = blocks[: done // SIZE]
     pool.release(blocks[done // SIZE :])
@@ -226,7 +226,7 @@ def test_the_least_recently_used_is_evicted_from_its_end():
     assert [found(pool, [n] * 12) for n in (1, 2, 3)] == [12, 4, 8]
 
 
-def test_held_pages_are_not_given_up():
+def test_held_blocks_are_not_evicted():
     pool = BlockPool(3, SIZE)
     kept(pool, [1] * 8)
     blocks, done = pool.match([1] * 5)

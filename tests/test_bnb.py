@@ -1,6 +1,6 @@
-"""bitsandbytes' kernels on our bytes against the torch reference, and when they are chosen.
+"""bitsandbytes' kernels on our nf4 layout against the PyTorch reference, and when they are chosen.
 
-Where there is no GPU bitsandbytes computes on the CPU, with other kernels behind the same calls.
+Without a GPU bitsandbytes computes on the CPU: other kernels behind the same calls.
 """
 
 import subprocess
@@ -52,8 +52,8 @@ def off(ours: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(64, 128), (8, 64), (1, 1), (13, 100), (130, 65), (16, 320)])
-def test_bitsandbytes_reads_rearranged_bytes_as_the_same_numbers(rows, cols):
-    """Every code at every place of a tile, padding too, where a matrix is large enough to have them all."""
+def test_bitsandbytes_reads_rearranged_matrices_as_the_same_numbers(rows, cols):
+    """With random codes everywhere, padding included; large matrices have every code at every place of a tile."""
     groups, blocks = -(-rows // 8), -(-cols // 64)
     codes = torch.randint(0, 16, (groups, 8, blocks, 64), dtype=torch.uint8)
     weight = Matrix(Format.NF4, rows, cols, pack_nf4(codes), torch.rand(groups, blocks, 8).half() + 0.5)
@@ -72,7 +72,7 @@ def test_linear_is_the_product_with_the_dequantised_weights(rows, cols, tokens, 
     assert off(ours, x.double() @ reference.dequantize(weight).double().T) < TOLERANCE[dtype]
 
 
-def test_other_formats_are_the_references():
+def test_other_formats_are_left_to_the_reference():
     values, x = torch.randn(40, 100), torch.randn(3, 100)
     for weight in (int8.quantize(values), Matrix(Format.BF16, 40, 100, values.bfloat16())):
         assert torch.equal(bnb.linear(x, weight), reference.linear(x, weight))
@@ -94,7 +94,7 @@ def test_experts(tokens, monkeypatch):
     pairs = torch.arange(tokens).repeat_interleave(3), ids.flatten()
     exact, outputs = reference.experts(x, data, layout, ids, weights), torch.empty(3 * tokens, 100)
     reference.expert_outputs(x, data, layout, *pairs, outputs)
-    monkeypatch.setattr(reference, "unpack_nf4", None)  # all products are bitsandbytes'
+    monkeypatch.setattr(reference, "unpack_nf4", None)  # no product may use the reference
     ours, single = bnb.experts(*on(x, data), layout, *on(ids, weights)), torch.empty_like(outputs, device=DEVICE)
     bnb.expert_outputs(*on(x, data), layout, *on(*pairs), single)
     assert off(ours, exact) < 2 * TOLERANCE[FP32]
@@ -105,7 +105,7 @@ def on(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
-def test_nano_says_the_same_as_on_the_reference(monkeypatch):
+def test_nano_computes_the_same_as_on_the_reference(monkeypatch):
     with kernels(cpu.REFERENCE):
         exact = dsv2_local.load(device="cpu").logits(IDS)
     monkeypatch.setattr(reference, "unpack_nf4", None)
@@ -121,13 +121,13 @@ def test_nano_says_the_same_as_on_the_reference(monkeypatch):
 
 @pytest.fixture
 def without(monkeypatch) -> Iterator[Callable[..., None]]:
-    """Call it with the names of packages that are not installed from then on."""
+    """A function that makes the named packages look as if they were not installed."""
 
-    def take_away(*missing: str) -> None:
+    def hide(*missing: str) -> None:
         monkeypatch.setattr(ops, "find_spec", lambda name: None if name in missing else object())
         ops._installed.cache_clear()
 
-    yield take_away
+    yield hide
     monkeypatch.undo()
     ops._installed.cache_clear()
 
@@ -147,7 +147,7 @@ def test_bitsandbytes_is_chosen_on_gpus_without_triton(without):
         assert ops._kernels(torch.empty(1, 64)) is bnb
 
 
-def test_what_computes_in_tritons_place_is_told(without):
+def test_a_notice_names_the_kernels_that_replace_triton(without):
     without()
     assert ops.gpu_notice(GPU) is None
     without("triton")
@@ -159,7 +159,7 @@ def test_what_computes_in_tritons_place_is_told(without):
 
 def test_a_model_on_gpus_has_the_notice_once(monkeypatch):
     monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1 << 30)])
-    monkeypatch.setattr(ops, "gpu_notice", lambda where: f"slow on {where}")
+    monkeypatch.setattr(ops, "gpu_notice", lambda device: f"slow on {device}")
     with dsv2_local.load(device="cuda") as model:
         assert model.notes.count("slow on cpu") == 1
 
@@ -171,7 +171,7 @@ TOO_OLD = "its compute capability is 7.5"
     ("missing", "capability", "reason"),
     [((), (8, 0), None), (("triton",), (9, 0), "Triton is not installed"), ((), (7, 5), TOO_OLD)],
 )
-def test_auto_passes_over_gpus_that_triton_cannot_use_and_says_so(monkeypatch, without, missing, capability, reason):
+def test_auto_skips_gpus_that_triton_cannot_use_with_a_notice(monkeypatch, without, missing, capability, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)

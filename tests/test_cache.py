@@ -1,4 +1,4 @@
-"""The paged cache under a model: what is reused changes nothing, and what is kept stays as it was."""
+"""The paged KV cache under a model: reuse changes no answer, and cached blocks are never overwritten."""
 
 import random
 from collections.abc import Iterator
@@ -26,16 +26,16 @@ from tests.models import TINY, save_random, transformers_logits, yarn
 from tests.test_model import GROUPS
 
 GREEDY = SamplingParams(temperature=0)
-LATENTS = 3 * (64 + 16)  # of a token, over the layers of TINY
+LATENTS = 3 * (64 + 16)  # numbers per token, over the layers of TINY
 CONFIGS: list[dict[str, Any]] = [{}, {**GROUPS, "rope_parameters": yarn(0.707, 0.707)}]
 
 
 def engine(context: int, kind: CacheDtype = CacheDtype.BF16, **changes: Any) -> Engine:
-    """Steps of up to 64 tokens, which attend in the same form as one token alone does, so that bits can be compared."""
+    """An engine whose prefill chunks are so short that they use the same form of attention, and bits, as decoding."""
     config = parse_config({"model_type": "deepseek_v2", **TINY, **changes})
     torch.manual_seed(0)
-    made = random_weights.build(config, Recipe.NF4, threads=1)
-    model = Transformer(config, made.weights, ResidentExperts(made.layout, made.records), torch.float32)
+    built = random_weights.build(config, Recipe.NF4, threads=1)
+    model = Transformer(config, built.weights, ResidentExperts(built.layout, built.records), torch.float32)
     return Engine(model, context, chunk=64, cache_dtype=kind)
 
 
@@ -46,7 +46,7 @@ def answer(of: Engine, prompt: list[int], tokens: int = 5) -> tuple[list[Generat
 
 
 def conversations(draw: random.Random, context: int) -> Iterator[list[int]]:
-    """Prompts that go on where an earlier one was left, somewhere in it, or begin anew."""
+    """Prompts that continue an earlier prompt from its end or from a place in it, or begin from nothing."""
     known: list[list[int]] = [[]]
     while True:
         before = draw.choice(known[-6:])
@@ -63,11 +63,11 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="a token's company changes bits elsewhere")
+@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="other kernels round one token and many differently")
 @pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
 @pytest.mark.parametrize("changes", CONFIGS)
 def test_answers_with_reuse_are_those_without_to_the_last_bit(changes, kind):
-    """Through a cache that is too small for all: pages are given up, copied, replayed over, in any order."""
+    """In a cache that is too small for all prompts: blocks are evicted, copied and replayed over in any order."""
     ours, plain = engine(300, kind, **changes), engine(300, kind, **changes)
     said: list[list[int]] = []
     total = 0
@@ -93,17 +93,17 @@ def test_earlier_conversations_are_found_again_and_documents_read_once():
     assert answer(ours, asked[1])[1] == 270
     assert answer(ours, system + [5] * 50)[1] == 70
     first, reused = answer(ours, asked[0])
-    assert reused == 272  # but for the last token, which gives the logits
+    assert reused == 272  # all but the last token, which must run for its logits
     more = [*asked[0], *(step.token for step in first), 3, 4]
     assert answer(ours, more)[1] == len(asked[0]) + 4
-    assert answer(ours, [9] * 500)[1] == 0  # takes nearly all of the pages
+    assert answer(ours, [9] * 500)[1] == 0  # takes nearly all blocks
     assert answer(ours, asked[1])[1] < 270
     assert ours.cache.nbytes == 640 * LATENTS * 2
 
 
 @pytest.mark.parametrize("length", [2 * CACHE_BLOCK, 2 * CACHE_BLOCK - 1, 2 * CACHE_BLOCK + 1, 3 * CACHE_BLOCK - 1])
 def test_a_full_cache_goes_back_into_its_own_text(length):
-    """The page that is gone on from is the only one that could be given up."""
+    """The block that is copied on write is also the only one that could be evicted."""
     ours, plain = engine(length), engine(length)
     prompt = [5 * i % 199 for i in range(length - 1)]
     answer(ours, prompt)
@@ -116,8 +116,8 @@ def test_a_full_cache_goes_back_into_its_own_text(length):
         assert [step.token for step in steps] == [step.token for step in expected]
 
 
-def test_every_page_can_be_had_again():
-    """Whatever was interrupted, kept and shared, a prompt that needs the whole context finds room."""
+def test_every_block_can_be_allocated_again():
+    """Whatever was interrupted, cached and shared, a prompt that needs the whole context finds room."""
     ours, draw = engine(200), random.Random(2)
     for _, prompt in zip(range(60), conversations(draw, 200), strict=False):
         steps = ours.generate(Request(prompt, GREEDY, max_tokens=8), Stats())
@@ -149,14 +149,14 @@ def test_rows_are_read_and_written_wherever_they_lie():
             made.write_rows(layer, rows + layer)
         made.advance(len(rows))
     assert cache._blocks == [0, 2]
-    assert other.rows(1).data_ptr() == other.layers[1].data_ptr()  # no copy where there is no need of one
+    assert other.rows(1).data_ptr() == other.layers[1].data_ptr()  # a view, since the blocks are contiguous
     for layer in range(3):
         assert torch.equal(cache.rows(layer), rows + layer)
         assert torch.equal(other.rows(layer), rows + layer)
 
 
 def test_reuse_leaves_the_logits_those_of_transformers(tmp_path: Path):
-    """Groups, YaRN, and the torch reference, which computes in fp32."""
+    """With group-limited routing, YaRN, and the torch reference, which computes in fp32."""
     source = save_random(tmp_path / "source", **CONFIGS[1])
     convert(source, tmp_path / "converted", recipe=Recipe.BF16)
     with kernels(cpu.REFERENCE):
@@ -171,10 +171,10 @@ def test_reuse_leaves_the_logits_those_of_transformers(tmp_path: Path):
     assert reused > 100
 
 
-@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="a token's company changes bits elsewhere")
+@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="other kernels round one token and many differently")
 @pytest.mark.parametrize("context", [400, 140])
 def test_generations_in_turns_give_what_they_give_alone(context):
-    """To the last bit, also where the cache cannot hold both, and after a third text was scored in between."""
+    """To the last bit, even if the cache cannot hold both, or a third text is computed in between."""
     ours, draw = engine(context), random.Random(4)
     prompts = [[5] * 70 + [n * i % 199 for i in range(40)] for n in (3, 7)]
     expected = []

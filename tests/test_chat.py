@@ -1,4 +1,4 @@
-"""The conversation, its commands and its screen; the model is a fake one wherever it is not the point."""
+"""The chat: conversation, commands and screen. The model is a fake, except in the tests in a terminal."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from tests.models import heed_signals
 
 
 class FakeGeneration:
-    """Yields prepared pieces; a KeyboardInterrupt among them is raised."""
+    """Yields prepared pieces of text; exceptions among them are raised."""
 
     def __init__(self, pieces: list[Any]) -> None:
         self.text, self.stats, self.pieces = "", Stats(context=100), iter(pieces)
@@ -45,7 +45,7 @@ class FakeGeneration:
 
 
 class FakeLLM:
-    """Answers with what it was given, and remembers how it was asked; a character is a token."""
+    """Gives prepared answers, and records the prompts and options; one character counts as one token."""
 
     name, recipe, context, defaults = "fake", "nf4", 100, SamplingParams(temperature=0.3)
 
@@ -62,13 +62,13 @@ class FakeLLM:
 
 
 class LargerLLM(FakeLLM):
-    """With room for a summary."""
+    """A model whose context has room for a summary."""
 
     context = 800
 
 
 def talk(llm: FakeLLM, *lines: Any, asked: tuple[str, ...] = ()) -> tuple[Chat, str]:
-    """A chat in which the user types `lines` and then Ctrl-D; returns it and what it printed."""
+    """A chat in which the user types `lines` and then Ctrl-D; returns the chat and its output."""
     typed, choices = iter(lines), iter(asked)
 
     def read(_: str) -> str:
@@ -112,7 +112,7 @@ def test_a_question_without_an_answer_is_taken_back(failure):
 
 def test_ctrl_c_at_the_prompt_leaves_nothing_and_says_how():
     _, shown = talk(FakeLLM(), KeyboardInterrupt(), KeyboardInterrupt())
-    assert shown.count("/exit leaves") == 1
+    assert shown.count("leave with Ctrl-D or /exit") == 1
 
 
 def test_undo_retry_clear():
@@ -143,7 +143,7 @@ def test_system_and_settings_reach_the_model():
     ("line", "said"),
     [
         ("/sav x", "did you mean /save?"),
-        ("/zzz", "/help lists them"),
+        ("/zzz", "/help lists the commands"),
         ("/set nothing 1", "there is no setting nothing"),
         ("/set temperature hot", "temperature must be a number"),
         ("/set temperature -1", "temperature must be at least 0"),
@@ -201,7 +201,7 @@ def test_a_question_that_is_too_long_alone_is_no_choice():
     assert contents(chat) == ["one", "a", "two", "b"]
 
 
-def test_a_context_that_fills_up_is_told():
+def test_a_full_context_is_reported():
     generation = FakeGeneration(["the end"])
     generation.stats = Stats(context=100, context_used=100, finish_reason="length")
     llm = FakeLLM()
@@ -209,22 +209,22 @@ def test_a_context_that_fills_up_is_told():
     assert "the context is full" in talk(llm, "q")[1]
 
 
-def test_progress_tells_rate_and_time_left(monkeypatch):
+def test_progress_shows_rate_and_time_left(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("dsv2_local.commands.console.time.monotonic", lambda: now[0])
     with prompt_progress(terminal()) as progress:
-        told = []
-        for step in range(14):  # 100 tokens a second of 40,000, of which 12,000 were there before; half from the sixth
+        shown = []
+        for step in range(14):  # 40,000 tokens, 12,000 of them reused: 100 per second, from the seventh step on half
             now[0] = 10.0 * step + 10.0 * max(0, step - 6)
             progress(12_000 + 1_000 * step, 40_000)
-            told.append(progress.figures())
+            shown.append(progress.figures())
         now[0] += 20.0
-        told.append(progress.figures())
-    assert told[0] == "12,000/40,000 tokens · 0:00:00"
-    assert told[1] == "13,000/40,000 · 100 tokens/s · 0:04:30 left"
-    assert told[6] == "18,000/40,000 · 100 tokens/s · 0:03:40 left"
-    assert told[13] == "25,000/40,000 · 53 tokens/s · 0:04:41 left"  # 8,000 tokens in 150 s: the latest alone
-    assert told[14] == "25,000/40,000 · 53 tokens/s · 0:04:21 left"
+        shown.append(progress.figures())
+    assert shown[0] == "12,000/40,000 tokens · 0:00:00"
+    assert shown[1] == "13,000/40,000 · 100 tokens/s · 0:04:30 left"
+    assert shown[6] == "18,000/40,000 · 100 tokens/s · 0:03:40 left"
+    assert shown[13] == "25,000/40,000 · 53 tokens/s · 0:04:41 left"  # 8,000 tokens in 150 s: only the latest calls
+    assert shown[14] == "25,000/40,000 · 53 tokens/s · 0:04:21 left"
 
 
 TEXT = """# Title
@@ -297,9 +297,13 @@ def test_where_blocks_end():
     assert finished_blocks("- a\n\n  more of a") == 0
 
 
+READY = r"\[\?2004h"
+"""What prompt_toolkit sends once it reads the keyboard. Before that the terminal turns Enter into a new line."""
+
+
 @pytest.fixture
 def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
-    """The real chat with the bundled model in a terminal of its own."""
+    """The real chat, with the bundled model, in a pseudo-terminal."""
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm-256color", "NO_COLOR": "1"}
     environment.pop("DSV2_MODEL", None)
     command = ["-c", "from dsv2_local.cli import main; main()", "chat", "--temperature", "0"]
@@ -308,6 +312,7 @@ def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
         preexec_fn=heed_signals,
     )  # fmt: skip
     child.expect("lists commands")
+    child.expect(READY)
     yield child
     child.close(force=True)
 
@@ -315,14 +320,18 @@ def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
 def test_in_a_terminal(dsv2, tmp_path):
     dsv2.send("What is a river?\r")
     dsv2.expect("context [0-9]+/2,048")
+    dsv2.expect(READY)
     dsv2.send("/sav x\r")
     dsv2.expect("did you mean /save")
+    dsv2.expect(READY)
     dsv2.send("/save talk\r")
     dsv2.expect("saved session talk: 1 turn")
+    dsv2.expect(READY)
     file = tmp_path / "dsv2-local" / "sessions" / "talk.safetensors"
     assert json.loads(read_header(file).conversation)["messages"][0]["content"] == "What is a river?"
     dsv2.send("\x1b[200~two\nlines\x1b[201~\r")  # a paste keeps its line ends and does not send
     dsv2.expect("context [0-9]+/2,048")
+    dsv2.expect(READY)
     dsv2.send("/save\r")
     dsv2.expect("saved session talk: 2 turns")
     assert json.loads(read_header(file).conversation)["messages"][2]["content"] == "two\nlines"
@@ -336,19 +345,21 @@ def test_in_a_terminal(dsv2, tmp_path):
 
 
 def test_ctrl_c_in_a_terminal_stops_the_answer_alone(dsv2):
-    dsv2.send("/set temperature 100\r")  # so flat that no end token comes for long
+    dsv2.send("/set temperature 100\r")  # so flat a distribution that an end token is unlikely
     dsv2.expect("stop = |seed = ")
+    dsv2.expect(READY)
     dsv2.send("/set max_tokens 2000\r")
     dsv2.expect("max_tokens = 2000")
-    dsv2.expect(r"\[\?2004h")  # the prompt is there again
+    dsv2.expect(READY)
     dsv2.send("Tell me everything.\r")
-    dsv2.expect(r"\[\?2004l")  # prompt_toolkit has let go of the terminal: the answer is being made
-    for _ in range(20):  # one that comes before the answer has begun is prompt_toolkit's, and lost
+    dsv2.expect(r"\[\?2004l")  # prompt_toolkit has released the terminal: the answer is being generated
+    for _ in range(20):  # one that arrives before the answer has begun goes to prompt_toolkit and is lost
         dsv2.send("\x03")
         if dsv2.expect(["stopped by Ctrl-C|taken back", pexpect.TIMEOUT], timeout=0.4) == 0:
             break
     else:
         pytest.fail("Ctrl-C did not stop the answer")
+    dsv2.expect(READY)
     dsv2.send("/stats\r")
     dsv2.expect("answer")
     assert dsv2.isalive()

@@ -1,4 +1,4 @@
-"""The command as a user runs it, on the bundled model: pipes, exit codes, clean one-line errors."""
+"""The `dsv2` command as a user runs it, with the bundled model: pipes, exit codes, one-line errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ QUESTION = "What is a dog?"
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Colours and models of the machine that runs the tests must not matter."""
+    """The environment without settings that would change the output: the user's model and colours."""
     kept = {name: value for name, value in os.environ.items() if name not in ("DSV2_MODEL", "FORCE_COLOR")}
     return {**kept, "COLUMNS": "100", **extra}
 
@@ -28,7 +28,7 @@ def dsv2(*args: object, stdin: bytes | None = b"", **extra: str) -> subprocess.C
 
 @pytest.fixture(scope="module")
 def answer() -> str:
-    """What the bundled model says to QUESTION, by the plainest way."""
+    """The bundled model's answer to QUESTION, from a plain `dsv2 run`."""
     done = dsv2("run", QUESTION, "--temperature", 0)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode()
@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_came_and_ends_quietly():
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
     assert first + rest
-    assert process.returncode in (130, 0)  # 0: the answer was over before the signal came
+    assert process.returncode in (130, 0)  # 0: the answer had ended before the signal arrived
     assert b"Traceback" not in errors
 
 
@@ -177,7 +177,7 @@ def test_quantize_inspect_and_verify(tmp_path):
 
 def test_inspect_shows_the_bundled_model():
     table = dsv2("inspect").stdout.decode()
-    for word in ("kv_lora_rank", "routed experts", "latent cache per token", "group_limited_greedy"):
+    for word in ("kv_lora_rank", "routed experts", "KV cache per token", "group_limited_greedy"):
         assert word in table
 
 

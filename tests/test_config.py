@@ -1,4 +1,4 @@
-"""Reading config.json: both shapes, the derived numbers, and refusals by name."""
+"""Reading config.json: both layouts of the file, derived numbers, and errors that name the value."""
 
 import json
 from pathlib import Path

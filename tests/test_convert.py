@@ -44,7 +44,7 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def source(pristine, tmp_path):
-    """A copy to damage."""
+    """A copy of the release that a test may damage."""
     return Path(shutil.copytree(pristine, tmp_path / "source"))
 
 
@@ -82,7 +82,7 @@ def test_sources_of_every_type(pristine, source, tmp_path, dtype):
     change(source, lambda w: w.update({name: tensor.to(dtype) for name, tensor in w.items()}))
     convert(source, tmp_path / "out", recipe=Recipe.NF4)
     assert verify(source, tmp_path / "out")[Kind.ROUTED] <= 0.0855
-    if dtype is torch.float32:  # the same numbers, so the same codes; fp16 rounds the smallest
+    if dtype is torch.float32:  # the same values and codes; fp16 rounds the smallest values
         convert(pristine, tmp_path / "plain", recipe=Recipe.NF4)
         assert (
             digests(tmp_path / "out")["experts-001.safetensors"]
@@ -90,7 +90,7 @@ def test_sources_of_every_type(pristine, source, tmp_path, dtype):
         )
 
 
-def test_kv_b_and_expert_records_are_where_they_are_read(pristine, tmp_path):
+def test_kv_b_and_expert_records_have_the_documented_layout(pristine, tmp_path):
     convert(pristine, tmp_path / "out", recipe=Recipe.BF16)
     weights = load_file(pristine / "model.safetensors")
     stored = load_file(tmp_path / "out" / "dense-001.safetensors")
@@ -190,7 +190,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(pristine, tmp_path):
 
 
 class Stop:
-    """Raises at the n-th report; keeps what it was told."""
+    """A `report` that records the progress, and raises `error` at the n-th call."""
 
     def __init__(self, at=None, error=KeyboardInterrupt):
         self.at, self.error, self.seen = at, error, []
@@ -201,7 +201,7 @@ class Stop:
             raise self.error
 
 
-def test_interrupt_keeps_what_is_finished_and_progress_only_grows(pristine, tmp_path):
+def test_an_interrupt_keeps_finished_files_and_progress_only_grows(pristine, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(pristine, tmp_path / "out", recipe=Recipe.NF4, report=Stop(60))
     finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").glob("*.safetensors")}
@@ -216,7 +216,7 @@ def test_interrupt_keeps_what_is_finished_and_progress_only_grows(pristine, tmp_
     assert (last.tensors, last.bytes) == (last.total_tensors, last.total_bytes)
 
 
-def test_a_partial_of_another_recipe_is_refused_and_forced_away(pristine, tmp_path):
+def test_a_partial_conversion_with_another_recipe_is_refused_unless_forced(pristine, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(pristine, tmp_path / "out", recipe=Recipe.INT8, report=Stop(60))
     with pytest.raises(ConversionError, match="another source or recipe"):
@@ -227,7 +227,7 @@ def test_a_partial_of_another_recipe_is_refused_and_forced_away(pristine, tmp_pa
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
 
 
-def test_an_existing_checkpoint_stays_until_the_new_one_is_whole(pristine, tmp_path):
+def test_an_existing_checkpoint_stays_until_the_new_one_is_finished(pristine, tmp_path):
     out = tmp_path / "out"
     convert(pristine, out, recipe=Recipe.INT8)
     before = digests(out)
@@ -248,7 +248,7 @@ def test_bad_destinations(source, tmp_path):
             convert(source, bad, recipe=Recipe.NF4, force=True)
 
 
-def test_two_at_once(pristine, tmp_path):
+def test_a_second_conversion_at_the_same_time_is_refused(pristine, tmp_path):
     def second(_):
         with pytest.raises(ConversionError, match="another conversion"):
             convert(pristine, tmp_path / "out", recipe=Recipe.NF4)

@@ -1,4 +1,4 @@
-"""The cache of experts against naive models of its policies, and the simulator on traces."""
+"""The expert cache against naive implementations of its policies, and hit rates on routing traces."""
 
 import itertools
 import random
@@ -19,7 +19,7 @@ LAYERS, EXPERTS, CHOSEN = 4, 12, 3
 
 
 def random_trace(seed: int, tokens: int = 120) -> Trace:
-    """Experts of unequal popularity, which drifts."""
+    """A trace of experts with unequal, drifting popularity."""
     draw = random.Random(seed)
     weights = [[draw.expovariate(1) for _ in range(EXPERTS)] for _ in range(LAYERS)]
     found = []
@@ -33,11 +33,11 @@ def random_trace(seed: int, tokens: int = 120) -> Trace:
 
 
 class Naive:
-    """A cache that sorts all it holds by worth, written from the definitions."""
+    """A cache written from the definitions of the policies, which compares all cached experts at every eviction."""
 
     def __init__(self, slots: int, policy: Policy) -> None:
-        self.slots, self.policy, self.held = slots, policy, set[Key]()
-        self.uses: dict[Key, list[int]] = defaultdict(list)  # tokens in which it was used
+        self.slots, self.policy, self.cached = slots, policy, set[Key]()
+        self.uses: dict[Key, list[int]] = defaultdict(list)  # tokens that used the expert
         self.last: dict[Key, int] = {}
 
     def worth(self, key: Key, token: int) -> tuple[float, int]:
@@ -56,99 +56,98 @@ class Naive:
                 for key in keys:
                     self.uses[key].append(token)
                     self.last[key] = next(clock)
-                there = [key for key in keys if key in self.held]
-                hits += len(there)
+                hits += len([key for key in keys if key in self.cached])
                 for key in keys:
-                    if key in self.held:
+                    if key in self.cached:
                         continue
-                    if len(self.held) == self.slots:
-                        out = min(self.held - set(keys), key=lambda k: self.worth(k, token), default=None)
-                        if out is None:
+                    if len(self.cached) == self.slots:
+                        victim = min(self.cached - set(keys), key=lambda k: self.worth(k, token), default=None)
+                        if victim is None:
                             continue
-                        if self.policy is Policy.LRFU and self.worth(out, token) > self.worth(key, token):
+                        if self.policy is Policy.LRFU and self.worth(victim, token) > self.worth(key, token):
                             continue
-                        self.held.remove(out)
-                    self.held.add(key)
+                        self.cached.remove(victim)
+                    self.cached.add(key)
         return hits
 
 
 @pytest.mark.parametrize("policy", [Policy.LRU, Policy.LFU, Policy.LRFU])
 @pytest.mark.parametrize("slots", [1, 3, 7, 12, 30, 48])
-def test_policies_are_what_they_are_called(policy, slots):
+def test_policies_agree_with_their_definitions(policy, slots):
     for seed in range(4):
         trace = random_trace(seed)
         uses = len(list(trace.uses()))
         assert hit_rate(trace, slots, policy) == Naive(slots, policy).hits(trace) / uses
 
 
-def test_nobody_beats_the_one_who_knows_the_future():
+def test_no_policy_beats_the_optimal_cache():
     for seed, slots in itertools.product(range(6), (1, 5, 13, 24, 40)):
         trace = random_trace(seed)
         best = best_hit_rate(trace, slots)
         assert all(hit_rate(trace, slots, policy) <= best for policy in Policy)
     assert best_hit_rate(trace, 0) == 0
-    everything = 1 - len(set(trace.uses())) / len(list(trace.uses()))
-    assert best_hit_rate(trace, 48) == everything == hit_rate(trace, 48, Policy.LRU)
+    all_but_first_uses = 1 - len(set(trace.uses())) / len(list(trace.uses()))
+    assert best_hit_rate(trace, 48) == all_but_first_uses == hit_rate(trace, 48, Policy.LRU)
 
 
-def test_the_best_is_the_best_of_all_choices():
-    """On traces so small that every choice can be tried."""
+def test_the_optimal_cache_is_the_best_of_all_choices():
+    """On traces so small that all choices of evictions can be tried."""
     for seed in range(12):
         draw = random.Random(seed)
         uses = [draw.randrange(4) for _ in range(9)]
 
         @lru_cache(None)
-        def most(place: int, held: frozenset[int], uses: tuple[int, ...] = tuple(uses)) -> int:
-            if place == len(uses):
+        def most_hits(position: int, cached: frozenset[int], uses: tuple[int, ...] = tuple(uses)) -> int:
+            if position == len(uses):
                 return 0
-            if uses[place] in held:
-                return 1 + most(place + 1, held)
-            choices = [held, *((held - {out}) | {uses[place]} for out in held)]
-            if len(held) < 2:
-                choices.append(held | {uses[place]})
-            return max(most(place + 1, choice) for choice in choices)
+            if uses[position] in cached:
+                return 1 + most_hits(position + 1, cached)
+            choices = [cached, *((cached - {victim}) | {uses[position]} for victim in cached)]
+            if len(cached) < 2:
+                choices.append(cached | {uses[position]})
+            return max(most_hits(position + 1, choice) for choice in choices)
 
         trace = Trace("tiny", 1, 4, [[[expert]] for expert in uses])
-        assert best_hit_rate(trace, 2) * len(uses) == most(0, frozenset())
+        assert best_hit_rate(trace, 2) * len(uses) == most_hits(0, frozenset())
 
 
 @pytest.mark.parametrize("policy", Policy)
-def test_random_use_never_mixes_up_slots(policy):
+def test_random_operations_never_mix_up_slots(policy):
     draw = random.Random(7)
     cache = ExpertCache(10, policy)
     pinned: set[Key] = set()
-    where: dict[Key, int] = {}
+    slot_of: dict[Key, int] = {}
     for _ in range(20_000):
         action = draw.random()
         layer = draw.randrange(LAYERS)
         if action < 0.55:
             chosen = draw.sample(range(EXPERTS), draw.randrange(1, 5))
             hits, misses = cache.use(layer, chosen)
-            assert hits == {e: where[layer, e] for e in chosen if (layer, e) in where}
+            assert hits == {e: slot_of[layer, e] for e in chosen if (layer, e) in slot_of}
             assert sorted([*hits, *misses]) == sorted(chosen)
             for expert in misses:
-                held = pinned | {(layer, e) for e in hits}
-                if got := cache.admit((layer, expert), free_only=draw.random() < 0.2):
-                    if got.evicted:
-                        assert got.evicted not in held
-                        assert where.pop(got.evicted) == got.slot
-                    assert got.slot not in where.values()
-                    where[layer, expert] = got.slot
-                    hits[expert] = got.slot
+                in_use = pinned | {(layer, e) for e in hits}
+                if admission := cache.admit((layer, expert), free_only=draw.random() < 0.2):
+                    if admission.evicted:
+                        assert admission.evicted not in in_use
+                        assert slot_of.pop(admission.evicted) == admission.slot
+                    assert admission.slot not in slot_of.values()
+                    slot_of[layer, expert] = admission.slot
+                    hits[expert] = admission.slot
                     if draw.random() < 0.1:  # the copy fails
                         cache.evict((layer, expert))
-                        del where[layer, expert], hits[expert]
+                        del slot_of[layer, expert], hits[expert]
             pinned |= {(layer, e) for e in hits}
         if draw.random() < 0.5:
             cache.release()
             pinned.clear()
-        assert len(cache) == len(where) <= 10
-    assert {key: cache.peek(key) for key in where} == where
+        assert len(cache) == len(slot_of) <= 10
+    assert {key: cache.peek(key) for key in slot_of} == slot_of
     total = sum(counter.hits + counter.misses for counter in cache.counters.values())
     assert total > 10_000
 
 
-def test_prefill_leaves_a_conversation_its_experts():
+def test_prefill_does_not_evict_the_experts_of_a_conversation():
     cache = ExpertCache(4)
     for expert in range(3):
         cache.use(0, [expert])
@@ -157,13 +156,13 @@ def test_prefill_leaves_a_conversation_its_experts():
     before = dict(cache.counters[0].__dict__)
     for expert in range(3, 12):
         assert cache.peek((0, expert)) is None
-        got = cache.admit((0, expert), free_only=True)
-        assert (got is not None) == (expert == 3)  # the one free slot
+        admission = cache.admit((0, expert), free_only=True)
+        assert (admission is not None) == (expert == 3)  # there is one free slot
     assert all(cache.peek((0, expert)) is not None for expert in range(4))
     assert cache.counters[0].hits == before["hits"]
 
 
-def test_traces_are_kept_and_damaged_ones_refused(tmp_path):
+def test_traces_are_saved_and_damaged_ones_refused(tmp_path):
     trace, file = random_trace(1), tmp_path / "a.trace"
     trace.save(file)
     assert Trace.load(file) == trace
@@ -182,7 +181,7 @@ def test_traces_are_kept_and_damaged_ones_refused(tmp_path):
         Trace.load(tmp_path / "none")
 
 
-def test_bench_records_what_the_model_chooses(tmp_path, monkeypatch):
+def test_bench_records_the_experts_that_the_model_chooses(tmp_path, monkeypatch):
     text, file = "A river is a large natural stream of water.", tmp_path / "nano.trace"
     done = dsv2("bench", "--trace", file, stdin=text.encode())
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
@@ -193,7 +192,7 @@ def test_bench_records_what_the_model_chooses(tmp_path, monkeypatch):
     chosen = []
     route = ops.route
     monkeypatch.setattr(ops, "route", lambda *args: chosen.append(route(*args)[0]) or route(*args))
-    llm.logits(ids)  # all at once: the same choices, but for ties within the kernels' tolerance
+    llm.logits(ids)  # in one prefill step: the same choices, except for ties within the kernels' tolerance
     prefilled = torch.stack(chosen, 1).tolist()
     pairs = [(set(a), set(b)) for x, y in zip(trace.tokens, prefilled, strict=True) for a, b in zip(x, y, strict=True)]
     assert sum(len(a & b) for a, b in pairs) > 0.97 * sum(len(a) for a, _ in pairs)
@@ -202,12 +201,12 @@ def test_bench_records_what_the_model_chooses(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trace", "none/x"], "no such directory"),
-        (["--trace", "x", "--random-weights", "deepseek-v2"], "route by chance"),
+        (["--trace", "none/x"], "directory does not exist"),
+        (["--trace", "x", "--random-weights", "deepseek-v2"], "the routing of --random-weights is random"),
         (["--trace", "x", "--text", "no-such-file"], "cannot be read"),
     ],
 )
-def test_what_cannot_be_traced_is_refused(options, message, tmp_path):
+def test_invalid_trace_options_are_refused(options, message, tmp_path):
     options = [tmp_path / option if option in ("x", "none/x") else option for option in options]
     done = dsv2("bench", *options, stdin=b"a text")
     assert (done.returncode, done.stdout) == (2, b"")

@@ -1,4 +1,4 @@
-"""nf4 and int8: the layout, the error, and bitsandbytes as the oracle of the codes."""
+"""nf4 and int8: the layout of stored matrices, the quantisation error, and a comparison with bitsandbytes."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -22,7 +22,7 @@ def relative_error(approximate: Tensor, exact: Tensor) -> float:
 
 
 def dequantize_by_definition(matrix: Matrix) -> Tensor:
-    """Weight by weight from the words of `kernels.layout`, in Python."""
+    """Dequantise weight by weight, in Python, as the docstring of `kernels.layout` describes."""
     assert matrix.scales is not None
     out = torch.empty(matrix.rows, matrix.cols)
     for r in range(matrix.rows):
@@ -39,13 +39,13 @@ def dequantize_by_definition(matrix: Matrix) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("format", [nf4, int8])
-def test_bytes_lie_as_the_layout_says(format, shape):
+def test_stored_matrices_follow_the_layout(format, shape):
     matrix = format.quantize(gaussian(*shape))
     assert torch.equal(dequantize(matrix), dequantize_by_definition(matrix))
     assert sum(part.nbytes for part in matrix.parts) == matrix_nbytes(matrix.format, *shape)
 
 
-def test_packing_loses_no_code():
+def test_unpacking_inverts_packing():
     codes = torch.randint(0, 16, (3, 8, 2, 64), dtype=torch.uint8)
     assert torch.equal(unpack_nf4(pack_nf4(codes)), codes)
     signed = torch.randint(-127, 128, (3, 8, 2, 64), dtype=torch.int8)
@@ -55,7 +55,7 @@ def test_packing_loses_no_code():
 def test_bitsandbytes_reads_our_codes_as_the_same_numbers():
     matrix = nf4.quantize(gaussian(64, 256))
     assert matrix.scales is not None
-    codes = unpack_nf4(matrix.codes).reshape(-1, 2)  # row-major pairs, the first code in the high nibble there
+    codes = unpack_nf4(matrix.codes).reshape(-1, 2)  # bitsandbytes: row-major, the first code in the high nibble
     absmax = matrix.scales.transpose(1, 2).reshape(-1).float()
     state = bnb.QuantState(
         absmax=absmax, shape=torch.Size((64, 256)), dtype=torch.float32, blocksize=64, quant_type="nf4",
@@ -65,7 +65,7 @@ def test_bitsandbytes_reads_our_codes_as_the_same_numbers():
     torch.testing.assert_close(dequantize(matrix), theirs, rtol=1e-6, atol=0)
 
 
-def test_searched_scales_beat_the_maximum_on_gaussian_weights():
+def test_searched_scales_beat_absmax_scales_on_gaussian_weights():
     weight = gaussian(1024, 1024)
     ours = relative_error(dequantize(nf4.quantize(weight)), weight)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
@@ -74,7 +74,7 @@ def test_searched_scales_beat_the_maximum_on_gaussian_weights():
     assert theirs == pytest.approx(0.092, abs=0.001)
 
 
-def test_searched_scales_beat_the_maximum_on_heavy_tails():
+def test_searched_scales_beat_absmax_scales_on_heavy_tails():
     torch.manual_seed(0)
     weight = torch.distributions.StudentT(4.0).sample((512, 512))
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
@@ -111,7 +111,7 @@ def test_quantising_slices_of_rows_gives_the_same_bytes(format):
 
 
 @pytest.mark.parametrize("format", [nf4, int8])
-def test_linear_and_embedding_use_the_dequantised_numbers(format):
+def test_linear_and_embedding_use_the_dequantised_weights(format):
     matrix = format.quantize(gaussian(40, 72))
     x = torch.randn(5, 72)
     torch.testing.assert_close(linear(x, matrix), x @ dequantize_by_definition(matrix).T)
@@ -128,6 +128,6 @@ def test_an_expert_record_is_its_three_matrices_end_to_end():
         assert torch.equal(dequantize(viewed), dequantize(original))
 
 
-def test_bits_of_the_formats_are_those_of_large_matrices():
+def test_bits_per_weight_are_those_of_large_matrices():
     for format in Format:
         assert matrix_nbytes(format, 1536, 5120) * 8 / (1536 * 5120) == format.bits

@@ -1,4 +1,4 @@
-"""The decode step of GPUs, run on the CPU: a replay computes again what was captured."""
+"""`GpuStep`, run on the CPU with a simulated CUDA graph: a replay runs the captured Python step again."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 class Again:
-    """A graph whose replay runs the captured step once more, into the same result."""
+    """A simulated graph whose replay runs the captured step again, into the same result tensor."""
 
     fully_captured = True
 
@@ -36,7 +36,7 @@ class Again:
 
 
 class Event:
-    """Of a stream that is always done."""
+    """A simulated event of a stream that has always ended."""
 
     def __init__(self, enable_timing: bool) -> None: ...
     def record(self, stream: object) -> None: ...
@@ -47,7 +47,7 @@ class Event:
 
 @pytest.fixture
 def model(monkeypatch) -> LLM:
-    """nano on the CPU, decoding as on a GPU."""
+    """dsv2-nano on the CPU, decoding with `GpuStep`."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **given: empty(*shape, **given))
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
@@ -61,7 +61,7 @@ def model(monkeypatch) -> LLM:
 
 
 def plain(model: LLM, tokens: list[int]) -> Tensor:
-    """Logits [T, vocab] by steps of the CPU, from an empty cache; the cache is left empty."""
+    """Logits [T, vocab] from `CpuStep`, with an empty cache before and after."""
     cache = model.engine.cache
     cache.clear()
     step = CpuStep(model.engine.model, cache)

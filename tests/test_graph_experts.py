@@ -1,4 +1,4 @@
-"""A captured step's experts on devices made of RAM, and the order of what stands between graphs."""
+"""Experts of a captured step on simulated devices, and the order of graphs and the Python calls between them."""
 
 import random
 from typing import Any
@@ -17,8 +17,8 @@ from tests.test_offload import records as records
 STREAMS = "synchronize", "current_stream", "set_stream", "current_device", "graph_pool_handle", "Stream", "set_device"
 
 
-class AtOnce(PiecewiseGraph):
-    """No graphs: what a replay would do is done while it is captured."""
+class ImmediateGraph(PiecewiseGraph):
+    """Captures nothing: the calls between graphs run at once, in the order of a replay."""
 
     def call_between(self, work: Any) -> None:
         work()
@@ -27,8 +27,8 @@ class AtOnce(PiecewiseGraph):
 @pytest.mark.parametrize("buffer", [2, 5])
 @pytest.mark.parametrize("slots", [0, 5, EXPERTS])
 @pytest.mark.parametrize("mode", [Mode.HYBRID, Mode.STREAM])
-def test_every_expert_is_computed_once_wherever_it_is(records, mode, slots, buffer):
-    """With the reference: the native kernels do not leave out slots."""
+def test_every_expert_is_computed_once_wherever_it_is_stored(records, mode, slots, buffer):
+    """On the torch reference, because the native kernels do not skip negative slots."""
     rng = random.Random(slots)
     with kernels(cpu.REFERENCE):
         experts = offloaded(records, rng, mode, slots, buffer)
@@ -37,49 +37,49 @@ def test_every_expert_is_computed_once_wherever_it_is(records, mode, slots, buff
         for turn in range(60):
             layer = rng.choice(list(records))
             x, ids, weights = step(1, rng)
-            got = experts.start(layer, x, ids, weights, AtOnce())()
+            got = experts.start(layer, x, ids, weights, ImmediateGraph())()
             assert torch.equal(got, ops.experts(x, records[layer], LAYOUT, ids, weights)), turn
-        figures = experts.stats
-        assert (figures.hits > 0, figures.host_experts > 0) == (slots > 0, mode is Mode.HYBRID)
-        assert figures.hits + figures.misses == 60 * 3
-        assert experts.stats.fetched_bytes > 0
+        stats = experts.stats
+        assert (stats.hits > 0, stats.host_experts > 0) == (slots > 0, mode is Mode.HYBRID)
+        assert stats.hits + stats.misses == 60 * 3
+        assert stats.fetched_bytes > 0
         experts.close()
 
 
 class Graph:
-    """Notes when it is captured and replayed."""
+    """A CUDA graph that logs its captures and replays."""
 
-    def __init__(self, told: list[str]) -> None:
-        self._told, self._name = told, ""
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
 
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
-        self._told.append("begin")
+        self._log.append("begin")
 
     def capture_end(self) -> None:
-        self._told.append("end")
+        self._log.append("end")
 
     def replay(self) -> None:
-        self._told.append("graph")
+        self._log.append("graph")
 
 
-def test_work_between_graphs_is_done_in_each_replay_and_not_while_they_are_captured(monkeypatch):
-    told: list[str] = []
+def test_calls_between_graphs_run_in_each_replay_and_not_during_capture(monkeypatch):
+    log: list[str] = []
     for name in STREAMS:
         monkeypatch.setattr(graphs.torch.cuda, name, lambda *given: 0)
-    monkeypatch.setattr(graphs.torch.cuda, "CUDAGraph", lambda: Graph(told))
-    recorded = PiecewiseGraph()
+    monkeypatch.setattr(graphs.torch.cuda, "CUDAGraph", lambda: Graph(log))
+    piecewise = PiecewiseGraph()
 
-    def captured() -> str:
-        recorded.call_between(lambda: told.append("work"))
+    def step() -> str:
+        piecewise.call_between(lambda: log.append("call"))
         return "result"
 
-    assert recorded.capture(captured) == "result"
-    assert told == ["begin", "end", "begin", "end"]
-    told.clear()
-    recorded.replay()
-    recorded.replay()
-    assert told == ["graph", "work", "graph"] * 2
-    told.clear()
+    assert piecewise.capture(step) == "result"
+    assert log == ["begin", "end", "begin", "end"]
+    log.clear()
+    piecewise.replay()
+    piecewise.replay()
+    assert log == ["graph", "call", "graph"] * 2
+    log.clear()
     with pytest.raises(ZeroDivisionError):
         PiecewiseGraph().capture(lambda: 1 // 0)
-    assert told == ["begin", "end"]
+    assert log == ["begin", "end"]

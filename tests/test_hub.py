@@ -10,7 +10,7 @@ from dsv2_local.errors import InputError
 from dsv2_local.quant.hub import is_repository, resolve
 from tests.hub_server import Hub, serving
 
-WEIGHTS = os.urandom(24_000_000)  # huggingface_hub writes pieces of 10 MB: less would leave nothing to resume
+WEIGHTS = os.urandom(24_000_000)  # several of the 10 MB pieces that huggingface_hub writes, so that some can be resumed
 FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "training.bin": b"not wanted"}
 CODE = """
 import json, sys
@@ -32,7 +32,7 @@ def hub():
 
 @pytest.fixture
 def fetch(hub, tmp_path):
-    """`fetch` in a process of its own: huggingface_hub reads its environment once, on import."""
+    """Run `fetch` in a separate process, because huggingface_hub reads its environment once, on import."""
 
     def call(repository="org/model", endpoint=None, env=None, code=CODE, **options):
         settings = {"HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
@@ -42,7 +42,7 @@ def fetch(hub, tmp_path):
             env={**clean, **settings, **(env or {})}, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)  # also: nothing but our own line on stdout
+        return json.loads(done.stdout)  # fails if anything else is on stdout
 
     return call
 
@@ -84,7 +84,7 @@ def test_resumes_after_a_cut_connection(hub, fetch):
         ({}, {"env": {"HF_HUB_OFFLINE": "1"}}, "not in the cache"),
     ],
 )
-def test_failures_are_one_line(hub, fetch, change, options, text):
+def test_failures_are_one_line_errors(hub, fetch, change, options, text):
     for name, value in change.items():
         setattr(hub, name, value)
     error = fetch(**options)["error"]
@@ -97,7 +97,7 @@ def test_the_token_is_sent(hub, fetch):
     assert read(fetch(token="secret"), "config.json") == b"{}"
 
 
-def test_a_connection_that_always_breaks_is_one_line(hub, fetch):
+def test_a_connection_that_always_breaks_is_a_one_line_error(hub, fetch):
     hub.cut["model.safetensors"], hub.always_cut = 1_000_000, True
     error = fetch()["error"]
     assert "run the same command again to resume" in error

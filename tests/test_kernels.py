@@ -1,11 +1,14 @@
-"""The native kernels, every variant that this machine can run, against the torch reference."""
+"""The native kernels, in every variant that this machine can run, against the PyTorch reference."""
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import dsv2_local
 from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
+from dsv2_local.kernels.cpu.recording import CALL_ARGUMENTS
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.machine import resources
@@ -24,7 +28,7 @@ from tests.conftest import kernels
 from tests.models import TINY
 from tests.paging import gathered, scattered
 
-# A product's error in norm: activations of 8 bits 0.6 %, and for nf4 its levels on 8 bits 0.3 %.
+# Relative error of a product in norm: 8-bit activations cost 0.6 %; nf4 levels rounded to 8 bits cost 0.3 %.
 TOLERANCE = {Format.NF4: 0.008, Format.INT8: 0.007}
 QUANTISERS = {Format.NF4: nf4.quantize, Format.INT8: int8.quantize}
 FORMATS = list(QUANTISERS)
@@ -38,7 +42,7 @@ def native(request) -> Iterator[cpu.Kernels]:
         found = cpu.kernels()
         assert found is not None
         assert found.variant == request.param
-        found.set_threads(resources.Threads(3, ()))  # more than here are cores, so that threads take turns
+        found.set_threads(resources.Threads(3, ()))  # more threads than there may be cores, so that some have to wait
         yield found
 
 
@@ -71,14 +75,14 @@ def test_linear_is_the_product_with_the_dequantised_weights(native, format, rows
         assert off(whole, reference.linear(x, weight)) < TOLERANCE[format] * (
             2 if tokens * min(rows, cols) < 200 else 1
         )
-        # A token's result does not depend on its company: prefill in any chunks and decoding agree.
+        # A token's result does not depend on the other tokens: prefill in any chunks and decoding agree.
         one = native.linear(x[tokens // 2, None], weight)[0]
         assert torch.equal(one, whole[tokens // 2]) or native.variant == "portable"
         assert off(one, whole[tokens // 2]) < 1e-6
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_linear_on_awkward_numbers(native, format):
+def test_linear_on_extreme_numbers(native, format):
     weight = matrix(format, 72, 320)
     zeros = native.linear(torch.zeros(3, 320), weight)
     assert torch.equal(zeros, torch.zeros(3, 72))
@@ -94,8 +98,8 @@ def test_linear_on_awkward_numbers(native, format):
     assert native.linear(bf16, weight).dtype == torch.bfloat16
 
 
-def test_every_column_and_code_takes_part(native):
-    """One-hot inputs read the matrix back, so that no nibble, lane or block can be swapped with another."""
+def test_every_column_and_code_is_in_its_place(native):
+    """One-hot inputs read the matrix back, which shows whether a nibble, lane or block is swapped with another."""
     for format, bound in ((Format.NF4, 0.02), (Format.INT8, 1e-6)):
         weight = matrix(format, 24, 192)
         back = native.linear(torch.eye(192), weight).T
@@ -109,7 +113,7 @@ def test_swiglu(native, format):
     gate, up, down = matrix(format, 200, 128), matrix(format, 200, 128), matrix(format, 128, 200)
     for tokens in (1, 3, 300):
         x = torch.randn(tokens, 128)
-        # Three products in a row: errors of two meet in the third.
+        # Three products: the third adds its error to those of the other two.
         assert off(native.swiglu(x, gate, up, down), reference.swiglu(x, gate, up, down)) < 3 * TOLERANCE[format]
 
 
@@ -127,7 +131,7 @@ def test_experts(native, format, hidden, intermediate):
         assert off(ours, reference.experts(x, data, layout, ids, weights)) < 3 * TOLERANCE[format]
 
 
-def test_experts_of_a_token_do_not_depend_on_its_company(native):
+def test_the_experts_of_a_token_do_not_depend_on_other_tokens(native):
     layout = ExpertLayout(Format.NF4, 128, 64)
     data, x, weights = records(layout, 8), torch.randn(40, 128), torch.rand(40, 3)
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(40)])
@@ -141,7 +145,7 @@ def test_experts_of_a_token_do_not_depend_on_its_company(native):
 @pytest.mark.parametrize(("hidden", "intermediate"), [(128, 64), (100, 72)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_outputs_of_single_experts_add_up_to_the_mixture_bit_for_bit(native, format, hidden, intermediate, tokens):
-    """However the pairs are ordered, spread over slots and shared among calls."""
+    """For any order of the pairs, any slots, and any split into calls."""
     E, K = 8, 3
     layout = ExpertLayout(format, hidden, intermediate)
     data, x = records(layout, E), torch.randn(tokens, hidden)
@@ -187,8 +191,8 @@ def test_attention_in_both_forms(native, heads, N, P, C, V, tokens, cached):
     assert errors[1].max() < 1e-4, "materialised"  # fp32 throughout
 
 
-def test_attention_ignores_what_lies_after_it_in_the_cache(native):
-    """Rows past the last position may hold anything, not numbers among them."""
+def test_attention_ignores_cache_rows_past_the_last_position(native):
+    """They may contain anything, even NaN."""
     H, N, P, C, V = SHAPES[1]
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     cache, block_table = scattered(torch.randn(9, C + P).bfloat16(), 7)
@@ -198,7 +202,7 @@ def test_attention_ignores_what_lies_after_it_in_the_cache(native):
 
 
 @pytest.mark.parametrize("tokens", [12, 40])
-def test_attention_of_a_token_does_not_depend_on_its_company(native, tokens):
+def test_attention_of_a_token_does_not_depend_on_other_tokens(native, tokens):
     H, N, P, C, V = 16, 32, 16, 64, 48
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     q, cached = torch.randn(tokens, H, N + P), 500
@@ -213,7 +217,7 @@ def test_attention_of_a_token_does_not_depend_on_its_company(native, tokens):
 
 
 def test_sharp_attention(native):
-    """Scores in the hundreds: the softmax must neither overflow nor lose the position that it should find."""
+    """With scores in the hundreds, the softmax must neither overflow nor miss the position with the highest score."""
     H, N, P, C, V = SHAPES[1]
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     q, latents = torch.randn(1, H, N + P) * 100, torch.randn(600, C + P).bfloat16()
@@ -230,7 +234,7 @@ def test_rows(native, tokens):
     exact = reference.embedding(ids, embedding, torch.float32)
     assert torch.equal(native.embedding(ids, embedding, torch.float32), exact)
     kv_a, rotation = torch.randn(tokens, 72 + 16), torch.polar(torch.ones(tokens, 8), torch.randn(tokens, 8))
-    blocks, block_table = scattered(torch.zeros(60 + tokens, 88, dtype=torch.bfloat16), 60)  # from one page to the next
+    blocks, block_table = scattered(torch.zeros(60 + tokens, 88, dtype=torch.bfloat16), 60)  # across a block boundary
     ours, theirs = blocks.clone(), blocks.clone()
     native.write_latents(ours, block_table, kv_a, weight[:72], 1e-6, rotation)
     reference.write_latents(theirs, block_table, kv_a, weight[:72], 1e-6, rotation)
@@ -238,7 +242,7 @@ def test_rows(native, tokens):
     ours, theirs = (gathered(written, block_table, 60 + tokens) for written in (ours, theirs))
     assert torch.equal(ours[:60], torch.zeros(60, 88))
     assert torch.equal(native.add(x, x * 2), x + x * 2)
-    assert off(ours.float(), theirs.float()) < 1e-3  # the last bit of a few
+    assert off(ours.float(), theirs.float()) < 1e-3  # a few differ in the last bit
 
 
 @pytest.mark.parametrize(
@@ -276,20 +280,20 @@ def test_quantised_padding_is_zero(native, format):
     assert torch.equal(values[:, 70:], torch.zeros(8, 58))
 
 
-def test_nano_says_the_same_as_on_the_reference(native):
+def test_nano_answers_as_on_the_reference(native):
     """Greedy answers agree wherever the reference's two best tokens are further apart than the kernels' tolerance."""
     questions = ["What is a violin?", "What is a river?", "Write me a poem."]
     with kernels(cpu.REFERENCE):
         reference_llm = dsv2_local.load()
         prompts = [reference_llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
         answers = [[c.token_id for c in reference_llm.generate(p, max_tokens=24, temperature=0)] for p in prompts]
-        block_tables = [p + [t for t in a if t is not None] for p, a in zip(prompts, answers, strict=True)]
-        exact = [reference_llm.logits(s) for s in block_tables]
+        sequences = [p + [t for t in a if t is not None] for p, a in zip(prompts, answers, strict=True)]
+        exact = [reference_llm.logits(s) for s in sequences]
     with kernels(native.variant):
         llm = dsv2_local.load()
         compared = 0
-        for block_table, theirs in zip(block_tables, exact, strict=True):
-            ours = llm.logits(block_table)
+        for sequence, theirs in zip(sequences, exact, strict=True):
+            ours = llm.logits(sequence)
             best = theirs.topk(2, dim=1).values
             clear = best[:, 0] - best[:, 1] > 0.5
             compared += int(clear.sum())
@@ -318,7 +322,7 @@ def test_perplexity_of_nano_is_unchanged(native):
     assert perplexity(native.variant) == pytest.approx(perplexity(cpu.REFERENCE), rel=0.005)
 
 
-def test_chunks_do_not_change_what_nano_says(native):
+def test_prefill_in_chunks_gives_nanos_logits(native):
     with kernels(native.variant):
         llm = dsv2_local.load()
         ids = llm.tokenizer.encode("A river is a large natural stream of water. " * 12)
@@ -328,7 +332,7 @@ def test_chunks_do_not_change_what_nano_says(native):
     assert (chunked - whole).norm(dim=1).median() / whole.norm(dim=1).median() < 0.05
 
 
-def test_the_variable_chooses_and_refuses(monkeypatch):
+def test_the_environment_variable_chooses_the_variant(monkeypatch):
     for variant in [*cpu.usable(), cpu.REFERENCE]:
         with kernels(variant):
             assert ops.variant() == variant
@@ -338,7 +342,7 @@ def test_the_variable_chooses_and_refuses(monkeypatch):
     assert cpu.usable() == ["portable"]
 
 
-def test_without_compiled_kernels_the_reference_answers_and_says_so(monkeypatch):
+def test_without_compiled_kernels_the_reference_computes_with_a_notice(monkeypatch):
     monkeypatch.setattr(cpu, "libraries", dict)
     with kernels(""):
         assert ops.variant() == cpu.REFERENCE
@@ -346,7 +350,7 @@ def test_without_compiled_kernels_the_reference_answers_and_says_so(monkeypatch)
 
 
 def test_calls_from_several_python_threads(native):
-    """Two generations at once share the pool without mixing their work."""
+    """Callers share the thread pool without mixing up their work."""
     from concurrent.futures import ThreadPoolExecutor
 
     weight = matrix(Format.NF4, 512, 256)
@@ -357,8 +361,44 @@ def test_calls_from_several_python_threads(native):
             assert torch.equal(ours, theirs)
 
 
+HEADER = Path(__file__).parent.parent / "kernels/cpu/api.hpp"
+ARRAYS = ("float", "double", "void", "uint8_t", "uint16_t", "int64_t", "dsv2::Call")
+# Arrays are passed as addresses; the types of all other arguments and results are declared exactly.
+CTYPES = {
+    "void": None, "float": c_float, "int32_t": c_int32, "int64_t": c_int64, "uint64_t": c_uint64,
+    "const char*": c_char_p, "const int32_t*": POINTER(c_int32), "const dsv2::Matrix*": POINTER(cpu._Matrix),
+    **{f"{const}{element}*": c_void_p for element in ARRAYS for const in ("", "const ")},
+}  # fmt: skip
+
+
+def prototypes() -> dict[str, tuple[tuple[Any, ...], Any]]:
+    """The types of the arguments and of the result of every function in api.hpp, as ctypes."""
+    text, found = re.sub(r"//.*", "", HEADER.read_text()), {}
+    for result, name, parameters in re.findall(r"^API ([^;(]+?) dsv2_(\w+)\(([^)]*)\);", text, re.MULTILINE):
+        types = [" ".join(parameter.split()[:-1]) for parameter in parameters.split(",")]
+        found[name] = tuple(CTYPES[type] for type in types), CTYPES[result]
+    assert found.keys() == set(re.findall(r"\bdsv2_(\w+)\(", text))
+    return found
+
+
+def test_ctypes_declares_every_function_of_the_header():
+    """The same names on both sides, and for each the same number and types of arguments and the same result."""
+    declared = {name: (types, cpu._RESULTS.get(name)) for name, types in cpu._SIGNATURES.items()}
+    assert declared == prototypes()
+    assert cpu._RESULTS.keys() <= declared.keys()
+    assert f"CALL_ARGUMENTS = {CALL_ARGUMENTS};" in HEADER.read_text()
+
+
+def test_functions_that_can_be_recorded_are_known_from_the_library(native):
+    """A recorded call has room for their arguments, and no result."""
+    assert {"linear", "attention", "experts"} <= native._recordable.keys() < cpu._SIGNATURES.keys()
+    assert list(native._recordable.values()) == list(range(len(native._recordable)))
+    assert max(len(cpu._SIGNATURES[name]) for name in native._recordable) <= CALL_ARGUMENTS
+    assert not native._recordable.keys() & cpu._RESULTS.keys()
+
+
 def test_sanitizers(tmp_path):
-    """tools/sanitize, AddressSanitizer with UndefinedBehaviorSanitizer; the full set is run by hand."""
+    """tools/sanitize with AddressSanitizer and UndefinedBehaviorSanitizer; run it by hand for ThreadSanitizer."""
     root = Path(__file__).parent.parent
     if subprocess.run(["sh", "-c", "command -v c++"], capture_output=True, check=False).returncode:
         pytest.skip("no C++ compiler")

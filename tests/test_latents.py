@@ -1,4 +1,4 @@
-"""The 8-bit latent cache: its format, and the native kernels on its rows against the torch reference."""
+"""The 8-bit KV cache: its format, and the native kernels that read and write it against the PyTorch reference."""
 
 import copy
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tests.models import TINY
 from tests.paging import gathered, scattered
 
 SHAPES = [(512, 64), (64, 16), (40, 6), (130, 8), (24, 0)]  # C, P
-# As `test_kernels` has it for a bf16 cache; where VNNI multiplies bytes, queries are of 8 bits too.
+# The tolerance of `test_kernels` for a bf16 cache; with VNNI, queries are quantised to 8 bits too.
 TOLERANCE, VNNI_TOLERANCE = 0.02, 0.025
 
 
@@ -50,7 +50,7 @@ def scales_of(rows: Tensor, rank: int) -> Tensor:
 @pytest.mark.parametrize(("rank", "rope"), SHAPES)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_a_latent_is_within_half_a_scale(rank, rope, data):
+def test_quantised_latents_are_within_half_a_scale(rank, rope, data):
     size = data.draw(st.floats(1e-30, 1e30))
     tokens = data.draw(st.integers(1, 4))
     torch.manual_seed(data.draw(st.integers(0, 1 << 16)))
@@ -62,7 +62,7 @@ def test_a_latent_is_within_half_a_scale(rank, rope, data):
     assert ((back - latents)[:, :rank].abs() <= half * 1.0001).all()
     assert torch.equal(back[:, rank:], latents[:, rank:].bfloat16().float())
     largest = torch.nn.functional.pad(latents[:, :rank], (0, -rank % 64)).view(tokens, -1, 64).abs().amax(2)
-    assert (scales_of(rows, rank)[:, ::64] <= largest / 127 * (1 + 2**-7)).all()  # no coarser than bf16 makes it
+    assert (scales_of(rows, rank)[:, ::64] <= largest / 127 * (1 + 2**-7)).all()  # rounded up to bf16
 
 
 def test_the_error_of_gaussian_latents():
@@ -95,7 +95,7 @@ def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
     ours, theirs = (gathered(written, block_table, 60 + tokens) for written in (ours, theirs))
     assert torch.equal(ours[:60], torch.zeros_like(ours[:60]))
     codes = (ours[:, :rank].view(torch.int8).int() - theirs[:, :rank].view(torch.int8)).abs()
-    assert codes.max() <= 1  # a norm that differs in its last bit can cross the middle between two codes
+    assert codes.max() <= 1  # a norm that differs in its last bit can be rounded to the next code
     assert codes.float().mean() < 0.001
     assert (dequantize_latents(ours, rank) - dequantize_latents(theirs, rank)).norm() < 1e-3 * kv_a.norm()
 
@@ -131,7 +131,7 @@ class Case:
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
-    """The largest of a token's result, in norm."""
+    """The largest relative error of a token's result, in norm."""
     return float(((ours - exact).norm(dim=1) / exact.norm(dim=1)).max())
 
 
@@ -153,8 +153,8 @@ def test_attention_in_both_forms(native, heads, N, P, C, V, tokens, cached):
     assert error(case.run(native, False), exact) < 1e-4, "materialised"
 
 
-def test_queries_of_8_bits_cost_what_is_said():
-    """What the VNNI kernels add to the error: the absorbed query rounded to 127 steps of each 64, 0.6 % of its norm."""
+def test_the_error_of_8_bit_queries():
+    """What the VNNI kernels add to the error by quantising absorbed queries in blocks of 64: 0.6 % of their norm."""
     H, N, P, C, V = 16, 128, 64, 512, 128
     case = Case(H, N, P, C, V, 1, 4095)
     latents = dequantize_latents(case.rows, C)
@@ -173,16 +173,16 @@ def test_queries_of_8_bits_cost_what_is_said():
 
 
 def test_sharp_attention(native):
-    """One position has all the weight, or nearly: it must be found, and the others' small weights not lost."""
+    """One position has nearly all the weight: it must be found, and small weights must not be lost."""
     case = Case(4, 32, 16, 64, 48, 1, 600, sharpness=30.0)
     assert error(case.run(native, True), case.run(reference, True)) < 0.2  # 0.6 % of scores of 100
-    case = Case(4, 32, 16, 64, 48, 1, 600, sharpness=0.0)  # all alike
+    case = Case(4, 32, 16, 64, 48, 1, 600, sharpness=0.0)  # all weights are equal
     assert error(case.run(native, True), case.run(reference, True)) < 0.01
 
 
 def test_a_position_of_large_latents_does_not_coarsen_the_others(native):
-    """Weights share a scale in a block of the latents and 256 positions: 15 bits leave room for one that is 50 times
-    larger and has no weight."""
+    """Quantised softmax weights share a step over 256 positions of a block of latents; 15 bits are enough even if one
+    of these positions has 50 times larger latents and no weight."""
     case = Case(4, 32, 16, 64, 48, 1, 200)
     latents = dequantize_latents(case.rows, 64)
     latents[7, :64] *= 50
@@ -191,7 +191,7 @@ def test_a_position_of_large_latents_does_not_coarsen_the_others(native):
     assert error(case.run(native, True), case.run(reference, True)) < tolerance(native)
 
 
-def test_attention_ignores_what_lies_after_it_in_the_cache(native):
+def test_attention_ignores_cache_rows_past_the_last_position(native):
     case = Case(4, 32, 16, 64, 48, 2, 7)
     expected = [case.run(native, absorb) for absorb in (True, False)]
     case.rows = torch.cat((case.rows, torch.full((40, case.rows.shape[1]), 0xFF, dtype=torch.uint8)))  # scales are NaN
@@ -200,8 +200,8 @@ def test_attention_ignores_what_lies_after_it_in_the_cache(native):
 
 
 @pytest.mark.parametrize("tokens", [12, 40])
-def test_a_token_does_not_depend_on_its_company(native, tokens):
-    """Chunks of prefill give what one token after the other gives, as over a bf16 cache."""
+def test_a_token_does_not_depend_on_other_tokens(native, tokens):
+    """Prefill in any chunks gives the same as token by token, as with a bf16 cache."""
     case = Case(16, 32, 16, 64, 48, tokens, 500)
     whole = case.run(native, True)
     for start, end in ((0, 1), (3, 8), (11, 12)):
@@ -210,16 +210,16 @@ def test_a_token_does_not_depend_on_its_company(native, tokens):
         assert error(part, whole[start:end]) < 1e-6
 
 
-def test_what_the_cache_takes():
+def test_the_memory_of_the_cache():
     config = parse_config({"model_type": "deepseek_v2", **TINY})
     for kind, row in ((CacheDtype.BF16, 2 * 80), (CacheDtype.FP32, 4 * 80), (CacheDtype.INT8, 64 + 2 + 32)):
         cache = LatentCache(config, 70, kind)
-        assert cache.nbytes == 128 * bytes_per_token(config, kind) == 128 * 3 * row  # in whole pages
+        assert cache.nbytes == 128 * bytes_per_token(config, kind) == 128 * 3 * row  # in whole blocks
 
 
 @pytest.mark.parametrize("variant", [*cpu.usable(), cpu.REFERENCE])
 def test_nano_with_an_8_bit_cache(variant):
-    """It says the same wherever the bf16 cache's two best tokens are apart, and the plan counts the cache."""
+    """Its best token is that of the bf16 cache unless the two best are close; the plan accounts for the cache."""
     with kernels(variant):
         exact, ours = dsv2_local.load(context=256), dsv2_local.load(context=256, cache_dtype="int8")
         assert ours.plan.ram.parts["KV cache"] == ours.engine.cache.nbytes == 256 * 6 * (128 + 4 + 128)
@@ -231,13 +231,17 @@ def test_nano_with_an_8_bit_cache(variant):
         assert clear.sum() > 10
         assert torch.equal(logits.argmax(1)[clear], theirs.argmax(1)[clear])
         assert 0 < (logits - theirs).norm() / theirs.norm() < 0.08
-        steps = list(ours.generate(ids[:9], max_tokens=12, temperature=0))  # decoding, replayed where it can be
+        never_end = dict.fromkeys(ours._end_tokens, -100.0)
+        steps = list(ours.generate(ids[:9], max_tokens=12, temperature=0, logit_bias=never_end))  # replays, if recorded
         assert len([step for step in steps if step.token_id is not None]) == 12
 
 
-def test_no_other_cache():
+def test_unknown_cache_types_are_refused():
     with pytest.raises(InputError, match="cache type 'fp8' is not one of bf16, int8"):
-        dsv2_local.load(cache="fp8")
+        dsv2_local.load(cache_dtype="fp8")
+
+
+def test_the_reference_in_fp32_stores_fp32_instead_of_bf16():
     assert ops.cache_dtype(Format.INT8, torch.float32, CacheDtype.INT8) is CacheDtype.INT8
     with kernels(cpu.REFERENCE):
         assert ops.cache_dtype(Format.INT8, torch.float32, CacheDtype.BF16) is CacheDtype.FP32

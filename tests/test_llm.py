@@ -1,4 +1,4 @@
-"""The Python API on small random models: generating, stopping, limits, interrupts, damage."""
+"""The Python API with small random models: generation, stop strings, limits, interrupts, damaged files."""
 
 import json
 import shutil
@@ -99,7 +99,7 @@ def test_chat_strips_the_space_that_the_template_writes(llm):
     assert llm.count_tokens(messages) == 8
 
 
-def test_a_prompt_beyond_the_context_tells_both_numbers(directory):
+def test_the_error_for_a_prompt_beyond_the_context_has_both_lengths(directory):
     llm = dsv2_local.load(directory, context=20)
     for length in (20, 500):
         with pytest.raises(ContextLengthError, match=rf"{length} tokens and the context holds 20") as caught:
@@ -111,7 +111,7 @@ def test_a_prompt_beyond_the_context_tells_both_numbers(directory):
     assert llm.logits([5] * 20).shape == (20, 102400)
 
 
-def test_progress_is_told_chunk_by_chunk(directory):
+def test_progress_is_reported_chunk_by_chunk(directory):
     llm = dsv2_local.load(directory)
     llm.engine.chunk = 10
     seen: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""What machine.py reads, from trees that look like another machine's /proc and /sys."""
+"""machine/resources.py on directory trees that look like the /proc and /sys of other machines."""
 
 import os
 
@@ -29,17 +29,17 @@ TWO_NODES = {
 
 
 def smt(cores, name="core_cpus_list"):
-    """The siblings of `cores` cores with two CPUs each: n and n + cores, as most x86 machines number them."""
+    """Files of `cores` cores with two CPUs each, numbered n and n + cores as on most x86 machines."""
     return {f"{CPUS}/cpu{cpu}/topology/{name}": f"{cpu % cores},{cpu % cores + cores}\n" for cpu in range(2 * cores)}
 
 
 def quota(cpus):
-    """A v2 container with its own cgroup namespace that is allowed `cpus` CPUs."""
+    """Files of a v2 container with its own cgroup namespace and a quota of `cpus` CPUs."""
     return {"proc/self/cgroup": "0::/\n", f"{CGROUPS}/cpu.max": f"{round(cpus * 100_000)} 100000\n"}
 
 
 def memory(limit, used, inactive=0):
-    """The files of a v2 cgroup, in bytes."""
+    """Memory files of a v2 cgroup; all values in bytes."""
     return {
         "memory.max": f"{limit}\n",
         "memory.current": f"{used}\n",
@@ -49,7 +49,7 @@ def memory(limit, used, inactive=0):
 
 @pytest.fixture
 def machine(tmp_path):
-    """Write files, given as {path: text}, below a root of their own, which is returned."""
+    """A function that writes files, given as {path: text}, and returns their root directory."""
 
     def write(files, below=""):
         for path, text in files.items():
@@ -63,7 +63,7 @@ def machine(tmp_path):
 
 @pytest.fixture
 def allow(monkeypatch):
-    """Let this process run on the given CPUs, as far as it can tell."""
+    """A function that makes these CPUs the apparent affinity of this process."""
     return lambda cpus: monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cpus))
 
 
@@ -136,7 +136,7 @@ def test_without_numa_all_cpus_are_one_node(tmp_path, monkeypatch):
     ids=["v2-parent-smaller", "v2-child-smaller", "v2-max", "v2-of-another", "v2-outside-namespace", "v2-unknown-group",
          "v1", "v1-parent", "v1-none", "v1-of-another", "none"],
 )  # fmt: skip
-def test_the_smallest_quota_above_this_process_counts(machine, cgroup, files, cpus):
+def test_the_smallest_quota_of_all_parent_cgroups_counts(machine, cgroup, files, cpus):
     machine({"proc/self/cgroup": cgroup})
     assert cpu_quota(machine(files, CGROUPS)) == cpus
 
@@ -155,7 +155,7 @@ def test_the_smallest_quota_above_this_process_counts(machine, cgroup, files, cp
     ],
     ids=["max", "roomy", "limited", "file-pages", "parent", "child", "overdrawn", "no-cgroup"],
 )
-def test_memory_is_what_the_machine_and_every_cgroup_leave(machine, own, parent, available):
+def test_memory_is_limited_by_the_machine_and_every_cgroup(machine, own, parent, available):
     machine(own, f"{CGROUPS}/pod/main")
     machine(parent, f"{CGROUPS}/pod")
     kib = 8 * 2**20
@@ -179,7 +179,7 @@ def test_memory_without_proc_is_the_free_memory(tmp_path, monkeypatch):
     ],
     ids=["cores", "one-core", "quota", "part-of-a-cpu", "roomy-quota"],
 )
-def test_the_default_is_a_thread_a_core_within_the_quota(machine, allow, files, allowed, threads):
+def test_the_default_is_one_thread_per_core_within_the_quota(machine, allow, files, allowed, threads):
     allow(allowed)
     root = machine(files)
     assert default_threads(root) == threads
@@ -187,7 +187,7 @@ def test_the_default_is_a_thread_a_core_within_the_quota(machine, allow, files, 
 
 
 EXPECT = "expect less speed; --threads {} is the default here"
-TURNS = "(they have to take turns)"
+TAKE_TURNS = "(they have to take turns)"
 PORT = "(SMT siblings share a memory port)"
 ALLOWED = "threads, but the container is limited to {} CPUs and throttled beyond that"
 
@@ -198,20 +198,20 @@ ALLOWED = "threads, but the container is limited to {} CPUs and throttled beyond
         (smt(4), range(8), 8, False, f"8 threads on 4 physical cores {PORT}", 4),
         (smt(4), range(8), 5, False, f"5 threads on 4 physical cores {PORT}", 4),
         (smt(4), [1, 5], 2, False, f"2 threads on 1 physical core {PORT}", 1),
-        (smt(4), range(8), 9, False, f"9 threads on 8 CPUs {TURNS}", 4),
-        ({}, [3], 2, False, f"2 threads on 1 CPU {TURNS}", 1),
+        (smt(4), range(8), 9, False, f"9 threads on 8 CPUs {TAKE_TURNS}", 4),
+        ({}, [3], 2, False, f"2 threads on 1 CPU {TAKE_TURNS}", 1),
         (quota(2), range(4), 3, True, f"3 {ALLOWED.format('2.0')}", 2),
         (quota(2.5), range(4), 3, True, f"3 {ALLOWED.format('2.5')}", 2),
         (quota(0.25), range(4), 2, True, f"2 {ALLOWED.format('0.25')}", 1),
         (quota(2), range(4), 9, False, f"9 {ALLOWED.format('2.0')}", 2),
-        (quota(4), range(4), 5, False, f"5 threads on 4 CPUs {TURNS}", 4),
+        (quota(4), range(4), 5, False, f"5 threads on 4 CPUs {TAKE_TURNS}", 4),
         (quota(12), range(16), 5, True, "5 of 12 cores", 12),
         ({}, range(16), 2, True, "2 of 16 cores", 16),
         ({}, range(16), 7, True, "7 of 16 cores", 16),
         (smt(4), range(8), 1, True, "1 of 4 cores", 4),
     ],
 )
-def test_a_count_that_costs_speed_is_kept_with_a_warning(
+def test_a_count_that_costs_speed_is_accepted_with_a_warning(
     machine, allow, files, allowed, requested, pinned, problem, default
 ):
     allow(allowed)
@@ -246,12 +246,12 @@ def test_threads_are_pinned_to_the_cores_of_one_node_first(machine, allow):
 
 
 @pytest.mark.parametrize("requested", [0, -2])
-def test_less_than_one_thread_is_refused(tmp_path, requested):
+def test_fewer_than_one_thread_is_refused(tmp_path, requested):
     with pytest.raises(InputError, match=rf"--threads must be at least 1, not {requested};"):
         choose_threads(requested, tmp_path)
 
 
-def test_this_machine_has_what_it_runs_on():
+def test_values_of_this_machine_are_plausible():
     assert 1 <= default_threads() <= (os.cpu_count() or 1)
     assert set(choose_threads(None).cpus) <= os.sched_getaffinity(0)
     assert cpu_features()

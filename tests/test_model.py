@@ -1,4 +1,4 @@
-"""The whole model in fp32 against transformers, and against a naive one where transformers leaves an option out."""
+"""The whole model in fp32 against transformers, or a naive implementation for options that transformers lacks."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def loaded(source: Path, tmp_path: Path, recipe: Recipe = Recipe.BF16, **options
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
-    """Relative norm at every position, so that no single token may be off."""
+    """Compare the relative error at every position, so that no single token may be wrong."""
     errors = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
     assert errors.max() < tolerance, f"position {int(errors.argmax())} is off by {float(errors.max()):.2e}"
 
@@ -86,7 +86,7 @@ def test_logits_equal_the_naive_form(changes, tmp_path):
 
 
 def _fit_source(source: Path, changes: dict[str, Any]) -> None:
-    """Make what transformers cannot: layers without shared experts, mixtures in every other layer only."""
+    """Build models that transformers cannot: without shared experts, or with MoE in every other layer only."""
     rewrite_config(source, lambda raw: raw.update(changes))
     tensors = load_file(source / "model.safetensors")
     config = load_config(source)

@@ -1,4 +1,4 @@
-"""Spreading memory over NUMA nodes. This machine may have only one: the kernel is asked all the same."""
+"""Interleaving memory across NUMA nodes; the system calls are tested even on a machine with one node."""
 
 import subprocess
 import sys
@@ -16,16 +16,16 @@ TWO = {f"{NODES}/has_memory": "1,70\n", f"{NODES}/node1/cpulist": "0-3\n", f"{NO
     [([0, 5], 0, [1, 70]), ([0, 1], 0, []), ([], 0, []), ([0, 5], 3, []), ([0, 5], None, [])],
     ids=["two-nodes", "one-node", "no-cpus", "set-by-numactl", "kernel-without-policies"],
 )
-def test_only_several_nodes_without_a_policy_are_spread_over(machine, monkeypatch, cpus, before, spread):  # noqa: F811
-    asked = []
-    monkeypatch.setattr(numa, "interleave", lambda nodes: asked.append(nodes) or True)
+def test_memory_is_interleaved_only_across_several_nodes_without_a_policy(machine, monkeypatch, cpus, before, spread):  # noqa: F811
+    calls = []
+    monkeypatch.setattr(numa, "interleave", lambda nodes: calls.append(nodes) or True)
     monkeypatch.setattr(numa, "_policy", lambda: before)
     assert numa.spread_memory(cpus, machine(TWO)) == spread
-    assert asked == ([spread] if spread else [])
+    assert calls == ([spread] if spread else [])
 
 
-def test_the_kernel_spreads_pages_of_memory_and_of_threads_started_later():
-    """In a process of its own, over node 0 alone, which every machine has: its maps name the policy."""
+def test_the_policy_applies_to_this_thread_and_to_threads_started_later():
+    """In a separate process, across node 0 alone, which every machine has."""
     code = (
         "import threading\n"
         "from dsv2_local.machine import numa\n"

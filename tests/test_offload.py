@@ -1,4 +1,4 @@
-"""The schedule of offloaded experts on devices made of RAM: whatever is copied, fails or is late, the same numbers."""
+"""Offloaded experts on simulated devices: the same result whatever is copied, late or failing."""
 
 import os
 import random
@@ -31,16 +31,17 @@ EVEN = Costs(fetch=1.0, read=1.0, token=0.5)
 def records() -> dict[int, Tensor]:
     """Random experts by layer; the first layer has none."""
     torch.manual_seed(0)
-    made = {}
+    by_layer = {}
     for layer in range(1, LAYERS):
-        made[layer] = torch.randint(0, 256, (EXPERTS, LAYOUT.nbytes), dtype=torch.uint8)
-        for record in made[layer]:
+        by_layer[layer] = torch.randint(0, 256, (EXPERTS, LAYOUT.nbytes), dtype=torch.uint8)
+        for record in by_layer[layer]:
             for matrix in expert_matrices(LAYOUT, record):
                 matrix.scales.uniform_(-0.2, 0.2)
-    return made
+    return by_layer
 
 
 def step(tokens: int, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Random input of a layer: x [T, D], ids and weights [T, K]."""
     torch.manual_seed(rng.randrange(1 << 30))
     ids = torch.stack([torch.randperm(EXPERTS)[:PER_TOKEN] for _ in range(tokens)])
     return torch.randn(tokens, LAYOUT.hidden_size), ids, torch.rand(tokens, PER_TOKEN)
@@ -59,16 +60,20 @@ def offloaded(
     link: float | None = None,
 ) -> OffloadedExperts:
     cut = [0, LAYERS // 2 + 1, LAYERS] if devices == 2 else [0, LAYERS]
-    made = []
+    device_experts = []
     for number in range(devices):
         own = {layer: records[layer] for layer in records if cut[number] <= layer < cut[number + 1]}
-        device = SimulatedDevice(number, hook=hook, link=link)
-        made.append(DeviceExperts(ExpertSlots(device, LAYOUT, slots, buffer, policy), LAYOUT, own, mode, costs))
-    return OffloadedExperts(made)
+        expert_slots = ExpertSlots(SimulatedDevice(number, hook=hook, link=link), LAYOUT, slots, buffer, policy)
+        device_experts.append(DeviceExperts(expert_slots, LAYOUT, own, mode, costs))
+    return OffloadedExperts(device_experts)
 
 
 def run_random_schedule(records: dict[int, Tensor], seed: int, faults: bool) -> int:
-    """A dozen passes through the layers under a random placement; every sum must be that of the plain kernel."""
+    """Run a few passes through the layers with a random placement; each result must equal that of the plain kernel.
+
+    Returns:
+        The number of results that were compared.
+    """
     rng = random.Random(seed)
     delays, failing = rng.random() < 0.5, faults and rng.random() < 0.7
 
@@ -77,7 +82,7 @@ def run_random_schedule(records: dict[int, Tensor], seed: int, faults: bool) -> 
             if delays and rng.random() < 0.2:
                 time.sleep(rng.random() * 1e-4)
             if failing and rng.random() < 0.01:
-                raise DeviceError(f"the stand-in was told to fail at {what}")
+                raise DeviceError(f"injected failure of {what}")
 
     costs = Costs(rng.choice([0.2, 1.0, 5.0]), rng.choice([0.2, 1.0, 5.0]), rng.choice([0.0, 0.1, 1.0]))
     experts = offloaded(
@@ -91,7 +96,7 @@ def run_random_schedule(records: dict[int, Tensor], seed: int, faults: bool) -> 
             x, ids, weights = step(tokens, rng)
             result = experts.start(layer, x, ids, weights)
             if rng.random() < 0.03:
-                continue  # interrupted before the result was asked for
+                continue  # interrupted before the result is computed
             got, expected = result(), ops.experts(x, records[layer], LAYOUT, ids, weights)
             assert torch.equal(got, expected), f"seed {seed}, layer {layer}, {tokens} tokens"
             steps += 1
@@ -100,8 +105,8 @@ def run_random_schedule(records: dict[int, Tensor], seed: int, faults: bool) -> 
 
 
 @pytest.mark.parametrize("faults", [False, True])
-def test_random_schedules_change_nothing(records, faults):
-    """`DSV2_SCHEDULES` sets how many steps; docs/log.md has the figures of 100,000."""
+def test_random_placements_do_not_change_the_result(records, faults):
+    """`DSV2_SCHEDULES` sets the number of steps; docs/log.md reports a run with 100,000."""
     wanted, steps, seed = int(os.environ.get("DSV2_SCHEDULES", "2000")), 0, 0
     while steps < wanted:
         steps += run_random_schedule(records, seed, faults)

@@ -1,4 +1,4 @@
-"""dsv2-nano on devices made of RAM: the same tokens wherever it lies, the planned bytes, and nothing left behind."""
+"""dsv2-nano on simulated devices: same tokens wherever weights are stored, planned bytes, and all memory released."""
 
 import os
 import subprocess
@@ -34,14 +34,14 @@ def _home(tmp_path, monkeypatch):
 
 
 def devices(slots: int, number: int = 1, hook: Callable[[str], None] = lambda step: None) -> list[SimulatedDevice]:
-    """As large as nano needs for `slots` experts each, or one more byte."""
-    wish = replace(llm.load(context=512).plan.request, experts=Mode.STREAM)
-    made = make_plan(wish, Machine((1 << 30,) * number, 1 << 40))
+    """Devices with the memory that nano needs for `slots` experts on each, and one byte more."""
+    request = replace(llm.load(context=512).plan.request, experts=Mode.STREAM)
+    plan = make_plan(request, Machine((1 << 30,) * number, 1 << 40))
     fixed = [
-        sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots")) for gpu in made.gpus
+        sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots")) for gpu in plan.gpus
     ]
     return [
-        SimulatedDevice(gpu, capacity=size + slots * made.expert_bytes + 1, hook=hook) for gpu, size in enumerate(fixed)
+        SimulatedDevice(gpu, capacity=size + slots * plan.expert_bytes + 1, hook=hook) for gpu, size in enumerate(fixed)
     ]
 
 
@@ -64,8 +64,8 @@ def expected() -> list[int | None]:
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("slots", [0, 7, 40])
 @pytest.mark.parametrize("mode", [Mode.AUTO, Mode.HYBRID, Mode.STREAM, Mode.CPU])
-def test_the_same_tokens_wherever_experts_are(expected, monkeypatch, mode, slots, number):
-    monkeypatch.setattr(Watch, "correction", lambda self: None)  # a slow moment would change who computes what
+def test_the_same_tokens_wherever_experts_are_stored(expected, monkeypatch, mode, slots, number):
+    monkeypatch.setattr(Watch, "correction", lambda self: None)  # costs must not depend on how busy the machine is
     with loaded(mode, on=devices(slots, number)) as model:
         for chunk in (model.engine.chunk, 17):
             model.engine.chunk = chunk
@@ -76,24 +76,24 @@ def test_the_same_tokens_wherever_experts_are(expected, monkeypatch, mode, slots
             assert device.allocated == sum(parts.values()), gpu
         if mode in (Mode.HYBRID, Mode.STREAM):
             assert isinstance(model.experts, OffloadedExperts)
-            figures = model.experts.stats
-            assert (figures.streamed_layers > 0) == (mode is Mode.STREAM)
-            assert (figures.hits > 0) == (slots > 0)
-            assert (figures.host_experts > 0) == (mode is Mode.HYBRID)
-            assert figures.retries == 0
-            told = "\n".join(describe_experts(model))
-            assert f"{number * slots:,} of 120 experts" in told
-            assert "hit rate" in told
+            stats = model.experts.stats
+            assert (stats.streamed_layers > 0) == (mode is Mode.STREAM)
+            assert (stats.hits > 0) == (slots > 0)
+            assert (stats.host_experts > 0) == (mode is Mode.HYBRID)
+            assert stats.retries == 0
+            description = "\n".join(describe_experts(model))
+            assert f"{number * slots:,} of 120 experts" in description
+            assert "hit rate" in description
 
 
-def test_a_model_that_fits_needs_no_cache(expected):
+def test_a_model_that_fits_needs_no_expert_cache(expected):
     with loaded(Mode.GPU, on=[SimulatedDevice(capacity=1 << 30)]) as model:
         assert answer(model) == expected
         assert not isinstance(model.experts, OffloadedExperts)
         assert "all in GPU memory" in describe_experts(model)[0]
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_allocated():
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated():
     (gpu,) = make_plan(replace(llm.load(context=512).plan.request, experts=Mode.GPU), Machine((1 << 30,), 1 << 40)).gpus
     device = SimulatedDevice(capacity=gpu.used - gpu.parts["driver"] - 1)
     with pytest.raises(PlanError) as error:
@@ -102,39 +102,39 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated():
     assert device.allocated == 0
 
 
-def test_a_gpu_that_is_too_small_is_left_out_unless_it_was_asked_for(expected, monkeypatch):
+def test_a_gpu_that_is_too_small_is_not_used_unless_it_was_requested(expected, monkeypatch):
     monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1000)])
     model = llm.load(context=512)
     assert model._placed.devices == []
     assert model.notes[-1].startswith("the GPU is not used: the model does not fit")
     assert answer(model) == expected
-    for asked in ({"device": "cuda"}, {"vram": [1000]}, {"experts": "stream"}):
+    for options in ({"device": "cuda"}, {"vram": [1000]}, {"experts": "stream"}):
         with pytest.raises(PlanError):
-            llm.load(context=512, **asked)
+            llm.load(context=512, **options)
 
 
-def test_experts_that_were_used_begin_in_slots(expected):
+def test_experts_that_were_used_start_in_slots(expected):
     with loaded(on=devices(20)) as model:
         answer(model)
         cold = model.experts.stats.hit_rate
         used = model.experts.devices[0].slots.cache.warmest()
-    kept = warm_experts.load(next(warm_experts.file("x").parent.glob("*.json")).stem, [1, 2, 3, 4, 5], 24)
-    assert kept[: len(used)] == used
-    assert sorted(kept) == [(layer, expert) for layer in range(1, 6) for expert in range(24)]
+    warm = warm_experts.load(next(warm_experts.file("x").parent.glob("*.json")).stem, [1, 2, 3, 4, 5], 24)
+    assert warm[: len(used)] == used
+    assert sorted(warm) == [(layer, expert) for layer in range(1, 6) for expert in range(24)]
     with loaded(on=devices(20)) as model:
         assert answer(model) == expected
         assert model.experts.stats.hit_rate > cold
 
 
 @pytest.mark.parametrize("damage", ["", "[", "[3]", '{"a": 1}', "[[99, 99]]"])
-def test_a_damaged_file_of_favourites_is_none(damage):
+def test_a_damaged_file_of_warm_experts_is_ignored(damage):
     path = warm_experts.file("f")
     path.parent.mkdir(parents=True)
     path.write_text(damage)
     assert warm_experts.load("f", [1], 2) == [(1, 0), (1, 1)]
 
 
-def test_costs_are_measured_once_and_kept():
+def test_costs_are_measured_once_and_stored():
     with loaded(costs=None, on=devices(7)) as model:
         first = model.experts.devices[0].costs
         assert min(first.fetch, first.read, first.token) > 0
@@ -148,7 +148,7 @@ def locked_bytes() -> int:
     return int(line.split()[1]) << 10
 
 
-def test_page_locked_memory_is_given_back(monkeypatch):
+def test_page_locked_memory_is_released(monkeypatch):
     monkeypatch.setattr(llm, "lockable_memory", lambda: None)
     before = locked_bytes()
     try:
@@ -160,7 +160,7 @@ def test_page_locked_memory_is_given_back(monkeypatch):
         assert locked_bytes() == before
 
 
-def test_a_refusal_to_lock_is_told_and_changes_nothing(expected, monkeypatch):
+def test_a_refusal_to_lock_memory_is_reported_and_changes_no_token(expected, monkeypatch):
     monkeypatch.setattr(llm, "lockable_memory", lambda: None)
     monkeypatch.setattr(SimulatedDevice, "lock", lambda self, memory: False)
     with loaded(on=devices(7)) as model:
@@ -169,7 +169,7 @@ def test_a_refusal_to_lock_is_told_and_changes_nothing(expected, monkeypatch):
         assert "ulimit -l" in note
 
 
-def test_memory_that_something_else_took_is_a_typed_error():
+def test_memory_that_another_program_took_is_a_typed_error():
     (device,) = devices(7)
 
     def taken(step: str) -> None:
@@ -181,7 +181,7 @@ def test_memory_that_something_else_took_is_a_typed_error():
         loaded(on=[device])
 
 
-def test_a_copy_that_fails_costs_time_and_nothing_else(expected):
+def test_a_failed_copy_changes_no_token(expected):
     calls = iter(range(1 << 30))
 
     def faulty(step: str) -> None:
@@ -210,7 +210,7 @@ def test_a_device_that_keeps_failing_is_a_typed_error():
 @pytest.mark.parametrize(
     "raised", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), torch.AcceleratorError("lost")]
 )
-def test_what_torch_says_of_a_gpu_is_typed_and_the_sequence_stays(expected, raised, monkeypatch):
+def test_errors_of_torch_about_gpus_are_typed_and_the_model_stays_usable(expected, raised, monkeypatch):
     model = llm.load(context=512)
     with monkeypatch.context() as patched:
 
@@ -223,8 +223,8 @@ def test_what_torch_says_of_a_gpu_is_typed_and_the_sequence_stays(expected, rais
     assert answer(model) == expected
 
 
-def test_ctrl_c_amid_a_transfer_leaves_a_model_that_answers(tmp_path, expected):
-    """In a process of its own, whose copies are slow enough to be interrupted."""
+def test_ctrl_c_during_a_copy_leaves_a_model_that_answers(tmp_path, expected):
+    """In a separate process, with copies that are slow enough to be interrupted."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
@@ -264,6 +264,6 @@ def test_ctrl_c_amid_a_transfer_leaves_a_model_that_answers(tmp_path, expected):
         ({"vram": [1 << 30]}, "--vram"),
     ],
 )
-def test_wrong_options(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(InputError, match=message):
         llm.load(**options)

@@ -1,4 +1,4 @@
-"""Plans add up, never grant more than there is, and every remedy they name works."""
+"""Plans add up, fit in the machine's memory, and every remedy of a refusal works."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import parse_config
 from dsv2_local.architectures.tensors import Kind
-from dsv2_local.commands import plan
+from dsv2_local.commands import plan as plan_command
 from dsv2_local.commands.inspect import summarise
 from dsv2_local.errors import InputError, PlanError
 from dsv2_local.kernels.format import CacheDtype
@@ -34,71 +34,71 @@ LARGE, LITE = released.read_config("deepseek-v2"), released.read_config("deepsee
 DENSE = parse_config({"model_type": "deepseek_v2", **TINY, "n_routed_experts": 0})
 
 
-def wishes(seed: int) -> tuple[PlanRequest, Machine]:
+def random_case(seed: int) -> tuple[PlanRequest, Machine]:
     draw = random.Random(seed)
     config = draw.choice([LARGE, LITE, DENSE])
     context = draw.choice([1, 1000, 8192, 100_000]) if config is not DENSE else draw.choice([1, 1000])
-    wish = PlanRequest(
+    request = PlanRequest(
         config, draw.choice(list(Recipe)), context, draw.choice(list(CacheDtype)), draw.choice(list(Mode))
     )
     vram = tuple(int(draw.uniform(2, 48) * GIB) for _ in range(draw.choice([0, 1, 1, 2, 3])))
-    return wish, Machine(vram, int(draw.uniform(2, 300) * GIB), draw.choice([None, None, 64 << 10]))
+    return request, Machine(vram, int(draw.uniform(2, 300) * GIB), draw.choice([None, None, 64 << 10]))
 
 
 @pytest.mark.parametrize("seed", range(150))
 def test_a_plan_fits_or_is_refused_with_remedies_that_work(seed):
-    wish, machine = wishes(seed)
+    request, machine = random_case(seed)
     try:
-        made = make_plan(wish, machine)
+        plan = make_plan(request, machine)
     except PlanError as refusal:
         error = refusal
     else:
-        check(made)
+        check(plan)
         return
     assert error.shortfall > 0
     for remedy in error.remedies:
-        check(make_plan(*changed(wish, machine, remedy)))
+        check(make_plan(*apply(remedy, request, machine)))
 
 
-def check(made: Plan) -> None:
-    for share in (*made.gpus, made.ram):
+def check(plan: Plan) -> None:
+    for share in (*plan.gpus, plan.ram):
         assert share.free >= 0
         assert share.used == sum(share.parts.values()) <= share.capacity
         assert min(share.parts.values()) >= 0
-    if made.gpus:
-        layers = made.request.config.num_hidden_layers
-        ends = [gpu.layers for gpu in made.gpus]
-        assert (ends[0][0], ends[-1][1]) == (0, layers)
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
-    assert made.resident or made.ram_experts + made.disk_experts == made.experts
-    if made.gpus and made.request.experts is Mode.GPU:
-        assert made.resident
-    if made.request.experts is Mode.CPU:
-        assert made.slots == 0
-    assert forecast(made).decode_tok_s > 0
-    assert forecast(made).prefill_tok_s > 0
-    assert 0 <= forecast(made).hit_rate <= 1
+    if plan.gpus:
+        layers = plan.request.config.num_hidden_layers
+        ranges = [gpu.layers for gpu in plan.gpus]
+        assert (ranges[0][0], ranges[-1][1]) == (0, layers)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+    assert plan.resident or plan.ram_experts + plan.disk_experts == plan.experts
+    if plan.gpus and plan.request.experts is Mode.GPU:
+        assert plan.resident
+    if plan.request.experts is Mode.CPU:
+        assert plan.slots == 0
+    assert forecast(plan).decode_tok_s > 0
+    assert forecast(plan).prefill_tok_s > 0
+    assert 0 <= forecast(plan).hit_rate <= 1
 
 
-def changed(wish: PlanRequest, machine: Machine, remedy: str) -> tuple[PlanRequest, Machine]:
-    """What the user would ask for after taking a remedy at its word."""
+def apply(remedy: str, request: PlanRequest, machine: Machine) -> tuple[PlanRequest, Machine]:
+    """The request and machine with a remedy applied literally."""
     option, value = remedy.split()[:2]
     if option == "--cache-type":
-        return replace(wish, cache_dtype=CacheDtype(value)), machine
+        return replace(request, cache_dtype=CacheDtype(value)), machine
     if option == "--context":
-        return replace(wish, context=int(value)), machine
+        return replace(request, context=int(value)), machine
     if option == "--recipe":
-        return replace(wish, recipe=Recipe(value)), machine
+        return replace(request, recipe=Recipe(value)), machine
     if option == "--ram":
-        return wish, replace(machine, ram=size(option, value))
+        return request, replace(machine, ram=size(option, value))
     if option == "--experts":
-        return replace(wish, experts=Mode(value)), machine
+        return replace(request, experts=Mode(value)), machine
     assert option == "--vram"
-    return wish, replace(machine, vram=tuple(nbytes for part in value.split(",") if (nbytes := size(option, part))))
+    return request, replace(machine, vram=tuple(nbytes for part in value.split(",") if (nbytes := size(option, part))))
 
 
 def in_memory(config: ModelConfig, recipe: Recipe) -> int:
-    """Bytes of all weights once loaded: norms and routers, of 16 bits in the files, are kept in fp32."""
+    """Bytes of all loaded weights; norms and routers are 16-bit in the files and fp32 in memory."""
     kinds = summarise(config, recipe)
     return sum(kind.bytes * (2 if name in (Kind.NORM, Kind.ROUTER) else 1) for name, kind in kinds.items())
 
@@ -106,27 +106,27 @@ def in_memory(config: ModelConfig, recipe: Recipe) -> int:
 @pytest.mark.parametrize("recipe", Recipe)
 @pytest.mark.parametrize("config", [LARGE, LITE, DENSE])
 def test_every_weight_is_counted_once(config, recipe):
-    made = make_plan(PlanRequest(config, recipe, 64), Machine((), 10**12))
+    on_cpu = make_plan(PlanRequest(config, recipe, 64), Machine((), 10**12))
     weights = in_memory(config, recipe)
-    assert made.ram.parts["dense weights"] + made.ram.parts["experts (mapped)"] == weights
-    split = make_plan(PlanRequest(config, recipe, 64), Machine((400 * GIB, 200 * GIB), 10**12))
-    assert split.resident
-    placed = sum(gpu.parts["dense weights"] + gpu.parts["expert slots"] for gpu in split.gpus)
-    assert placed + split.ram.parts["embedding"] == weights
+    assert on_cpu.ram.parts["dense weights"] + on_cpu.ram.parts["experts (mapped)"] == weights
+    on_gpus = make_plan(PlanRequest(config, recipe, 64), Machine((400 * GIB, 200 * GIB), 10**12))
+    assert on_gpus.resident
+    placed = sum(gpu.parts["dense weights"] + gpu.parts["expert slots"] for gpu in on_gpus.gpus)
+    assert placed + on_gpus.ram.parts["embedding"] == weights
 
 
 def test_the_plan_of_nano_is_what_loading_takes():
     loaded = dsv2_local.load(context=1000)
-    made = loaded.plan
-    assert made.ram.parts["KV cache"] == loaded.engine.cache.nbytes
-    assert made.ram.parts["experts (mapped)"] == loaded.experts.nbytes
-    assert made.ram.parts["dense weights"] == in_memory(loaded.config, loaded.recipe) - loaded.experts.nbytes
+    ram = loaded.plan.ram
+    assert ram.parts["KV cache"] == loaded.engine.cache.nbytes
+    assert ram.parts["experts (mapped)"] == loaded.experts.nbytes
+    assert ram.parts["dense weights"] == in_memory(loaded.config, loaded.recipe) - loaded.experts.nbytes
 
 
-def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkeypatch):
-    wish = dsv2_local.load().plan.request
-    limit = wish.config.max_position_embeddings
-    half = make_plan(replace(wish, context=limit // 2), Machine((), 10**12, available=True)).ram
+def test_loading_refuses_what_does_not_fit_and_reports_experts_on_disk(monkeypatch):
+    request = dsv2_local.load().plan.request
+    limit = request.config.max_position_embeddings
+    half = make_plan(replace(request, context=limit // 2), Machine((), 10**12, available=True)).ram
     needed = half.used - half.parts["system"] - half.parts["experts (mapped)"]
     monkeypatch.setattr(llm, "memory_available", lambda: int(needed * 1.022))
     with pytest.raises(PlanError, match="RAM lacks") as error:
@@ -140,39 +140,39 @@ def test_loading_refuses_what_does_not_fit_and_tells_what_comes_from_disk(monkey
 
 
 def test_the_large_model_beside_128k_of_context_on_one_card():
-    made = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072), Machine((24 * GIB,), 192 * GIB))
-    assert made.gpus[0].parts["KV cache"] == 131072 * 60 * 1152
-    assert made.gpus[0].slots > 400
-    assert made.locked
-    assert made.disk_experts == 0
-    small = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072, CacheDtype.INT8), Machine((24 * GIB,), 192 * GIB))
-    assert small.gpus[0].parts["KV cache"] == 131072 * 39_360
-    assert small.slots > made.slots
+    bf16 = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072), Machine((24 * GIB,), 192 * GIB))
+    assert bf16.gpus[0].parts["KV cache"] == 131072 * 60 * 1152
+    assert bf16.gpus[0].slots > 400
+    assert bf16.locked
+    assert bf16.disk_experts == 0
+    int8 = make_plan(PlanRequest(LARGE, Recipe.NF4, 131072, CacheDtype.INT8), Machine((24 * GIB,), 192 * GIB))
+    assert int8.gpus[0].parts["KV cache"] == 131072 * 39_360
+    assert int8.slots > bf16.slots
 
 
 def test_more_memory_and_faster_memory_never_make_it_slower():
-    wish, last = PlanRequest(LITE, Recipe.NF4, 8192), 0.0
+    request, last = PlanRequest(LITE, Recipe.NF4, 8192), 0.0
     for vram in (4, 6, 8, 12, 16, 24):
-        speed = forecast(make_plan(wish, Machine((vram * GIB,), 64 * GIB))).decode_tok_s
+        speed = forecast(make_plan(request, Machine((vram * GIB,), 64 * GIB))).decode_tok_s
         assert speed >= last
         last = speed
     slow, fast = (
-        forecast(make_plan(wish, Machine((), 64 * GIB, rates=Rates(ram=ram)))).decode_tok_s for ram in (30, 60)
+        forecast(make_plan(request, Machine((), 64 * GIB, rates=Rates(ram=ram)))).decode_tok_s for ram in (30, 60)
     )
     assert fast == pytest.approx(2 * slow)
 
 
-def test_experts_beyond_ram_come_from_disk_and_it_says_so():
-    made = make_plan(PlanRequest(LITE, Recipe.NF4, 4096), Machine((), 6 * GIB))
-    assert 0 < made.ram_experts < made.experts
-    assert forecast(made).bound == "disk"
-    assert "do not fit in RAM" in notes(made)[0]
+def test_experts_that_do_not_fit_in_ram_are_read_from_disk_and_reported():
+    plan = make_plan(PlanRequest(LITE, Recipe.NF4, 4096), Machine((), 6 * GIB))
+    assert 0 < plan.ram_experts < plan.experts
+    assert forecast(plan).bound == "disk"
+    assert "do not fit in RAM" in notes(plan)[0]
 
 
-def test_little_lockable_memory_is_told_with_the_remedy():
-    made = make_plan(PlanRequest(LITE, Recipe.NF4, 4096), Machine((6 * GIB,), 64 * GIB, lockable=8 << 20))
-    assert not made.locked
-    assert "ulimit -l" in notes(made)[-1]
+def test_too_little_lockable_memory_is_reported_with_the_remedy():
+    plan = make_plan(PlanRequest(LITE, Recipe.NF4, 4096), Machine((6 * GIB,), 64 * GIB, lockable=8 << 20))
+    assert not plan.locked
+    assert "ulimit -l" in notes(plan)[-1]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_sizes(text, nbytes):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "24 apples", "-1G", "1.2.3G", "24GiBs", "nan"])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(InputError, match="--ram"):
         size("--ram", text)
 
@@ -192,9 +192,9 @@ def test_what_is_no_size_is_refused(text):
 def test_the_command_prints_json_tables_and_errors(tmp_path):
     options = ["plan", "deepseek-v2", "--vram", "24GiB,24GiB", "--ram", "192GiB", "--context", "128K"]
     done = dsv2(*options, "--json")
-    told = json.loads(done.stdout)
-    assert [memory["name"] for memory in told["memories"]] == ["GPU 0", "GPU 1", "RAM"]
-    assert told["experts"]["all"] == 9440
+    printed = json.loads(done.stdout)
+    assert [memory["name"] for memory in printed["memories"]] == ["GPU 0", "GPU 1", "RAM"]
+    assert printed["experts"]["all"] == 9440
     text = dsv2(*options).stdout.decode()
     assert "layers 30 to 59" in text
     assert "expert slots" in text
@@ -217,39 +217,39 @@ def test_the_command_prints_json_tables_and_errors(tmp_path):
 def test_a_converted_model_is_planned_in_its_own_recipe(tmp_path):
     raw = {"model_type": "deepseek_v2", **TINY, "quantization_config": {"quant_method": "dsv2", "recipe": "int8"}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    told = json.loads(dsv2("plan", tmp_path, "--ram", "4GiB", "--json").stdout)
-    assert told["recipe"] == "int8"
+    printed = json.loads(dsv2("plan", tmp_path, "--ram", "4GiB", "--json").stdout)
+    assert printed["recipe"] == "int8"
 
 
-def test_gpus_are_those_that_the_driver_tells(tmp_path, monkeypatch):
+def test_gpus_are_those_that_the_driver_reports(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 24000\necho 12000\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert plan.free_vram() == [24000 << 20, 12000 << 20]
+    assert plan_command.free_vram() == [24000 << 20, 12000 << 20]
     program.write_text("#!/bin/sh\necho driver is broken; exit 9\n")
-    assert plan.free_vram() == []
+    assert plan_command.free_vram() == []
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert plan.free_vram() == []
+    assert plan_command.free_vram() == []
 
 
-def test_rates_that_bench_measured_are_reckoned_with(tmp_path, monkeypatch):
+def test_rates_that_bench_measured_are_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert measurements.load(RATES) == {}
-    options = plan.PlanOptions("deepseek-v2-lite")
-    assumed = plan._machine(options).rates
+    options = plan_command.PlanOptions("deepseek-v2-lite")
+    assumed = plan_command._machine(options).rates
     measurements.save({"ram": 20.0, "later": 1.0})
     measurements.save({"cpu_gflops": 77.0})
-    assert plan._machine(options).rates == replace(assumed, ram=20.0, cpu_gflops=77.0)
-    given = plan.PlanOptions("deepseek-v2-lite", rates="ram=33")
-    assert plan._machine(given).rates == replace(assumed, ram=33.0, cpu_gflops=77.0)
-    imagined = plan.PlanOptions("deepseek-v2-lite", ram="64GiB")
-    assert plan._machine(imagined).rates == assumed
+    assert plan_command._machine(options).rates == replace(assumed, ram=20.0, cpu_gflops=77.0)
+    given = plan_command.PlanOptions("deepseek-v2-lite", rates="ram=33")
+    assert plan_command._machine(given).rates == replace(assumed, ram=33.0, cpu_gflops=77.0)
+    imagined = plan_command.PlanOptions("deepseek-v2-lite", ram="64GiB")
+    assert plan_command._machine(imagined).rates == assumed
     for damaged in ("", "[]", "{", '{"a": 3}', '{"a": {"ram": "fast"}}'):
         measurements.file().write_text(damaged)
         assert measurements.load(RATES) == {}
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    measurements.save({"ram": 1.0})  # is no reason to fail
+    measurements.save({"ram": 1.0})  # does not fail
 
 
 def test_planning_needs_no_torch():

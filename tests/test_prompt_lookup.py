@@ -1,4 +1,4 @@
-"""Prompt lookup decoding: the same answers to the last bit whatever the draft, and drafts from the text itself."""
+"""Prompt lookup decoding: drafts come from the text, and whatever the draft, answers are bit-identical."""
 
 import random
 
@@ -14,7 +14,7 @@ TEXT = "The bow of a violin is made of wood and hair. " * 12
 
 
 def steps(model: llm.LLM, **options: object) -> tuple[list[tuple[object, ...]], object]:
-    model.engine.cache.clear()  # another way through the prompt rounds in another way
+    model.engine.cache.clear()  # prefill after a cached prefix rounds differently
     never_end = dict.fromkeys(model._end_tokens, -100.0)
     generation = model.generate(TEXT, max_tokens=60, logprobs=3, logit_bias=never_end, **options)
     return [(chunk.token_id, chunk.logprob, chunk.top_logprobs) for chunk in generation], generation.stats
@@ -32,7 +32,7 @@ def test_answers_are_the_same_to_the_last_bit(monkeypatch, options, kept):
     answer, draw = [token for token, *_ in plain], random.Random(1)
 
     def propose(lookup: PromptLookup, most: int) -> list[int]:
-        """Right for a while, then wrong."""
+        """Draft tokens that are right at first, then wrong."""
         done = len(lookup._tokens) - prompt
         right = answer[done : done + draw.choice([0, 1, 2, 4, 8, 32])]
         return [*right, draw.randrange(1000)][: draw.choice([0, 1, 4, 8, most])]
@@ -44,7 +44,7 @@ def test_answers_are_the_same_to_the_last_bit(monkeypatch, options, kept):
     assert 0 < stats.accepted_tokens < stats.draft_tokens
 
 
-def test_a_full_context_and_an_answer_broken_off_leave_what_was_said(monkeypatch):
+def test_a_full_context_and_an_interrupted_answer_leave_the_right_tokens(monkeypatch):
     model = llm.load(context=200)
     answer = [token for token, *_ in steps(model, temperature=0)[0]]
     prompt = len(model.tokenizer.encode(TEXT))
@@ -84,7 +84,7 @@ def test_the_longer_a_passage_is_repeated_the_more_of_it_is_proposed():
     assert MAX_DRAFT == 32
 
 
-def test_a_passage_is_followed_past_words_that_stand_elsewhere_too():
+def test_a_passage_is_followed_through_ngrams_that_occur_elsewhere_too():
     phrase = [1, 2, 3, 4]
     passage, other = [10, *phrase, 20, *range(30, 60)], [11, *phrase, 21]
     lookup = PromptLookup([9, 8, 7, 6, *passage, *other, 9, 8, 7, 6, 10, *phrase])
@@ -92,13 +92,13 @@ def test_a_passage_is_followed_past_words_that_stand_elsewhere_too():
     assert PromptLookup([*passage, *other, *phrase]).propose()[0] == 21
 
 
-def test_what_goes_round_in_a_circle_is_proposed_to_go_on():
+def test_a_periodic_text_is_proposed_to_continue():
     assert PromptLookup([7] * 5).propose() == [7] * NGRAM
     assert PromptLookup([1, 2, 3] * 4).propose() == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 def test_lengths_that_do_not_pay_are_skipped_and_tried_again():
-    lookup = PromptLookup([1, 2, 3, 4] * 2)  # four have agreed
+    lookup = PromptLookup([1, 2, 3, 4] * 2)  # four tokens match
     for _ in range(5):
         lookup.observe(1.0, 0, 0)
         lookup.observe(3.0, 4, 1)

@@ -1,4 +1,4 @@
-"""A decode step replayed gives what computing it anew gives, to the last bit, and falls back where it cannot replay."""
+"""A replayed decode step gives the bits of a computed one, and steps that cannot be replayed are computed."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def cache(of: Transformer, context: int = 48, kind: CacheDtype = CacheDtype.BF16
 
 
 def computed(of: Transformer, tokens: list[int], kind: CacheDtype = CacheDtype.BF16) -> list[Tensor]:
-    """Logits after each token, none of them replayed."""
+    """The logits after each token, without replays."""
     empty = cache(of, kind=kind)
     return [of.logits(of.forward(torch.tensor([token]), empty))[0] for token in tokens]
 
@@ -67,7 +67,7 @@ def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
         assert torch.equal(step.run(token), expected)
     assert step.recording is not None
     assert step.cache.length == len(TOKENS)
-    step.cache.truncate(10)  # a turn taken back
+    step.cache.truncate(10)  # as when a chat turn is undone
     again = computed(made, TOKENS[:10] + TOKENS[20:22])
     for token, expected in zip(TOKENS[20:22], again[10:], strict=True):
         assert torch.equal(step.run(token), expected)
@@ -82,7 +82,7 @@ def test_a_replay_over_an_8_bit_cache():
 
 
 @pytest.mark.parametrize(("recipe", "dtype"), [(Recipe.BF16, torch.float32), (Recipe.NF4, torch.bfloat16)])
-def test_what_is_not_all_native_is_computed_every_time(recipe, dtype):
+def test_steps_with_other_than_native_kernels_are_computed_every_time(recipe, dtype):
     made = model(recipe, dtype)
     step = CpuStep(made, cache(made))
     for token, expected in zip(TOKENS[:4], computed(made, TOKENS[:4]), strict=True):
@@ -98,7 +98,7 @@ def test_the_reference_is_not_recorded():
         assert torch.equal(step.run(5), computed(made, [5])[0])
 
 
-def test_foreign_operations_are_found():
+def test_torch_operations_make_a_recording_incomplete():
     x, weight = torch.randn(2, 64), torch.ones(64)
     for foreign in (lambda y: y + 1, lambda y: y.double(), lambda y: y.add_(1), lambda y: y.t().contiguous()):
         recording = ops.recording()
@@ -114,14 +114,14 @@ def test_foreign_operations_are_found():
     assert recording.names == ["rms_norm", "add"]
 
 
-def test_an_interrupt_leaves_the_sequence_as_it_was(monkeypatch):
+def test_an_interrupt_leaves_the_cache_as_it_was(monkeypatch):
     made = model()
     step = CpuStep(made, cache(made))
     expected = computed(made, TOKENS)
     with monkeypatch.context() as patch:
         patch.setattr(made.layers[1], "forward", _interrupt)
         with pytest.raises(KeyboardInterrupt):
-            step.run(TOKENS[0])  # while it is recorded
+            step.run(TOKENS[0])  # while it is being recorded
     assert (step.cache.length, step.recording) == (0, None)
     for token, logits in zip(TOKENS[:5], expected, strict=False):
         assert torch.equal(step.run(token), logits)
@@ -137,7 +137,7 @@ def test_an_interrupt_leaves_the_sequence_as_it_was(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(step.recording, "_replay", stopping)
         with pytest.raises(KeyboardInterrupt):
-            step.run(TOKENS[30])  # half a replay, of a token that does not come after all
+            step.run(TOKENS[30])  # half a replay of a token that is then not used
     assert step.cache.length == 5
     assert torch.equal(step.run(TOKENS[5]), expected[5])
 
@@ -158,7 +158,7 @@ def test_a_full_cache_is_refused():
     assert step.cache.length == 2
 
 
-def test_times_are_taken_of_every_call():
+def test_every_call_is_timed():
     made = model()
     step = CpuStep(made, cache(made))
     step.run(1)
@@ -180,7 +180,7 @@ def test_calls_of_other_threads_are_not_recorded():
 
 
 def test_recording_does_not_import_the_compiler():
-    """It would take a second of the first answer."""
+    """Importing torch's compiler would delay the first answer by a second."""
     code = (
         "import sys, dsv2_local\n"
         "list(dsv2_local.load().generate([5, 6, 7], max_tokens=4))\n"

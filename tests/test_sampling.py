@@ -1,4 +1,4 @@
-"""Sampling: each step against its definition, and transformers' own processors."""
+"""Sampling: each step against its definition, and against transformers' logits processors."""
 
 from itertools import combinations
 
@@ -33,7 +33,7 @@ def known(values: torch.Tensor) -> StepResult:
 
 
 def dense(values: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The probabilities of all tokens."""
+    """The probabilities of all tokens after truncation."""
     ids, probabilities = sampler.truncated(every(values), params)
     return torch.zeros(len(values), dtype=torch.float64).index_put((torch.tensor(ids),), torch.tensor(probabilities))
 
@@ -49,7 +49,7 @@ def dense(values: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 )
 @pytest.mark.parametrize("flat", [1, 20])
 def test_truncations_keep_what_transformers_keeps(params, theirs, seed, flat):
-    """Also where many tokens are about as likely, so that looking at a few is not enough, and where they are few."""
+    """Also for flat distributions, where the first floor is not enough, and for a small vocabulary."""
     values = logits(seed, 2000) / flat if seed else logits(seed) * 3
     values -= values.max()
     expected = theirs(None, values[None])[0].softmax(0)
@@ -127,7 +127,7 @@ def test_a_tiny_temperature_is_greedy():
 
 
 class Fetched(StepResult):
-    """As a GPU gives it: the top candidates, and all logits for the asking, which is counted."""
+    """A result as from a GPU: top candidates, and a count of how often the full logits were fetched."""
 
     def __init__(self, values: torch.Tensor, params: SamplingParams) -> None:
         packed = reference.top_candidates(values[None], torch.tensor(candidate_limits(params)))
@@ -174,7 +174,7 @@ def test_all_logits_are_fetched_where_the_likeliest_tokens_are_not_enough(params
         assert result.asked
 
 
-def test_too_many_equals_and_no_numbers_are_not_told():
+def test_ties_beyond_the_limit_and_nan_give_no_candidates():
     plain = SamplingParams(temperature=0)
     assert Fetched(torch.zeros(MAX_CANDIDATES + 1), plain).candidates() is None
     assert Fetched(torch.zeros(MAX_CANDIDATES), plain).candidates().ids.tolist() == [*range(MAX_CANDIDATES)]

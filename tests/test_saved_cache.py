@@ -1,4 +1,4 @@
-"""Caches in files: what was read goes on to the last bit, and what is not a cache of this model is refused."""
+"""Saved caches: a loaded cache gives bit-identical answers, and files that are not a cache of the model are refused."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def answer(model: llm.LLM, text: str) -> tuple[list[int | None], int]:
 
 
 @pytest.mark.parametrize("kept", ["bf16", "int8"])
-def test_a_saved_cache_goes_on_where_it_was(tmp_path, kept):
+def test_a_loaded_cache_gives_the_same_answer(tmp_path, kept):
     path, asked = tmp_path / "book", BOOK + "What is a bow?"
     expected, _ = answer(llm.load(cache_dtype=kept), asked)
     first = llm.load(cache_dtype=kept)
@@ -55,10 +55,14 @@ def test_what_is_no_cache_of_this_model_is_refused_and_changes_nothing(tmp_path)
         assert other.engine.tokens == held
         assert answer(other, BOOK)[0] == expected
 
-    refused("keeps latents as (bf16|fp32)", llm.load(cache_dtype="int8"))
+    refused("stores latents as (bf16|fp32)", llm.load(cache_dtype="int8"))
     save_file(tensors, path, metadata | {"model": "other"})
     refused("another model")
-    for kind, match in (("dsv2 cache 3", "newer version"), ("dsv2 cache x", "no saved cache"), ("", "no saved cache")):
+    for kind, match in (
+        ("dsv2 cache 3", "newer version"),
+        ("dsv2 cache x", "not a saved cache"),
+        ("", "not a saved cache"),
+    ):
         save_file(tensors, path, metadata | {"format": kind})
         refused(match)
     save_file({**tensors, "tokens": tensors["tokens"].float()}, path, metadata)
@@ -72,7 +76,7 @@ def test_what_is_no_cache_of_this_model_is_refused_and_changes_nothing(tmp_path)
     whole = path.read_bytes()
     for rubbish in (b"", b"GGUF", whole[: len(whole) // 2], b"\xff" * 100):
         path.write_bytes(rubbish)
-        refused("no saved cache|cannot be read")
+        refused("not a saved cache|cannot be read")
     with pytest.raises(SavedCacheError, match="cannot be written"):
         model.save_cache(tmp_path / "none" / "book")
 
@@ -109,7 +113,7 @@ def test_a_script_reads_a_book_once(tmp_path):
     assert second["reused_tokens"] > 200
     plain = json.loads(dsv2("run", "--json", "-n", 6, "--temperature", 0, "-f", book, "Who plays it?").stdout)
     assert second["text"] == plain["text"]
-    run("hello")  # without the book, by mistake
+    run("hello")  # a question without the book must not replace the file
     assert path.read_bytes() == written
     for nowhere in (tmp_path, tmp_path / "none" / "file"):
         failed = dsv2("run", "--cache", nowhere, "hello")
@@ -117,7 +121,7 @@ def test_a_script_reads_a_book_once(tmp_path):
     path.write_text("not a cache")
     failed = dsv2("run", "--cache", path, "hello")
     assert (failed.returncode, failed.stdout) == (1, b"")
-    assert b"no saved cache" in failed.stderr
+    assert b"not a saved cache" in failed.stderr
     assert path.read_text() == "not a cache"
 
 

@@ -1,4 +1,4 @@
-"""The table of tensors against the published releases: parameters, tensors and bytes, to the last one."""
+"""The table of tensors has exactly the parameters, tensors and bytes of the published releases."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_an_expert_at_4_25_bits(raw, record):
     assert expert_layout(config, Recipe.NF4).nbytes == record
 
 
-def test_recipes_differ_where_they_should():
+def test_each_recipe_has_the_documented_formats():
     formats = {recipe: {kind: recipe.format_of(kind) for kind in Kind} for recipe in Recipe}
     assert set(formats[Recipe.BF16].values()) == {"bf16"}
     assert set(formats[Recipe.INT8].values()) == {"int8"}

@@ -1,4 +1,4 @@
-"""Sessions: a chat goes on as if it had never stopped, nothing damages one, and what is none is refused."""
+"""Sessions: a continued chat answers as if it had never stopped, failed saves leave the old file, others are refused."""
 
 import io
 import json
@@ -24,6 +24,7 @@ from dsv2_local.commands.chat import Chat
 from dsv2_local.commands.conversation import Conversation
 from dsv2_local.errors import InputError, SavedCacheError
 from tests.models import heed_signals, kill_half_way
+from tests.test_chat import READY
 from tests.test_cli import dsv2
 
 QUESTIONS = ("What is a violin?", "What is a river?", "Write me a poem.", "What is a dog?")
@@ -31,7 +32,7 @@ QUESTIONS = ("What is a violin?", "What is a river?", "Write me a poem.", "What 
 
 @pytest.fixture(autouse=True)
 def state(tmp_path, monkeypatch) -> Path:
-    """Where sessions lie in a test."""
+    """The directory of sessions in a test."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     return tmp_path / "dsv2-local" / "sessions"
 
@@ -42,7 +43,7 @@ def nano() -> llm.LLM:
 
 
 def talk(model: llm.LLM, *lines: str, session: str | None = None, ask: str = "") -> tuple[Chat, str]:
-    """A chat with the real model in which the user types `lines` and then Ctrl-D."""
+    """A chat with the bundled model in which the user types `lines` and then Ctrl-D."""
     typed, out, asked = iter(lines), io.StringIO(), iter(ask)
 
     def read(_: str) -> str:
@@ -64,7 +65,7 @@ def answers(chat: Chat) -> list[str]:
 def test_a_resumed_chat_answers_the_same_and_reads_nothing_again(state):
     whole, _ = talk(llm.load(), *QUESTIONS)
     _, shown = talk(llm.load(), *QUESTIONS[:2], session="trip")
-    assert "session trip begins" in shown
+    assert "new session trip" in shown
     assert "saved session trip: 2 turns" in shown
     assert sorted(path.name for path in state.iterdir()) == [".trip.lock", "trip.safetensors"]
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
@@ -74,7 +75,7 @@ def test_a_resumed_chat_answers_the_same_and_reads_nothing_again(state):
     assert "session trip: 2 turns" in shown
     assert chat._last is not None
     stats = chat._last.stats
-    # all but the end of the last answer, which was never read, and the new question
+    # everything is reused but the end token of the last answer, which never ran, and the new question
     assert stats.prompt_tokens - stats.reused_tokens <= held.count_tokens([{"role": "user", "content": QUESTIONS[2]}])
     assert f"reused {stats.reused_tokens}" in shown
     chat, _ = talk(llm.load(), QUESTIONS[3], session="trip")
@@ -85,11 +86,11 @@ def test_save_and_load_in_a_chat(nano, state):
     chat, shown = talk(nano, "/system Be brief.", "/set seed 4", QUESTIONS[0], "/save a", QUESTIONS[1])
     assert "saved session a: 1 turn" in shown
     again, _ = talk(nano, "/load a")
-    assert again.conversation == chat.conversation  # the turn after /save is in it too
+    assert again.conversation == chat.conversation  # the turn after /save is saved too
     assert len(again.conversation.messages) == 4
     refused, shown = talk(nano, QUESTIONS[2], "/save a", "/load a", "/load b", ask="nny")
-    assert "nothing is saved" in shown
-    assert "there is no session b; there are a" in shown
+    assert "not saved; session a is unchanged" in shown
+    assert "there is no session b; the sessions are a" in shown
     assert refused.conversation.turns == 1
     other, _ = talk(nano, QUESTIONS[2], "/save b", "/load a", "/undo")
     assert other.conversation.turns == 1
@@ -125,7 +126,7 @@ def test_names_that_are_fine(nano, name):
 
 
 def rewrite(path: Path, conversation: object, **metadata: str) -> None:
-    """The same file with other contents, their checksum left as it was."""
+    """Replace the conversation in a session's file, without updating the checksum."""
     with safe_open(path, framework="np") as file:
         kept = file.metadata()
     import torch
@@ -152,7 +153,7 @@ WHOLE = {"model": "dsv2-nano", "system": None, "settings": {}, "messages": []}
         {**WHOLE, "settings": {"temperature": "-5"}},
         {**WHOLE, "settings": {"evil": "1"}},
         {**WHOLE, "model": None},
-        WHOLE,  # sound, but not what the checksum is of
+        WHOLE,  # valid, but the checksum does not match
     ],
 )
 def test_a_damaged_conversation_changes_nothing(nano, state, damaged):
@@ -181,15 +182,15 @@ def test_what_is_no_session_of_this_model_is_refused(nano, state):
 
     text = Conversation().to_text("big\x1b[2J-model")
     rewrite(path, text.encode(), model="of another")
-    refused(r"another model, .* \(it is a session of big\[2J-model, this is dsv2-nano; see -m\)")
+    refused(r"another model, .* \(the session's model is big\[2J-model, not dsv2-nano; choose it with -m\)")
     path.write_bytes(whole)
     rewrite(path, json.loads(text), format="dsv2 cache 3")
     refused("newer version")
     for rubbish in (b"", b"GGUF", whole[:-1], whole[:100], b"\xff" * 100, b"\x80\x04K\x01."):
         path.write_bytes(rubbish)
-        refused("no saved cache")
+        refused("not a saved cache")
     nano.save_cache(path)
-    refused("no session: it holds no conversation")
+    refused("not a session: it has no conversation")
 
 
 def test_a_session_is_not_replaced_by_a_cache(nano, state):
@@ -219,7 +220,7 @@ def test_sessions_are_listed_and_deleted(nano, state):
     assert 0 < int(lines[2][3]) < int(lines[0][3])
     assert int(lines[0][4]) == (state / "new one.safetensors").stat().st_size
     assert lines[2][5].startswith("1970-01-01T") or lines[2][5].startswith("1969-12-31T")
-    assert "no saved cache" in lines[1][1]
+    assert "not a saved cache" in lines[1][1]
     for arguments, said in (
         (["new one", "none"], b"there is no session none"),
         (["../x", "--yes"], b"cannot name a session"),
@@ -260,7 +261,7 @@ def test_killed_while_it_saves_the_old_session_stays(nano, state):
     assert sessions.load("s", nano) == chat.conversation
 
 
-def test_a_failed_save_is_told_and_the_chat_goes_on(nano, state):
+def test_a_failed_save_is_reported_and_the_chat_continues(nano, state):
     state.parent.mkdir(parents=True)
     state.write_text("a file where the directory should be")
     chat, shown = talk(nano, QUESTIONS[0], "/save s", QUESTIONS[1])
@@ -284,7 +285,7 @@ def test_two_chats_cannot_have_one_session(nano, state):
 
 
 def spawn(*options: str, code: str = "") -> pexpect.spawn:
-    """`dsv2 chat` in a terminal of its own; `code` runs before it."""
+    """`dsv2 chat` in a pseudo-terminal; `code` runs before it."""
     command = ["-c", f"{code}\nfrom dsv2_local.cli import main; main()", "chat", "--temperature", "0", *options]
     environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
     environment.pop("DSV2_MODEL", None)
@@ -296,7 +297,7 @@ def spawn(*options: str, code: str = "") -> pexpect.spawn:
 
 @pytest.fixture
 def terminals() -> Iterator[list[pexpect.spawn]]:
-    """Closed in the end."""
+    """A list of terminals that are closed at the end of the test."""
     opened: list[pexpect.spawn] = []
     yield opened
     for child in opened:
@@ -307,18 +308,19 @@ def terminals() -> Iterator[list[pexpect.spawn]]:
 def test_a_session_is_saved_however_the_chat_ends(nano, terminals, leave, code):
     child = spawn("--session", "s")
     terminals.append(child)
-    child.expect("session s begins")
+    child.expect("new session s")
+    child.expect(READY)
     child.send("What is a river?\r")
     child.expect("context [0-9]+/2,048")
-    child.expect(r"\[\?2004h")
-    child.send("/set top_k 7\r")  # a change that only the end can save: it is no turn
+    child.expect(READY)
+    child.send("/set top_k 7\r")  # only the end of the chat saves this change, since no turn follows
     child.expect("top_k = 7")
-    child.expect(r"\[\?2004h")
+    child.expect(READY)
     if isinstance(leave, str):
         child.send(leave)
     else:
         child.kill(leave)
-    if leave != signal.SIGHUP:  # after which there is no terminal to tell
+    if leave != signal.SIGHUP:  # after which nothing can be printed
         child.expect("saved session s: 1 turn")
     child.expect(pexpect.EOF)
     child.wait()
@@ -329,13 +331,14 @@ def test_a_session_is_saved_however_the_chat_ends(nano, terminals, leave, code):
     again = spawn("--session", "s")
     terminals.append(again)
     again.expect("session s: 1 turn")
+    again.expect(READY)
     again.send("What is a dog?\r")
     again.expect("reused [1-9][0-9]*,")
 
 
 def test_a_closed_terminal_fails_first_and_signals_later(nano, monkeypatch):
     def save(*arguments: object) -> None:
-        signal.raise_signal(signal.SIGHUP)  # a shell passes it on when it gets it
+        signal.raise_signal(signal.SIGHUP)  # a shell forwards it to its children
         signal.raise_signal(signal.SIGTERM)
         real(*arguments)
 
@@ -371,16 +374,16 @@ def test_ctrl_c_while_a_prompt_is_read_keeps_what_was_read(terminals):
     child = spawn(code=SLOW)
     terminals.append(child)
     child.expect("lists commands")
-    child.expect(r"\[\?2004h")
+    child.expect(READY)
     text = "A violin is a bowed instrument. " * 100 + "What is a violin?"
     child.send(f"\x1b[200~{text}\x1b[201~\r")
     child.expect(r"reading the prompt.*[0-9]+/([0-9]+|[0-9],[0-9]{3}) · [0-9,]+ tokens/s · 0:00:[0-9]{2} left")
     child.send("\x03")
-    child.expect(r"read ([0-9]+) of ([0-9,]+) tokens; they are kept: send it again")
+    child.expect(r"read ([0-9]+) of ([0-9,]+) tokens; they stay in the cache: send the message again")
     read = child.match[1]
     assert int(read) % 64 == 0
     assert int(read) > 0
-    child.expect(r"\[\?2004h")
+    child.expect(READY)
     child.send(f"\x1b[200~{text}\x1b[201~\r")
     child.expect(rf"prompt [0-9,]+ tokens, reused {read},")
 
@@ -405,10 +408,10 @@ def test_a_script_stopped_while_it_reads_keeps_what_was_read(tmp_path):
 
     returned, said = stopped()
     assert returned == 130
-    assert said == f"dsv2: read 256 of {plain['prompt_tokens']:,} tokens; --cache FILE would keep them"
+    assert said == f"dsv2: read 256 of {plain['prompt_tokens']:,} tokens; --cache FILE would save them"
     returned, said = stopped("--cache", str(cache))
     assert returned == 130
-    assert said.endswith(f"tokens; kept in {cache}: the same command goes on")
+    assert said.endswith(f"tokens; saved in {cache}: the same command continues from there")
     done = json.loads(dsv2(*arguments, "--cache", cache).stdout)
     assert done["reused_tokens"] == 256
     assert done["text"] == plain["text"]
@@ -426,7 +429,7 @@ def test_in_a_terminal_a_full_context_offers_and_a_refused_session_is_one_line(t
     child = spawn("--context", "60", "--max-tokens", "30")
     terminals.append(child)
     for question in QUESTIONS:
-        child.expect(r"\[\?2004h")
+        child.expect(READY)
         child.send(f"{question}\r")
         if child.expect(["context [0-9]+/60", r"take this question \[b\]ack\?"]):
             child.send("d\r")
@@ -439,7 +442,7 @@ def test_in_a_terminal_a_full_context_offers_and_a_refused_session_is_one_line(t
     (state / "s.safetensors").write_bytes(b"GGUF")
     child = spawn("--session", "s")
     terminals.append(child)
-    child.expect("dsv2: error: .*no saved cache")
+    child.expect("dsv2: error: .*not a saved cache")
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == 1

@@ -1,4 +1,4 @@
-"""Making room: which turns go, and what stands for them."""
+"""Making room in a full context: which turns are dropped or summarised, and what the summary is written from."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.test_chat import FakeGeneration, FakeLLM
 
 
 def conversation(*sizes: int, **settings: Any) -> Conversation:
-    """Questions and answers of so many letters, each turn of its own letter; the last question has no answer."""
+    """A conversation with messages of the given lengths, one letter per turn; the last question has no answer."""
     letters = [chr(ord("a") + i // 2) for i in range(len(sizes))]
     roles = ["user", "assistant"] * len(sizes)
     messages = [
@@ -21,7 +21,7 @@ def conversation(*sizes: int, **settings: Any) -> Conversation:
 
 
 class SummingLLM(FakeLLM):
-    """Answers with the letters that it was asked about, and refuses what does not fit."""
+    """Answers with the letters in the prompt as its summary, and asserts that the request fits in the context."""
 
     context = 800
 
@@ -35,7 +35,7 @@ class SummingLLM(FakeLLM):
 
 
 def brute_force(talk: Conversation, room: int, context: int) -> int:
-    """The least number of turns that can go, by trying them all."""
+    """The smallest number of turns to drop, found by trying all numbers."""
     turns = [talk.messages[i : i + 2] for i in range(0, len(talk.messages), 2)]
     sizes = [sum(len(message["content"]) for message in turn) for turn in turns]
     fitting = [n for n in range(1, len(turns)) if len("be brief") + sum(sizes[n:]) + room <= context]
@@ -66,7 +66,7 @@ def test_a_summary_stands_for_the_oldest_turns_and_leaves_room():
     assert llm.count_tokens(talk.prompt()) + 100 <= llm.context
     assert seen[-1] == (100, 100)
     [asked] = llm.asked
-    assert [m["content"][:1] for m in asked[1:-1]] == ["a", "a"]  # as the cache has them
+    assert [m["content"][:1] for m in asked[1:-1]] == ["a", "a"]  # unchanged, so that the prefix cache has them
 
 
 @pytest.mark.parametrize("sizes", [(300, 300, 10, 10, 500), (4000, 10, 200), (10, 4000, 200), (700, 700, 700, 700, 9)])

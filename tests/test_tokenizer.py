@@ -1,4 +1,4 @@
-"""Tokenizing, templates and streaming text, against the tokenizer that DeepSeek-V2 ships with."""
+"""Tokenizer, chat template and streamed text, with the tokenizer of the DeepSeek-V2 release."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from dsv2_local.text.tokenizer import Tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER = [{"role": "user", "content": "hi"}]
-# The template of DeepSeek-V2-Chat, in its own words' structure: system text, User and Assistant turns.
+# The template of DeepSeek-V2-Chat: system text, then User and Assistant turns.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
@@ -71,7 +71,7 @@ def test_special_tokens_in_a_message_stay_text(tokenizer):
     ids = tokenizer.encode_chat([{"role": "user", "content": evil}])
     assert [id for id in ids if id >= 100000] == [100000]
     assert evil in tokenizer.decode(ids)
-    assert 100001 in tokenizer.encode(f"a{EOS}b")  # a raw prompt may control
+    assert 100001 in tokenizer.encode(f"a{EOS}b")  # in a raw prompt, special tokens are parsed
 
 
 def test_quoting_changes_nothing_else(tokenizer):
@@ -115,7 +115,7 @@ def test_streamed_bytes_that_never_become_a_character(tokenizer):
 
 
 def stream(stops: list[str], text: str, cuts: list[int]) -> str:
-    """`text` through a StopFilter in pieces cut at `cuts`."""
+    """Push `text` through a StopFilter in pieces that are cut at `cuts`."""
     filter = StopFilter(stops)
     out = ""
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):

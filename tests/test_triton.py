@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU, against the torch reference."""
+"""The Triton kernels, interpreted on the CPU, against the PyTorch reference."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ FORMATS = [Format.NF4, Format.INT8]
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch):
-    """What a kernel should have written and did not is no number."""
+    """Fill new tensors with NaN, so that a number which a kernel failed to write shows."""
     torch.manual_seed(0)
 
     def poisoned(make):
@@ -56,7 +56,7 @@ def test_linear_in_bf16(format, tokens):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("rows", "cols"), [(64, 128), (13, 300)])
-def test_weights_are_read_back_to_the_last_bit(format, rows, cols):
+def test_dequantised_weights_are_exact(format, rows, cols):
     check.dequantized_and_embedded(DEVICE, format, rows, cols)
 
 
@@ -70,7 +70,7 @@ def _all_codes(words, table, out, LOOKUP: tl.constexpr):
 
 @pytest.mark.parametrize("lookup", [GATHER])
 def test_every_way_of_looking_up_a_level_is_exact(lookup):
-    """SHUFFLE is not interpreted; tests/gpu has it."""
+    """The interpreter cannot run SHUFFLE; tests/gpu tests it."""
     codes = torch.arange(32) % 16
     shifts = torch.tensor([0, 8, 16, 24, 4, 12, 20, 28])  # of columns 0 to 7, kernels/layout.py
     words = (codes.view(4, 8) << shifts).sum(1).to(torch.int32).to(DEVICE)
@@ -99,7 +99,7 @@ def test_experts_in_bf16(tokens):
 
 @pytest.mark.parametrize(("pairs", "count", "block"), [(1, 1, 16), (200, 7, 16), (33, 90, 16), (64, 2, 64)])
 def test_grouped_pairs(pairs, count, block):
-    """Every pair is in one piece, with its own slot; no piece is larger than a block."""
+    """Every pair is in exactly one piece, that of its slot; no piece is larger than a block."""
     slots = torch.randint(0, count, (pairs,)) // 2
     order, pieces = group_pairs(slots, count, block)
     found = [(slot, int(order[place])) for slot, first, last in pieces.tolist() for place in range(first, last)]
@@ -157,7 +157,7 @@ def test_route(changes, grouped):
 
 
 def test_all_kernels_compile_for_a_gpu():
-    """The interpreter takes much that the compiler refuses; compiling needs no GPU."""
+    """The interpreter accepts code that the compiler rejects; compiling needs no GPU."""
     tool = Path(__file__).parent.parent / "tools/compile_triton.py"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, tool, "--quick"], capture_output=True, text=True, check=False, env=env)
@@ -166,5 +166,5 @@ def test_all_kernels_compile_for_a_gpu():
 
 
 @pytest.mark.parametrize(("vocab", "temperature", "margin"), [(100, 1.0, 0.0), (5000, 0.7, 6.0), (5000, 2.0, 60.0)])
-def test_likely(vocab, temperature, margin):
+def test_top_candidates(vocab, temperature, margin):
     check.top_candidates(DEVICE, vocab, temperature, margin)

@@ -1,4 +1,4 @@
-"""What the Triton kernels must do, at any shape and on any device: interpreted small, and on a GPU as in models."""
+"""Checks of the Triton kernels for any shape and device: small shapes for the interpreter, those of models for GPUs."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from dsv2_local.quant import int8, nf4
 from tests.models import TINY
 from tests.paging import gathered, scattered
 
-# Of one product. The interpreter rounds bf16 towards zero, so that errors of several in a row add up.
+# Relative error of one product. The interpreter rounds bf16 towards zero, so the errors of several products add up.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def off(ours: Tensor, exact: Tensor) -> float:
-    """The error in norm; infinite where anything is not a number."""
+    """The relative error in norm; infinite if a number is not finite."""
     ours = ours.to(exact.device, torch.float32)
     return float((ours - exact).norm() / exact.norm()) if ours.isfinite().all() else float("inf")
 
@@ -48,7 +48,7 @@ def linear(device: str, dtype: torch.dtype, format: Format, rows: int, cols: int
 
 
 def dequantized_and_embedded(device: str, format: Format, rows: int, cols: int) -> None:
-    """To the last bit, in every row and column."""
+    """Both are exact, in every row and column."""
     weight, ids = matrix(format, rows, cols), torch.randint(0, rows, (5,))
     ours, exact = triton.dequantize(on(device, weight)).cpu(), reference.dequantize(weight)
     assert torch.equal(ours, exact)
@@ -66,7 +66,7 @@ def swiglu(device: str, dtype: torch.dtype, format: Format, hidden: int, inner: 
 def experts(
     device: str, dtype: torch.dtype, format: Format, hidden: int, inner: int, tokens: int, slots: int, chosen: int = 3
 ) -> None:
-    """Some slots are crowded and the first is empty, so that groups of pairs of all sizes come about."""
+    """Some slots have many pairs and the first has none, so that there are groups of pairs of all sizes."""
     layout = ExpertLayout(format, hidden, inner)
     records, x = torch.stack([record(layout) for _ in range(slots)]), torch.randn(tokens, hidden).to(dtype)
     ids = torch.stack([1 + (torch.rand(slots - 1) ** 4).argsort()[:chosen] for _ in range(tokens)])
@@ -80,11 +80,11 @@ def experts(
     moved = [part.to(device) for part in (pairs // chosen, ids.flatten())]
     triton.expert_outputs(x.to(device), records.to(device), layout, *moved, out)
     triton.combine(out, *(part.to(device) for part in (pairs.view(tokens, chosen), ids, weights)), y)
-    assert dtype != torch.float32 or torch.equal(ours, y)  # placement changes nothing
+    assert dtype != torch.float32 or torch.equal(ours, y)  # the same bits, wherever experts are placed
 
 
 def combined(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
-    """Also in turns, by the experts' numbers, which must give the same bits; absent rows add nothing."""
+    """One call, and several calls by ascending expert id, which must give the same bits; negative rows add nothing."""
     outputs, weights = torch.randn(9, hidden).to(dtype), torch.randn(tokens, 4)
     rows, y = torch.randint(-1, 9, (tokens, 4)), torch.randn(tokens, hidden)
     ids = torch.stack([torch.randperm(20)[:4] for _ in range(tokens)])
@@ -109,16 +109,14 @@ def attention(
     absorb: bool,
     kind: CacheDtype = CacheDtype.BF16,
 ) -> None:
-    """The cache holds no numbers after the last position; in bf16 it has the type of the queries."""
+    """The cache contains NaN past the last position; if it is not 8-bit, it has the type of the queries."""
     H, N, P, C, V = shape
     w_uk, w_uv = matrix(formats[0], H * C, N), matrix(formats[1], H * V, C)
     q = (torch.randn(tokens, H, N + P) * 3).to(dtype)
     written = torch.randn(cached + tokens, C + P)
     in_bytes = kind is CacheDtype.INT8
     latents, block_table = scattered(quantize_latents(written, C) if in_bytes else written.to(dtype), cached)
-    block_table = torch.cat(
-        (block_table, torch.full((2,), -1))
-    )  # the context goes on where the sequence has no pages yet
+    block_table = torch.cat((block_table, torch.full((2,), -1)))  # room for blocks that are not allocated yet
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
     exact = reference.attention(
         q.float(), rotation, latents if in_bytes else latents.float(), block_table, w_uk, w_uv, 0.1, absorb=False
@@ -133,7 +131,7 @@ def rows(device: str, tokens: int, hidden: int, C: int, P: int) -> None:
     x, weight = torch.randn(tokens, hidden) * 3, torch.rand(hidden) + 0.5
     assert off(triton.rms_norm(x.to(device), weight.to(device), 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
     kv_a, rotation = torch.randn(tokens, C + P), torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    blocks, block_table = scattered(torch.zeros(70 + tokens, C + P), 62)  # from one page to the next
+    blocks, block_table = scattered(torch.zeros(70 + tokens, C + P), 62)  # across a block boundary
     arguments: tuple[Any, ...] = (block_table, kv_a, torch.rand(C), 1e-6, rotation)
     ours, exact = blocks.to(device), blocks.clone()
     triton.write_latents(ours, *(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
@@ -146,7 +144,7 @@ def rows(device: str, tokens: int, hidden: int, C: int, P: int) -> None:
 
 
 def bytes_of_latents(device: str, C: int, P: int) -> None:
-    """Codes may differ by one where roundings of the norm do; rows that hold zeros have no scale."""
+    """Codes may differ by one, since the norm is rounded differently; rows of zeros have scale 0."""
     kv_a = torch.randn(9, C + P) * torch.logspace(-3, 3, 9)[:, None]
     kv_a[4] = 0.0
     rotation = torch.polar(torch.ones(9, P // 2), torch.randn(9, P // 2))
@@ -179,10 +177,11 @@ def top_candidates(device: str, vocab: int, temperature: float, margin: float) -
     )
     assert torch.equal(ours[:, :2], exact[:, :2])
     torch.testing.assert_close(ours[:, 2:3].view(torch.float32), exact[:, 2:3].view(torch.float32), rtol=1e-5, atol=0)
-    for row, told, wanted in zip(logits, ours, exact, strict=True):
-        count = min(int(told[0]), MAX_CANDIDATES)
-        ids, values = told[3 : 3 + count], told[3 + MAX_CANDIDATES : 3 + MAX_CANDIDATES + count].view(torch.float32)
+    for row, packed, wanted in zip(logits, ours, exact, strict=True):
+        count = min(int(packed[0]), MAX_CANDIDATES)
+        ids = packed[3 : 3 + count]
+        values = packed[3 + MAX_CANDIDATES : 3 + MAX_CANDIDATES + count].view(torch.float32)
         assert torch.equal(values, row[ids])
         assert len(ids.unique()) == count
-        if int(told[0]) <= MAX_CANDIDATES:
+        if int(packed[0]) <= MAX_CANDIDATES:
             assert sorted(ids.tolist()) == sorted(wanted[3 : 3 + count].tolist())

@@ -1,9 +1,9 @@
-"""Compile every Triton kernel as models call it, without a GPU, and print what each takes of one.
+"""Compile every Triton kernel for the shapes of the models, without a GPU, and print its use of registers and memory.
 
     python tools/compile_triton.py [--capability 80] [--quick]
 
-A line a kernel and configuration: registers a thread, bytes spilled to local memory, shared memory. --quick compiles
-fewer shapes, and the first configuration of each alone. Fails where one does not compile.
+Prints one line per kernel and configuration: registers per thread, bytes spilled to local memory, shared memory. With
+--quick, only some shapes and the first configuration of each kernel are compiled. Fails if a kernel does not compile.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from dsv2_local.kernels import triton as kernels
 from dsv2_local.kernels.format import ExpertLayout, Format, latent_nbytes
 from dsv2_local.kernels.layout import Matrix, planes
 
-# Of some GPUs by compute capability: multiprocessors, bytes of shared memory that a program may have.
+# For a GPU of each compute capability: the number of multiprocessors, and bytes of shared memory per program.
 GPUS = {80: (108, 166_912), 86: (28, 101_376), 89: (128, 101_376), 90: (132, 232_448), 120: (170, 101_376)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class NoGpu:
-    """A driver of a GPU that is not there: enough to compile for it."""
+    """A driver that claims a GPU of the given compute capability; it is enough for compiling."""
 
     def __init__(self, capability: int) -> None:
         self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
@@ -41,17 +41,17 @@ class NoGpu:
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of local memory of the kernel in a cubin."""
+    """Registers per thread and bytes of local memory of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+        output = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
     return int(registers), int(stack)
 
 
 def compile_instead_of_launching(quick: bool) -> None:
-    """Patch Triton: a launch compiles and reports; an autotuned one does so for all of its configurations."""
+    """Patch Triton so that a launch only compiles and prints; autotuned kernels do so for all their configurations."""
     launch, reported = JITFunction.run, set()
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -138,11 +138,11 @@ def main() -> None:
     given = parser.parse_args()
     triton.runtime.driver.set_active(NoGpu(given.capability))
     compile_instead_of_launching(given.quick)
-    launch = {"EARLY": True, "launch_pdl": True} if given.capability >= 90 else {"EARLY": False}
+    launch = {"PDL": True, "launch_pdl": True} if given.capability >= 90 else {"PDL": False}
     for module in ("linear", "experts", "rows", "top_candidates", "latents", "attention"):
         part: Any = sys.modules[f"dsv2_local.kernels.triton.{module}"]
         part.processors, part.shared_memory = (lambda device, is_=is_: is_ for is_ in GPUS[given.capability])
-        part.early = lambda device: launch
+        part.pdl_arguments = lambda device: launch
     for call in (call_products, call_experts, call_attention):
         call(given.quick)
     call_rows()

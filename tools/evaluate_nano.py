@@ -2,9 +2,9 @@
 
     python tools/evaluate_nano.py --heldout DIR/heldout.jsonl CHECKPOINT [CHECKPOINT ...]
 
-Each CHECKPOINT is a converted directory (one per recipe, say); `heldout.jsonl` comes from tools/train_nano.py and
-holds conversations with one answer each, none of which was trained on. Perplexity is per token of the answers (its
-end token included), given the question.
+Each CHECKPOINT is a converted directory, for example one per recipe. `heldout.jsonl` is written by tools/train_nano.py:
+conversations with one answer each, none of which was trained on. Perplexity is per answer token, the end token
+included, given the question.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ANSWER = "Assistant:"
 
 
 def perplexity(llm: dsv2_local.LLM, conversations: list[str]) -> tuple[float, int]:
-    """Perplexity per answer token, and how many tokens there were."""
+    """Perplexity per answer token, and the number of answer tokens."""
     total, count = 0.0, 0
     for text in conversations:
         ids = llm.tokenizer.encode(text)

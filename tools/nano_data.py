@@ -1,8 +1,8 @@
-"""Question-and-answer conversations made from WordNet 3.0: what dsv2-nano is trained on.
+"""The training data of dsv2-nano: question-and-answer conversations, generated from WordNet 3.0.
 
 A deterministic pipeline: parse the database files, rank the words by how common they are, turn each gloss into one
-grammatical sentence, and pose it (and the word's relations) in several phrasings. One gloss in a hundred is held out
-of every phrasing, so that the perplexity on unseen definitions can be measured.
+grammatical sentence, and ask for it (and for the word's relations) in several phrasings. One gloss in a hundred is held
+out in every phrasing, to measure the perplexity on unseen definitions.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ NOUNS, VERBS, ADJECTIVES = 8_500, 800, 800
 COMMON_NOUNS = 4_500  # never held out: a user is likely to ask for these
 HELD_OUT_FRACTION = 0.01
 
-SENSE_BONUS = {5: 5.0, 8: 5.0, 13: 4.0, 6: 2.0, 20: 2.0, 27: 2.0, 17: 2.0}  # concrete meanings come to mind first
+SENSE_BONUS = {5: 5.0, 8: 5.0, 13: 4.0, 6: 2.0, 20: 2.0, 27: 2.0, 17: 2.0}  # by file: concrete meanings first
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question in its possible phrasings, with its one answer."""
+    """A question in several phrasings, with its answer."""
 
     questions: tuple[str, ...]
     answer: str
@@ -49,7 +49,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Topic:
-    """All that the corpus says of one word: the definition first, then its relations."""
+    """All turns about one word: the definition first, then its relations."""
 
     word: str
     weight: float
@@ -57,7 +57,7 @@ class Topic:
 
 
 class Corpus:
-    """Every topic of the training set, and the held-out definitions."""
+    """All topics of the training set, and the held-out definitions."""
 
     def __init__(self, wordnet: Path, seed: int = 0) -> None:
         self.net = load_wordnet(wordnet)
@@ -78,7 +78,7 @@ class Corpus:
                     (self.held_out if (sense.pos, sense.offset) in held else self.topics).append(topic)
 
     def _ranked(self, pos: str) -> list[Sense]:
-        """Each word's first sense, most common words first: by tag counts and by use in WordNet's own glosses."""
+        """Each word's main sense, the most common words first: by tag counts and by use in WordNet's own glosses."""
         senses = []
         for (word, word_pos), offsets in self.net.index.items():
             if word_pos != pos or not re.fullmatch(r"[a-z]{3,}(?:[ -][a-z]{2,})?", word):
@@ -98,7 +98,7 @@ class Corpus:
         return sum(self.net.counts.get((word, pos, number), 0) for number in senses)
 
     def _main_sense(self, word: str, pos: str, offsets: list[int]) -> int:
-        """The meaning to teach: the most frequent one, with a preference for concrete things over abstract ones."""
+        """The meaning to teach: the most frequent one, with a preference for concrete over abstract things."""
 
         hint = MAIN_GLOSS.get(word) if pos == "n" else None
         for offset in offsets:
@@ -126,7 +126,7 @@ class Corpus:
         return (1.2 if synset.file in {5, 6, 8, 13, 17, 18, 20, 27} else 0.0) - (1.0 if instance else 0.0)
 
     def _held_out(self, chosen: list[tuple[str, list[Sense]]], rng: random.Random) -> set[tuple[str, int]]:
-        """Meanings kept out of training: none that a common noun names."""
+        """Choose the meanings to hold out of training, none of them a common noun's."""
         common = {sense.offset for sense in chosen[0][1][:COMMON_NOUNS]}
         meanings = sorted({(s.pos, s.offset) for _, senses in chosen for s in senses if s.offset not in common})
         return set(rng.sample(meanings, round(HELD_OUT_FRACTION * sum(len(senses) for _, senses in chosen))))
@@ -256,7 +256,7 @@ class Corpus:
 
 
 def _weight(pos: str, rank: int) -> float:
-    """How often a pass over the data asks for a word's definition: the common nouns most."""
+    """How often a pass over the data asks for a word's definition: most often for common nouns."""
     return 1.0 + 4.0 / (1.0 + (rank / 1300) ** 2) if pos == "n" else 2.0
 
 
@@ -366,16 +366,16 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("That is wrong.", "You are wrong."), "I am sorry. I am a very small model, and I make mistakes."),
     (("Great!", "Nice!", "Good job!", "Well done!"), "Thank you!"),
 )
-SMALL_TALK_WEIGHT = 3.0  # times a pass, for each phrasing
+SMALL_TALK_WEIGHT = 3.0  # how often each phrasing is used per pass
 
-LONG_FRACTION = 0.15  # of the topics of a pass, told in conversations of several topics
-SYSTEM_FRACTION = 0.05
-RELATION_FRACTION = 0.8  # of each topic's relations, asked alone in one pass
+LONG_FRACTION = 0.15  # of a pass's topics: they are part of conversations about several topics
+SYSTEM_FRACTION = 0.05  # of conversations: they begin with a system message
+RELATION_FRACTION = 0.8  # of a topic's relations: they are asked for in conversations of one turn
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One training text as (text, is answer) pieces in the chat template's layout; the first begins with BOS."""
+    """A training text in the chat template's layout, as pieces (text, whether it is an answer); it begins with BOS."""
 
     pieces: tuple[tuple[str, bool], ...]
 
@@ -386,7 +386,7 @@ class Conversation:
 
 
 def render(turns: Iterable[tuple[str, str]], system: str | None = None) -> Conversation:
-    """(question, answer) pairs as DeepSeek-V2's chat template writes them."""
+    """Write (question, answer) pairs in the layout of DeepSeek-V2's chat template."""
     pieces = []
     start = BOS + (f"{system}\n\n" if system else "")
     for question, answer in turns:
@@ -396,7 +396,7 @@ def render(turns: Iterable[tuple[str, str]], system: str | None = None) -> Conve
 
 
 def pass_over(topics: list[Topic], seed: int) -> Iterator[Conversation]:
-    """One pass over the corpus, in order of ``topics`` and not shuffled: each topic about ``weight`` times."""
+    """Generate the conversations of one pass over the corpus, in which each topic occurs about ``weight`` times."""
     rng = random.Random(seed)
     pending: list[tuple[str, str]] = []  # the turns of the long conversation under construction
     limit = rng.randint(3, 14)
@@ -418,14 +418,14 @@ def pass_over(topics: list[Topic], seed: int) -> Iterator[Conversation]:
 
 
 def _repeated(topics: list[Topic], rng: random.Random) -> list[Topic]:
-    """Each topic ``weight`` times, the fraction by chance, shuffled."""
+    """Each topic ``weight`` times (a fraction is a probability), shuffled."""
     repeated = [topic for topic in topics for _ in range(int(topic.weight + rng.random()))]
     rng.shuffle(repeated)
     return repeated
 
 
 def _told(topic: Topic, rng: random.Random) -> list[tuple[str, str]]:
-    """The definition, sometimes followed by questions about "it", sometimes by small talk."""
+    """Turns about a topic: the definition, sometimes followed by questions about "it", sometimes by small talk."""
     definition = topic.turns[0]
     told = [(rng.choice(definition.questions), definition.answer)]
     for turn in topic.turns[1:]:
@@ -442,5 +442,5 @@ def _system(rng: random.Random) -> str | None:
 
 
 def held_out_conversations(corpus: Corpus) -> list[Conversation]:
-    """Each held-out definition in its plainest phrasing."""
+    """Conversations that ask for each held-out definition in its first phrasing."""
     return [render([(topic.turns[0].questions[0], topic.turns[0].answer)]) for topic in corpus.held_out]

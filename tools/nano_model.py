@@ -1,4 +1,4 @@
-"""dsv2-nano for training: DeepSeek-V2 with the hub's tensor names, and no more than training needs."""
+"""The training implementation of dsv2-nano: DeepSeek-V2 with the hub's tensor names, and only what training needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class NanoConfig:
-    """The architecture, under the names of DeepSeek-V2's own config.json."""
+    """The architecture, with the field names of DeepSeek-V2's config.json."""
 
     vocab_size: int = 8192
     hidden_size: int = 256
@@ -41,7 +41,7 @@ class NanoConfig:
 
     @property
     def rope_scaling(self) -> dict[str, Any]:
-        """YaRN from the trained length of 512, in force from the first step of training."""
+        """YaRN from the training length of 512; used from the first step of training."""
         return {
             "type": "yarn",
             "factor": 4,
@@ -53,7 +53,7 @@ class NanoConfig:
         }
 
     def hub(self) -> dict[str, Any]:
-        """config.json as the hub's DeepSeek-V2 checkpoints write it."""
+        """The config.json of a DeepSeek-V2 checkpoint on the hub."""
         return asdict(self) | {
             "architectures": ["DeepseekV2ForCausalLM"],
             "model_type": "deepseek_v2",
@@ -78,7 +78,7 @@ class NanoConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; the hub's latent norms share ``eps`` with the others here."""
+    """RMS norm in float32. The released code has a fixed ``eps`` in the latent norms; here all norms use the same."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -90,12 +90,12 @@ class RMSNorm(nn.Module):
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A projection without a bias, as every one of DeepSeek-V2's is."""
+    """A projection without bias, like all projections of DeepSeek-V2."""
     return nn.Linear(inputs, outputs, bias=False)
 
 
 def yarn_frequencies(config: NanoConfig) -> Tensor:
-    """[rope/2] angular frequencies: slow ones divided by the factor, fast ones kept, a ramp in between."""
+    """Angular frequencies [rope/2]: low ones are divided by YaRN's factor, high ones stay, with a ramp between."""
     size, yarn = config.qk_rope_head_dim, config.rope_scaling
 
     def dimension(rotations: float) -> float:
@@ -118,7 +118,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention, with keys and values expanded from their latent."""
+    """Multi-head latent attention, with keys and values computed from the latent (not absorbed)."""
 
     def __init__(self, c: NanoConfig) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5 * mscale * mscale
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """``x`` [B, T, D]; ``mask`` [B, 1, T, T] is 0 where a token may look and -inf elsewhere."""
+        """``x`` [B, T, D] -> [B, T, D]; ``mask`` [B, 1, T, T] is 0 where a token may attend, -inf elsewhere."""
         c = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.view(*x.shape[:2], c.num_attention_heads, -1).transpose(1, 2)  # [B, H, T, nope + rope]
@@ -150,7 +150,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """A gated feed-forward: a dense layer's, a shared expert's or a routed expert's."""
+    """A gated feed-forward network: of a dense layer, of the shared experts, or of a routed expert."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class MLP(nn.Module):
 
 
 class Permute(torch.autograd.Function):
-    """Rows in another order; the gradient takes the inverse order, which is faster than the usual scatter-add."""
+    """Permutes rows; the backward pass permutes back, which is faster than the usual scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class MoE(nn.Module):
         self.load = torch.zeros(c.n_routed_experts)  # [E] tokens sent to each expert in the last forward
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` [T, D] to the weights and indices [T, K] of its experts, in float32 throughout."""
+        """``x`` [T, D] -> weights and indices [T, K] of the chosen experts, in float32 throughout."""
         c = self.config
         with torch.autocast("cpu", enabled=False):
             scores = F.linear(x.float(), self.gate.weight).softmax(-1)  # [T, E]
@@ -205,11 +205,11 @@ class MoE(nn.Module):
         weights, chosen = masked.topk(c.num_experts_per_tok, -1)
         self.load = torch.bincount(chosen.flatten(), minlength=c.n_routed_experts)
         share = self.load / chosen.numel()
-        self.balance_loss = c.n_routed_experts * (share * scores.mean(0)).sum()  # 1 when perfectly even
+        self.balance_loss = c.n_routed_experts * (share * scores.mean(0)).sum()  # 1 if perfectly even
         return weights * c.routed_scaling_factor, chosen
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [B, T, D]: sorted by expert, so that each expert runs once on all of its tokens."""
+        """``x`` [B, T, D] -> [B, T, D]. Tokens are sorted by expert, so that each expert runs only once."""
         flat, active = x.flatten(0, 1), self.config.num_experts_per_tok
         weights, chosen = self.route(flat)
         order = chosen.flatten().argsort(stable=True)
@@ -254,7 +254,7 @@ class Nano(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
-        """Last hidden states [B, T, D]; a token sees only its own document (all arguments are [B, T])."""
+        """Arguments [B, T] -> last hidden states [B, T, D]; a token attends only to its own document."""
         angles = positions[:, None, :, None] * self.frequencies  # [B, 1, T, rope/2]
         same = documents[:, :, None] == documents[:, None, :]
         mask = torch.zeros(same.shape).masked_fill(~same.tril(), -math.inf).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""WordNet 3.0 read from its database files, and its glosses as phrases of grammatical sentences."""
+"""Reads WordNet 3.0's database files, and turns its glosses into phrases for grammatical sentences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ POS_OF_KEY = {"1": "n", "2": "v", "3": "a", "5": "a"}  # the first digit of a se
 MASS_FILES = {7, 12, 19, 22, 27}  # attribute, feeling, phenomenon, process, substance
 MIXED_FILES = {4, 9, 13, 26}  # act, cognition, food, state
 PERSON_FILE = 18
-NATURAL_FILES = {5, 8, 18, 20}  # animal, body, person, plant: a plural in the gloss means one of a group
+NATURAL_FILES = {5, 8, 18, 20}  # animal, body, person, plant: here a plural in the gloss means "one of the ..."
 
 
 def _words(text: str) -> frozenset[str]:
@@ -68,7 +68,7 @@ NP_END = _words(
     "either so such because until upon within toward towards regarded called known capable able"
 )
 PLURAL_ONLY = _words("scissors trousers pants jeans shorts glasses clothes tongs pliers pajamas binoculars")
-MAIN_GLOSS = {  # words from the gloss of the meaning to teach, where the counts point to another
+MAIN_GLOSS = {  # words from the gloss of the meaning to teach, if the counts would choose another meaning
     "table": "furniture", "hammer": "hand tool", "gold": "soft yellow malleable", "chess": "board game",
     "queen": "female sovereign", "bank": "financial institution", "cake": "baked goods", "plate": "dish",
     "glove": "covering for the hand", "television": "electronic device", "nail": "pointed",
@@ -98,7 +98,7 @@ UNCOUNTABLE = _words(
 
 @dataclass(frozen=True)
 class Synset:
-    """One meaning: its words as spelled in the database, its gloss, and its pointers as (symbol, pos, offset)."""
+    """A meaning: its words as the database spells them, its lexicographer file, its gloss, and its pointers."""
 
     words: tuple[str, ...]
     file: int
@@ -108,7 +108,7 @@ class Synset:
 
 @dataclass(frozen=True)
 class Sense:
-    """A word with the one meaning that this corpus gives it."""
+    """A word with the one meaning that the corpus teaches for it."""
 
     word: str
     pos: str
@@ -118,7 +118,7 @@ class Sense:
 
 @dataclass
 class WordNet:
-    """The database files in memory: meanings by (pos, offset), and each word's meanings, most frequent first."""
+    """The database in memory: meanings by (pos, offset), and each word's meanings, the most frequent first."""
 
     synsets: dict[tuple[str, int], Synset] = field(default_factory=dict)
     index: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def examples_of(gloss: str) -> list[str]:
 
 
 def definition_of(gloss: str) -> str:
-    """The gloss's first clause (with the second where the first is very short): no brackets, quotes or examples."""
+    """The first clause of a gloss, and the second if the first is very short; without brackets, quotes, examples."""
     text = re.sub(r"\([^()]*\)", " ", gloss.split('"')[0])
     text = re.sub(r"^\s*[,:;]", "", text).replace("`", "'")
     clauses = [" ".join(part.split()).replace(" ,", ",").strip(" ,:") for part in re.split(r"[;:]|--", text)]
@@ -177,7 +177,7 @@ def definition_of(gloss: str) -> str:
 
 
 def _shorten(text: str, soft: int = 15) -> str:
-    """Cut a long definition at its last comma that leaves between 6 and ``soft`` words, if there is one."""
+    """Cut a long definition at the last comma that leaves between 6 and ``soft`` words, if there is one."""
     words = text.split()
     if len(words) > soft:
         for end in range(soft, 5, -1):
@@ -187,7 +187,7 @@ def _shorten(text: str, soft: int = 15) -> str:
 
 
 def singular(word: str) -> str:
-    """The likely singular of a plural in -s; other words come back unchanged."""
+    """The likely singular of a plural in -s; other words are returned unchanged."""
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     if word.endswith(("ses", "xes", "ches", "shes")):
@@ -207,7 +207,7 @@ def plural(word: str) -> str:
 
 
 def indefinite(text: str) -> str:
-    """``text`` with ``a`` or ``an`` before it, by the sound of its first word."""
+    """``text`` with ``a`` or ``an`` before it, chosen by the sound of its first word."""
     first = text.split()[0].lower()
     vowel = first[0] in "aeiou" and not re.match(r"(eu|ewe|uni([^nm]|$)|us[aeu]|ut[ei]|one\b|once|ub|ur[aeio])", first)
     silent = first.startswith(("hour", "honest", "honor", "heir")) or re.match(r"[fhlmnrsx](-|$)", first)
@@ -215,17 +215,17 @@ def indefinite(text: str) -> str:
 
 
 def capital(text: str) -> str:
-    """``text`` with its first letter upper case."""
+    """``text`` with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def _opens_clause(word: str) -> bool:
-    """Whether ``word``, after a noun, ends the noun's phrase: a participle or an adverb."""
+    """Whether ``word``, following a noun, ends the noun phrase: whether it is a participle or an adverb."""
     return word.endswith(("ed", "ing", "ly")) or word in {"often", "sometimes"}
 
 
 class Grammar:
-    """Articles, learnt from how WordNet's own glosses and examples use each word."""
+    """Decides which words take articles, from their use in WordNet's own glosses and examples."""
 
     def __init__(self, net: WordNet) -> None:
         self.net = net
@@ -266,7 +266,7 @@ class Grammar:
         return counted * 4 < self.bare[last] and self.bare[last] > 3
 
     def subject(self, word: str, synset: Synset) -> str:
-        """The word as the subject of a sentence: with its article, where it takes one."""
+        """The word as the subject of a sentence, with an article if it takes one."""
         if not word.split()[-1].islower():
             takes_the = re.search(r"\b(River|Sea|Ocean|War|States|Kingdom|Mountains|Islands|Union|Empire)\b", word)
             common = not any(symbol == "@i" for symbol, *_ in synset.pointers) and synset.file == PERSON_FILE
@@ -276,7 +276,7 @@ class Grammar:
         return indefinite(word)
 
     def noun_phrase(self, text: str, file: int) -> str:
-        """A gloss's text, of a word of lexicographer file ``file``, with an article where its head noun needs one."""
+        """A gloss's text, with an article if its head noun needs one; ``file`` is the word's lexicographer file."""
         words = text.split()
         if words[0].lower().rstrip(",") in DETERMINERS or words[0][0].isdigit():
             return text
@@ -297,7 +297,7 @@ class Grammar:
         return text if self.is_mass(head, files[0]) else indefinite(text)
 
     def _head(self, words: list[str]) -> str:
-        """The noun that the phrase at the start of ``words`` is about: the last word of the phrase."""
+        """The head of the noun phrase at the start of ``words``: the phrase's last word."""
         head = words[0]
         for i, word in enumerate(words):
             after_noun = i > 0 and self._only_noun(words[i - 1].rstrip(","))

@@ -1,11 +1,12 @@
-"""Train dsv2-nano, the small DeepSeek-V2 that ships with dsv2-local, from WordNet alone, on a CPU.
+"""Train dsv2-nano, the small DeepSeek-V2 that ships with dsv2-local, on a CPU and from WordNet alone.
 
     python tools/train_nano.py --wordnet /usr/share/wordnet --out DIR --minutes 88 [--resume DIR/latest]
 
-DIR receives ``early/`` (untrained weights), ``latest/`` (refreshed every five minutes) and ``final/``, each a
-checkpoint in the hub's layout, beside ``heldout.jsonl`` and ``log.jsonl``. The learning rate follows the clock
-and not the step count: a busy machine costs tokens, never the schedule. With glibc, a fifth of the time is saved by
-keeping freed memory: MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
+The script writes to DIR: ``early/`` (untrained weights), ``latest/`` (updated every five minutes) and ``final/``, which
+are checkpoints in the layout of the Hugging Face hub, and ``heldout.jsonl`` and ``log.jsonl``. The learning rate
+depends on the elapsed time and not on the step count, so that a busy machine trains on fewer tokens but ends on
+schedule. With glibc, keeping freed memory saves a fifth of the time: MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
+MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE that adds nothing of its own when it encodes: the chat template writes the BOS."""
+    """Train a byte-level BPE. It adds no special tokens when it encodes: the chat template writes the BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,14 +94,14 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as inputs and next-token targets; questions have target -100 and cost no loss."""
+    """A conversation as inputs and next-token targets; tokens of questions have target -100, so they cost no loss."""
 
     inputs: list[int]
     targets: list[int]
 
 
 def encode(tokenizer: Tokenizer, conversations: list[Conversation], limit: int) -> list[Example]:
-    """Tokenize piece by piece, so that the answers are known; a conversation beyond ``limit`` tokens is cut."""
+    """Tokenize question and answer separately, to know which tokens are answers; cut after ``limit`` tokens."""
     pieces = [piece for conversation in conversations for piece in conversation.pieces]
     encodings = iter(tokenizer.encode_batch([text for text, _ in pieces]))
     examples = []
@@ -126,7 +127,7 @@ class Batch:
 
 
 def pack(examples: list[Example], length: int, open_rows: int = 32) -> list[list[Example]]:
-    """Fill rows of ``length`` tokens first-fit, over the last ``open_rows`` rows begun."""
+    """Pack examples into rows of ``length`` tokens, first-fit over the latest ``open_rows`` rows."""
     rows: list[list[Example]] = []
     room: list[int] = []
     for example in examples:
@@ -143,7 +144,7 @@ def pack(examples: list[Example], length: int, open_rows: int = 32) -> list[list
 
 
 def collate(rows: list[list[Example]], length: int) -> Batch:
-    """Rows as tensors; positions start again at 0 in each conversation."""
+    """Turn rows into tensors; positions start at 0 in each conversation."""
     shape = (len(rows), length)
     tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     targets, documents = torch.full(shape, -100), torch.full(shape, -1)
@@ -160,7 +161,10 @@ def collate(rows: list[list[Example]], length: int) -> Batch:
 
 
 def batches(corpus: Corpus, tokenizer: Tokenizer, batch_tokens: int, lengths: tuple[int, int]) -> Iterator[Batch]:
-    """Endless passes over the corpus, each phrased anew: short conversations in short rows, long ones in long rows."""
+    """Yield batches forever; every pass over the corpus uses new phrasings.
+
+    Short conversations are packed into rows of the first of ``lengths``, longer ones into rows of the second.
+    """
     short, long = lengths
     seed = 0
     while True:
@@ -184,7 +188,7 @@ def batches(corpus: Corpus, tokenizer: Tokenizer, batch_tokens: int, lengths: tu
 
 
 def answer_loss(model: Nano, batch: Batch, reduction: str = "mean") -> Tensor:
-    """Cross-entropy over the answers' tokens, the end-of-sentence included."""
+    """Cross-entropy over the tokens of the answers, end-of-sentence tokens included."""
     hidden = model(batch.tokens, batch.positions, batch.documents)
     wanted = batch.targets != -100
     logits = F.linear(hidden[wanted], model.embed_tokens.weight)  # [N, vocab]
@@ -192,12 +196,12 @@ def answer_loss(model: Nano, batch: Batch, reduction: str = "mean") -> Tensor:
 
 
 def learning_rate(step: int, done: float, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up by steps, then linear decay to nothing by ``done``, the fraction of the time that has passed."""
+    """Linear warm-up over steps, times linear decay to 0 over time; ``done`` is the fraction of time elapsed."""
     return peak * min(1.0, (step + 1) / warmup) * max(0.0, 1.0 - done)
 
 
 def make_optimizer(model: Nano) -> torch.optim.AdamW:
-    """AdamW with decay on the matrices only."""
+    """AdamW, with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
@@ -206,7 +210,7 @@ def make_optimizer(model: Nano) -> torch.optim.AdamW:
 
 @dataclass
 class TrainingProgress:
-    """What the log and the final metrics report."""
+    """The values in the log and in the final metrics."""
 
     step: int = 0
     tokens: int = 0
@@ -214,11 +218,11 @@ class TrainingProgress:
     seconds: float = 0.0
     loss: float = 0.0
     balance: float = 0.0
-    least_load: float = 0.0  # the least used expert's share of an even share
+    least_load: float = 0.0  # load of the least used expert, relative to an even load
 
 
 def train_step(model: Nano, optimizer: torch.optim.AdamW, batch: Batch, rate: float) -> tuple[float, float]:
-    """One update in bfloat16 autocast over float32 weights: the loss, and the mean balance loss (1 is even)."""
+    """Update float32 weights once, in bfloat16 autocast; returns the loss, and the mean balance loss (1: even)."""
     with torch.autocast("cpu", torch.bfloat16):
         loss = answer_loss(model, batch)
     mixtures = model.mixtures()
@@ -232,8 +236,10 @@ def train_step(model: Nano, optimizer: torch.optim.AdamW, batch: Batch, rate: fl
     return loss.item(), balance.item() / len(mixtures)
 
 
-def train(model: Nano, stream: Iterator[Batch], save: Callable[[str], None], args: argparse.Namespace) -> TrainingProgress:
-    """Train for ``args.minutes``; ``save(name)`` writes a checkpoint and is called every five minutes."""
+def train(
+    model: Nano, stream: Iterator[Batch], save: Callable[[str], None], args: argparse.Namespace
+) -> TrainingProgress:
+    """Train for ``args.minutes``; ``save(name)`` writes a checkpoint, and is called every five minutes."""
     optimizer, progress = make_optimizer(model), TrainingProgress()
     start, saved = time.monotonic(), 0.0
     loads = torch.zeros(len(model.mixtures()), NanoConfig.n_routed_experts)
@@ -264,7 +270,7 @@ def train(model: Nano, stream: Iterator[Batch], save: Callable[[str], None], arg
 
 @torch.no_grad()
 def perplexity(model: Nano, examples: list[Example]) -> float:
-    """Per answer token, in float32."""
+    """Perplexity per answer token, in float32."""
     total, count = 0.0, 0
     for example in examples:
         batch = collate([[example]], len(example.inputs))
@@ -275,7 +281,7 @@ def perplexity(model: Nano, examples: list[Example]) -> float:
 
 @torch.no_grad()
 def answer(model: Nano, tokenizer: Tokenizer, question: str, limit: int = 60) -> str:
-    """The greedy answer to one question."""
+    """Answer one question with greedy decoding."""
     prompt = render([(question, "")]).pieces[0][0]
     tokens = tokenizer.encode(prompt).ids
     prompt_length, end = len(tokens), tokenizer.token_to_id(EOS)
@@ -287,12 +293,12 @@ def answer(model: Nano, tokenizer: Tokenizer, question: str, limit: int = 60) ->
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Readable JSON, with characters as they are."""
+    """Write indented JSON, without escaping non-ASCII characters."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_checkpoint(model: Nano, tokenizer: Tokenizer, config: NanoConfig, folder: Path) -> None:
-    """Write the hub's layout in bfloat16, whole or not at all: a reader never meets half a checkpoint."""
+    """Write a checkpoint in the hub's layout, as bfloat16; a rename at the end makes it visible as a whole."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -322,26 +328,26 @@ def save_checkpoint(model: Nano, tokenizer: Tokenizer, config: NanoConfig, folde
 
 
 def load_weights(model: Nano, folder: Path) -> None:
-    """The weights of a checkpoint that ``save_checkpoint`` wrote; the optimizer starts afresh."""
+    """Load the weights of a checkpoint that ``save_checkpoint`` wrote; the optimizer's state is not restored."""
     tensors = load_file(folder / "model.safetensors")
     model.load_state_dict({name.removeprefix("model."): value.float() for name, value in tensors.items()})
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train dsv2-nano from WordNet.")
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with WordNet's database files")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints and the log")
-    parser.add_argument("--minutes", type=float, default=88.0, help="wall-clock length of the training")
+    parser.add_argument("--minutes", type=float, default=88.0, help="wall-clock duration of the training")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a step, padding included")
-    parser.add_argument("--resume", type=Path, help="checkpoint folder whose weights and tokenizer to go on from")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step, padding included")
+    parser.add_argument("--resume", type=Path, help="checkpoint folder whose weights and tokenizer to continue from")
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="learning rate after the warm-up")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Data, tokenizer, training, final checkpoint and its metrics."""
+    """Build the corpus and the tokenizer, train, and write the final checkpoint with its metrics."""
     args, config = parse_arguments(), NanoConfig()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
@@ -364,7 +370,7 @@ def main() -> None:
     stream = batches(corpus, tokenizer, args.batch_tokens, (128, 512))
     progress = train(model, stream, save, args)
     save("latest")
-    model.to(torch.bfloat16).float()  # the metrics are those of the weights as saved
+    model.to(torch.bfloat16).float()  # so that the metrics are those of the saved weights
     limit = config.rope_scaling["original_max_position_embeddings"]
     metrics = asdict(progress) | {
         "parameters": sum(weight.numel() for weight in model.parameters()),

@@ -1,1 +1,1 @@
-"""What each `dsv2` command reads and shows; `cli.py` parses the options and calls these."""
+"""The `dsv2` commands: `cli.py` parses the options and calls one of these modules."""

@@ -1,6 +1,7 @@
 """`dsv2 chat`: a conversation in the terminal.
 
-`Chat` reads, shows and obeys the commands; the conversation itself (`conversation.py`) knows nothing of terminals.
+`Chat` reads messages, shows answers and runs the /commands; `conversation.py` has the conversation itself, without any
+terminal.
 """
 
 import difflib
@@ -21,7 +22,14 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
 from dsv2_local.commands import sessions
-from dsv2_local.commands.console import ProgressBar, describe, describe_experts, describe_stop, human, prompt_progress
+from dsv2_local.commands.console import (
+    ProgressBar,
+    describe_experts,
+    describe_stats,
+    describe_stop,
+    format_bytes,
+    prompt_progress,
+)
 from dsv2_local.commands.conversation import SETTINGS, Conversation
 from dsv2_local.commands.markdown import CONTROL, MarkdownStream
 from dsv2_local.commands.shortening import drop_oldest, summarise_oldest
@@ -29,26 +37,26 @@ from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
 from dsv2_local.llm import LLM, Generation
 
 PATIENCE = 20
-"""A session is saved after a turn once this many times as long has passed as saving took: 5 % of a chat at most."""
+"""A session is saved after a turn if this many times the duration of the last save has passed: 5 % of the time."""
 HELP = """\
-/help              this text
+/help              show this text
 /clear             forget the conversation
-/undo              take back the last question and its answer
+/undo              remove the last question and its answer
 /retry             answer the last question again
 /system [TEXT]     show or set the system message ("-" removes it)
-/save [NAME]       keep the conversation as a session: now, after turns and in the end
-/load [NAME]       go on with a session; without a name: list them
-/set [NAME VALUE]  show or change how answers are made ("-" for the model's own)
-/stats             figures of the last answer
-/experts           where the routed experts are, and what happened to them
-/exit              leave (so does Ctrl-D)
+/save [NAME]       save the conversation as a session: now, after turns and at the end
+/load [NAME]       continue a saved session; without a name: list the sessions
+/set [NAME VALUE]  show or change sampling settings ("-" for the model's default)
+/stats             show the statistics of the last answer
+/experts           show where the routed experts are, and how they were used
+/exit              leave the chat (so does Ctrl-D)
 
-Enter sends; Alt-Enter or a \\ at the end of the line makes a new line. Ctrl-C stops an answer and keeps what came.
-A message that begins with / is written with two: //like this."""
+Enter sends the message; Alt-Enter, or a \\ at the end of the line, starts a new line. Ctrl-C stops an answer and keeps
+what was written. To send a message that begins with /, type two: //like this."""
 
 
 class Chat:
-    """The terminal's side of a conversation."""
+    """A conversation in the terminal: reads messages and commands, shows answers, and saves the session."""
 
     def __init__(
         self,
@@ -60,11 +68,17 @@ class Chat:
         ask: Callable[[str], str] | None = None,
         session: str | None = None,
     ) -> None:
-        """`options` are those of `LLM.generate`.
+        """Prepare the chat; `loop` runs it.
 
-        `read` reads a message after a prompt, `ask` a choice that does not belong in the history; they and `console`
-        are the terminal's own by default. `session` is gone on with if it is there, and saved in any case; `system` and
-        `options` go before its own.
+        Args:
+            llm: answers.
+            system: the system message.
+            options: options of `LLM.generate`.
+            console: where to print; None: the terminal.
+            read: prints a prompt and reads a message; None: from the terminal, with history.
+            ask: prints a question and reads a choice; None: from the terminal, without history.
+            session: name of the session to continue, or to begin if it does not exist. `system` and `options` override
+                what it has saved.
         """
         self.llm = llm
         self._stop = options.pop("stop", None)
@@ -75,11 +89,11 @@ class Chat:
         self._last: Generation | None = None
         self._interrupted = False
         self._progress = prompt_progress(self.console)
-        self._asked_for = session
-        self._name: str | None = None
-        self._claim: IO[bytes] | None = None
-        self._saved: tuple[str, Generation | None] = ("", None)
-        self._saved_at = self._saving_took = 0.0
+        self._requested = session
+        self._name: str | None = None  # of the session that this chat is
+        self._claim: IO[bytes] | None = None  # the lock on the session
+        self._saved: tuple[str, Generation | None] = ("", None)  # conversation and last answer when it was last saved
+        self._saved_at = self._saving_took = 0.0  # time of that save, and its duration in seconds
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, f"_{name}")
             for name in ("help", "clear", "undo", "retry", "system", "save", "load", "set", "stats", "experts")
@@ -89,14 +103,15 @@ class Chat:
         """Read and answer until the user leaves.
 
         Raises:
-            InputError: `session` cannot be one's name, or another chat has it.
-            SavedCacheError: it is damaged, or another model's.
+            InputError: the session's name is not valid, or another chat has it open.
+            SavedCacheError: the session is damaged, or belongs to another model.
         """
-        if self._asked_for:
-            self._open_session(self._asked_for)
+        if self._requested:
+            self._open_session(self._requested)
         self._say(f"{self.llm.name} ({self.llm.recipe}), context {self.llm.context:,} tokens; /help lists commands")
         if self._name:
-            self._say(f"session {self._name}{self._size() if self.conversation.messages else ' begins'}")
+            known = bool(self.conversation.messages)
+            self._say(f"session {self._name}{self._size()}" if known else f"new session {self._name}")
         hangups = _Hangups(self.console)
         try:
             try:
@@ -116,17 +131,20 @@ class Chat:
                 text = self._read("› ").strip()
             except KeyboardInterrupt:
                 if not hinted:
-                    self._say("Ctrl-D or /exit leaves")
+                    self._say("leave with Ctrl-D or /exit")
                 hinted = True
                 continue
             except EOFError:
                 return
             if text in ("/exit", "/quit"):
                 return
-            self._obey_or_ask(text)
+            self._take_turn(text)
 
-    def _obey_or_ask(self, text: str) -> None:
-        """Neither an error nor Ctrl-C in a turn ends the conversation; a question without an answer is taken back."""
+    def _take_turn(self, text: str) -> None:
+        """Run a command or answer a message.
+
+        Neither an error nor Ctrl-C ends the chat; a question that got no answer is removed from the conversation.
+        """
         with self._surviving():
             if text.startswith("/") and not text.startswith("//"):
                 self.command(text)
@@ -135,7 +153,7 @@ class Chat:
                 self.respond()
         if self.conversation.unanswered:
             self.conversation.undo()
-            self._say("the question is taken back; arrow up brings it again")
+            self._say("the question is taken back; press arrow up to edit it")
         with self._surviving():
             if self._unsaved and time.monotonic() - self._saved_at >= PATIENCE * self._saving_took:
                 self._write()
@@ -150,16 +168,20 @@ class Chat:
             self._say("stopped")
 
     def command(self, text: str) -> None:
-        """Obey a line that begins with a slash."""
+        """Run a line that begins with a slash.
+
+        Raises:
+            InputError: there is no such command, or its argument is wrong.
+        """
         name, _, argument = text[1:].partition(" ")
         if name not in self.commands:
             near = difflib.get_close_matches(name, [*self.commands, "exit"], n=1)
-            hint = f"; did you mean /{near[0]}?" if near else "; /help lists them"
+            hint = f"; did you mean /{near[0]}?" if near else "; /help lists the commands"
             raise InputError(f"there is no command /{name}{hint}")
         self.commands[name](argument.strip())
 
     def respond(self) -> None:
-        """Answer the last question; what came before Ctrl-C or an error is kept."""
+        """Answer the last question. After Ctrl-C or an error, the part of the answer that was written is kept."""
         prompt = self.conversation.prompt()
         count = self.llm.count_tokens(prompt)
         if count >= self.llm.context:
@@ -173,12 +195,12 @@ class Chat:
             if generation.text:
                 self.conversation.answer(generation.text)
         if generation.stats.context_used < generation.stats.prompt_tokens:
-            self._say(f"{describe_stop(generation.stats)}; they are kept: send it again to go on")
+            self._say(f"{describe_stop(generation.stats)}; they stay in the cache: send the message again to continue")
         else:
             self._stats("")
 
     def _show(self, generation: Generation) -> bool:
-        """Print the answer as it comes; whether Ctrl-C stopped it."""
+        """Print the answer while it is generated; returns whether Ctrl-C stopped it."""
         try:
             with self._progress, MarkdownStream(self.console) as stream:
                 for chunk in generation:
@@ -189,11 +211,14 @@ class Chat:
         return False
 
     def _offer_room(self, error: ContextLengthError) -> None:
-        """The conversation has outgrown the context: let the user choose, and lose nothing unasked."""
+        """Ask the user what to do about a conversation that no longer fits in the context."""
         alone = self.llm.count_tokens(self.conversation.prompt(self.conversation.messages[-1:]))
         if alone >= error.context:
             system = " with the system message" if self.conversation.system else ""
-            self._say(f"this question alone has {alone:,} tokens{system} and the context holds {error.context:,}")
+            self._say(
+                f"this question alone has {alone:,} tokens{system} and the context holds {error.context:,}; "
+                "shorten it, or start the chat with a larger --context"
+            )
             return
         self._say(f"the conversation has {error.prompt_tokens:,} tokens and the context holds {error.context:,}")
         choice = self._choose("[d]rop the oldest turns, [s]ummarise them, or take this question [b]ack? ", "dsb")
@@ -206,14 +231,15 @@ class Chat:
             self.respond()
 
     def _summarise(self) -> None:
-        """Ctrl-C and errors go to the caller, and the conversation is as it was."""
+        """Replace the oldest turns with a summary. On Ctrl-C or an error the conversation is unchanged."""
         with self._progress, ProgressBar("writing a summary", self.console, "tokens") as writing:
             options = {"progress": self._progress, **self.conversation.settings}
             replaced = summarise_oldest(self.conversation, self.llm, writing, **options)
-        self._say(f"a summary stands for {_turns(replaced)}, the oldest: {self.conversation.messages[1]['content']}")
+        summary = self.conversation.messages[1]["content"]
+        self._say(f"replaced {_turns(replaced)}, the oldest, with a summary: {summary}")
 
     def _choose(self, question: str, letters: str) -> str:
-        """One of `letters`; the last where the user leaves the question."""
+        """Ask until the answer begins with one of `letters`; Ctrl-C and Ctrl-D choose the last of them."""
         while True:
             try:
                 choice = self._ask(question).strip().lower()[:1]
@@ -230,14 +256,15 @@ class Chat:
 
     def _clear(self, _: str) -> None:
         self.conversation.messages.clear()
-        self._say(f"cleared; session {self._name} is as it was until the next answer" if self._name else "cleared")
+        kept = f"; the file of session {self._name} stays as it is until the next answer" if self._name else ""
+        self._say(f"the conversation is cleared{kept}")
 
     def _undo(self, _: str) -> None:
         question = self.conversation.undo()
         self._say("there is nothing to take back" if question is None else f"taken back: {question}")
 
     def _retry(self, _: str) -> None:
-        """Answer again; the old answer goes only when there is a new one."""
+        """Answer the last question again; the old answer is removed only once there is a new one."""
         before = list(self.conversation.messages)
         question = self.conversation.undo()
         if question is None:
@@ -255,7 +282,7 @@ class Chat:
         self._say(f"system: {self.conversation.system or '(none)'}")
 
     def _save(self, name: str) -> None:
-        """From now on the conversation is this session."""
+        """Save the conversation; from now on it belongs to this session."""
         name = name or self._name or ""
         if not name:
             raise InputError("name the session: /save NAME")
@@ -264,14 +291,14 @@ class Chat:
             and sessions.file(name).exists()
             and self._choose(f"replace session {name}? [y/n] ", "yn") == "n"
         ):
-            self._say("nothing is saved")
+            self._say(f"not saved; session {name} is unchanged")
             return
         with self._claiming(name):
             self._write()
         self._say(f"saved session {name}{self._size()}")
 
     def _load(self, name: str) -> None:
-        """From now on the conversation is that of a session; this one is saved if it is one, else given up if asked."""
+        """Continue a session. The current conversation is saved if it is a session, else discarded after asking."""
         if not name:
             sessions.show()
             return
@@ -281,7 +308,7 @@ class Chat:
         elif (
             not self._name
             and self.conversation.messages
-            and self._choose("this conversation is not saved; give it up? [y/n] ", "yn") == "n"
+            and self._choose("this conversation is not saved; discard it? [y/n] ", "yn") == "n"
         ):
             return
         with self._claiming(name):
@@ -290,7 +317,7 @@ class Chat:
 
     @contextmanager
     def _claiming(self, name: str) -> Iterator[None]:
-        """Make `name` the chat's session, which no other chat may have meanwhile, unless the block fails."""
+        """Lock session `name` and make it the chat's; if the block fails, the chat keeps its former session."""
         if name == self._name:
             yield
             return
@@ -307,7 +334,7 @@ class Chat:
         self._claim = claim
 
     def _open_session(self, name: str) -> None:
-        """Go on with a session if it is there, with the system message and the settings that were given."""
+        """Continue a session if it exists; the command line's system message and settings override its own."""
         given = self.conversation
         with self._claiming(name):
             if sessions.file(name).exists():
@@ -318,13 +345,13 @@ class Chat:
 
     def _resume(self, name: str) -> None:
         start = time.monotonic()
-        with ProgressBar("reading the session", self.console) as progress:
+        with ProgressBar("loading the session", self.console) as progress:
             progress(0, sessions.file(name).stat().st_size)
             self.conversation = sessions.load(name, self.llm)
         self._note_saved(start)
 
     def _write(self) -> None:
-        """Save the session. Ctrl-C and errors leave its file as it was."""
+        """Save the session. On Ctrl-C or an error its file is unchanged."""
         assert self._name
         start = time.monotonic()
         with ProgressBar("saving the session", self.console) as progress:
@@ -339,33 +366,33 @@ class Chat:
 
     @property
     def _unsaved(self) -> bool:
-        """Whether there is a session and it has something that its file has not."""
+        """Whether the chat is a session that has changed since it was saved."""
         now = (self.conversation.to_text(self.llm.name), self._last)
         return bool(self._name and self.conversation.messages and self._saved != now)
 
     def _end(self) -> None:
-        """Save the session, if it is one. A terminal that is gone cannot be told."""
+        """Save the session at the end of the chat, and print how to continue it, if the terminal still exists."""
         try:
             if self._unsaved:
                 self._write()
         except KeyboardInterrupt:
-            self._say(f"session {self._name} is not saved; its file is as it was")
+            self._say(f"session {self._name} is not saved; its file is unchanged")
             raise
         if self._name and self.conversation.messages:
             again = f"dsv2 chat --session {quote(self._name)}"
             with suppress(OSError):
-                self._say(f"saved session {self._name}{self._size()}; `{again}` goes on")
+                self._say(f"saved session {self._name}{self._size()}; continue with `{again}`")
 
     def _size(self) -> str:
-        """What the session holds: turns, and its file's bytes."""
+        """The session's turns and the size of its file, as text."""
         assert self._name
-        return f": {_turns(self.conversation.turns)}, {human(sessions.file(self._name).stat().st_size)}"
+        return f": {_turns(self.conversation.turns)}, {format_bytes(sessions.file(self._name).stat().st_size)}"
 
     def _set(self, argument: str) -> None:
         if argument:
             name, _, value = argument.partition(" ")
             if not value:
-                raise InputError("/set takes a name and a value")
+                raise InputError("/set needs a name and a value: /set temperature 0.7")
             self.conversation.set(name, value.strip())
         for name in SETTINGS:
             default = getattr(self.llm.defaults, name, None)
@@ -375,7 +402,7 @@ class Chat:
         if self._last is None:
             self._say("no answer yet")
         else:
-            self._say(describe(self._last.stats, self._interrupted))
+            self._say(describe_stats(self._last.stats, self._interrupted))
 
     def _experts(self, _: str) -> None:
         for line in describe_experts(self.llm):
@@ -387,9 +414,9 @@ def _turns(count: int) -> str:
 
 
 class _Hangups:
-    """SIGTERM, and SIGHUP of a terminal that was closed: the first raises SystemExit, later ones change nothing.
+    """Handles SIGTERM, and SIGHUP from a closed terminal: the first raises SystemExit, later ones are ignored.
 
-    A closed terminal makes writing fail too, before or after the signal comes.
+    The chat can then save its session. A closed terminal also makes writes fail, before or after the signal arrives.
     """
 
     def __init__(self, console: Console) -> None:
@@ -400,19 +427,19 @@ class _Hangups:
             signal.signal(number, self._leave)
 
     def ignore(self) -> None:
-        """Change nothing from now on."""
+        """Ignore the signals from now on."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
-        """What was before."""
+        """Restore the handlers that were set before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _leave(self, number: int, _: object) -> None:
         self.ignore()
         if number == signal.SIGHUP:
-            self._console.file = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
+            self._console.file = Path(os.devnull).open("w")  # noqa: SIM115 (stays open until the process ends)
         raise SystemExit(128 + number)
 
 
@@ -429,7 +456,7 @@ def _prompt_session() -> PromptSession[str]:
 
 
 def _history() -> History:
-    """Kept between runs and readable by the user alone; in memory where it cannot be written."""
+    """The history of messages: a file that only the user can read, or in memory if it cannot be written."""
     path = sessions.state() / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -440,7 +467,7 @@ def _history() -> History:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends, unless the line ends in a backslash; Alt-Enter and Ctrl-J make a new line."""
+    """Key bindings: Enter sends unless the line ends with a backslash; Alt-Enter and Ctrl-J start a new line."""
     keys = KeyBindings()
 
     @keys.add("enter", filter=~completion_is_selected)

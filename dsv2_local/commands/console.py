@@ -1,7 +1,7 @@
-"""What the commands share: lines on stderr, progress and the line of stats.
+"""Terminal output that the commands share: notices, progress bars and statistics.
 
-stdout belongs to the model's text; everything here goes to stderr or to a console that the caller gives. rich is
-imported late, so that `dsv2 --help` stays quick.
+stdout is for the model's text and for tables; everything else goes to stderr. rich is imported only when it is needed,
+so that `dsv2 --help` stays fast.
 """
 
 import sys
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
     from dsv2_local.runtime.engine import Stats
 
 PROGRESS_AFTER = 1.0
+"""Seconds until a progress bar appears."""
 BESIDE_BAR = 72
-"""Columns that text takes, with room to spare: "^C" at the end of a full line would begin another, never wiped."""
+"""Columns for the text beside a bar, with a margin: "^C" typed at the end of a full line would wrap and stay there."""
 RECENT = 9
-"""Calls over which the rate is taken: reading gets slower as the context grows."""
+"""Number of latest calls over which the rate is measured, since prefill slows down as the context grows."""
 
 
 def notice(text: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(f"dsv2: {text}", file=sys.stderr, flush=True)
 
 
 def report_console() -> "Console":
-    """For tables on stdout. A reader that went away is a BrokenPipeError; rich would exit with code 1."""
+    """A console for tables on stdout. It raises BrokenPipeError if the pipe is closed; rich would exit with code 1."""
     from rich.console import Console
 
     class ReportConsole(Console):
@@ -41,8 +42,8 @@ def report_console() -> "Console":
     return ReportConsole(highlight=False)
 
 
-def human(size: float) -> str:
-    """Bytes in the largest decimal unit that keeps the number above one."""
+def format_bytes(size: float) -> str:
+    """Format a number of bytes with a decimal unit: 512 B, 3.4 MB, 8.60 GB."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -51,13 +52,19 @@ def human(size: float) -> str:
 
 
 class ProgressBar:
-    """How far something is that takes time; shown once it has taken over a second and wiped when it is done.
+    """A progress bar that appears after `PROGRESS_AFTER` seconds, and disappears when the work is done.
 
-    An instance is the `progress` that loading and generation call; leaving the context wipes it in any case.
+    An instance is a `Progress` callback, and a context manager that removes the bar in any case.
     """
 
     def __init__(self, what: str, console: "Console | None" = None, unit: str | None = None) -> None:
-        """Show `what` is done on `console` (None: on stderr). `unit` is what is counted; None: bytes."""
+        """Prepare the bar.
+
+        Args:
+            what: the label, such as "reading the prompt".
+            console: where to show the bar; None: stderr.
+            unit: what is counted; None: bytes.
+        """
         self._what, self._console, self._unit = what, console, unit
         self._lock = threading.Lock()
         self._bar: Progress | None = None
@@ -81,16 +88,16 @@ class ProgressBar:
             if self._bar:
                 self._bar.update(self._bar.task_ids[0], completed=done, total=total)
             elif self._timer is None:
-                # One chunk of a large model takes many seconds, so the bar cannot wait for the next call.
+                # A timer, since a prefill chunk of a large model takes many seconds, until the next call.
                 self._timer = threading.Timer(PROGRESS_AFTER, self._show)
                 self._timer.daemon = True
                 self._timer.start()
 
     def figures(self) -> str:
-        """How many are done, how many a second lately and the time left at that rate; before, the time that it took."""
+        """The work done and the total, the recent rate and the time left; until a rate is known, the time elapsed."""
         (done, total), now = self._state, time.monotonic()
         (start, first), (last, _) = self._steps[0], self._steps[-1]
-        count = human if self._unit is None else lambda number: f"{number:,.0f}"
+        count = format_bytes if self._unit is None else lambda number: f"{number:,.0f}"
         unit = "" if self._unit is None else f" {self._unit}"
         if done == first:
             return f"{count(done)}/{count(total)}{unit} · {_clock(now - start)}"
@@ -103,8 +110,8 @@ class ProgressBar:
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
         from rich.text import Text
 
-        class ExpertStats(ProgressColumn):
-            def render(_, task: Task) -> Text:  # noqa: N805 (self is the progress)
+        class FiguresColumn(ProgressColumn):
+            def render(_, task: Task) -> Text:  # noqa: N805 (`self` is the ProgressBar)
                 return Text(self.figures())
 
         with self._lock:
@@ -112,7 +119,7 @@ class ProgressBar:
             if self._timer is None or not console.is_terminal:
                 return
             bar = BarColumn(max(4, min(40, console.width - BESIDE_BAR)))
-            self._bar = Progress(TextColumn(self._what), bar, ExpertStats(), console=console, transient=True)
+            self._bar = Progress(TextColumn(self._what), bar, FiguresColumn(), console=console, transient=True)
             self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
             self._bar.start()
 
@@ -131,12 +138,12 @@ def _clock(seconds: float) -> str:
 
 
 def prompt_progress(console: "Console | None" = None) -> ProgressBar:
-    """The progress of reading a prompt."""
+    """A progress bar for the prefill of a prompt."""
     return ProgressBar("reading the prompt", console, "tokens")
 
 
-def describe(stats: "Stats", interrupted: bool = False) -> str:
-    """The figures of an answer in one line, with why it ended unless it ended by itself."""
+def describe_stats(stats: "Stats", interrupted: bool = False) -> str:
+    """The statistics of an answer in one line, with the reason if it was cut short."""
     reused = f", reused {stats.reused_tokens:,}" if stats.reused_tokens else ""
     parts = [
         f"prompt {stats.prompt_tokens:,} tokens{reused}, {stats.prefill_tok_s:,.1f} tok/s",
@@ -154,28 +161,28 @@ def describe(stats: "Stats", interrupted: bool = False) -> str:
 
 
 def describe_stop(stats: "Stats") -> str:
-    """How much of a prompt was read before Ctrl-C came."""
+    """How much of a prompt was read before Ctrl-C."""
     return f"read {stats.context_used:,} of {stats.prompt_tokens:,} tokens"
 
 
 def describe_experts(llm: "LLM") -> list[str]:
-    """Where the routed experts are and what happened to them since loading, line by line."""
+    """Where the routed experts are stored, and statistics of their use since loading; one string per line."""
     from dsv2_local.offload.offloaded_experts import OffloadedExperts
 
     expert, total = llm.plan.expert_bytes, llm.plan.experts
     if not isinstance(llm.experts, OffloadedExperts):
-        where = "GPU memory" if llm.plan.resident else "RAM, where the CPU computes them"
-        return [f"{total:,} experts of {human(expert)} ({human(total * expert)}), all in {where}"]
+        where = "GPU memory" if llm.plan.resident else "RAM and computed by the CPU"
+        return [f"{total:,} experts of {format_bytes(expert)} ({format_bytes(total * expert)}), all in {where}"]
     stats = llm.experts.stats
     lines = [
-        f"{llm.plan.slots:,} of {total:,} experts of {human(expert)} have a slot in GPU memory; "
+        f"{llm.plan.slots:,} of {total:,} experts of {format_bytes(expert)} have a slot in GPU memory; "
         f"hit rate {stats.hit_rate:.1%} of {stats.hits + stats.misses:,} uses",
-        f"link: {human(stats.fetched_bytes)}{_rate(stats.fetched_bytes, stats.fetch_seconds)}, "
+        f"PCIe link: {format_bytes(stats.fetched_bytes)}{_rate(stats.fetched_bytes, stats.fetch_seconds)}, "
         f"{stats.streamed_layers:,} layers streamed",
         f"CPU: {stats.host_experts:,} experts computed{_rate(stats.host_experts * expert, stats.host_seconds)}",
     ]
     if stats.retries:
-        lines.append(f"{stats.retries:,} layers failed on a device and were computed again on the CPU")
+        lines.append(f"{stats.retries:,} layers failed on a GPU and were computed again on the CPU")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`dsv2 inspect`: what a model is made of, from its configuration and manifest alone."""
+"""`dsv2 inspect`: a model's architecture and the sizes of its parts, from its configuration and manifest alone."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from rich.table import Table
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import Kind, TensorSpec
-from dsv2_local.commands.console import human, report_console
+from dsv2_local.commands.console import format_bytes, report_console
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
@@ -24,7 +24,7 @@ CONTEXTS = (8_192, 32_768, 131_072)
 
 @dataclass
 class KindSummary:
-    """All tensors of one kind; `tensors` counts matrices and norms as stored."""
+    """Sums over all tensors of one kind; `tensors` counts stored matrices and norms."""
 
     tensors: int = 0
     parameters: int = 0
@@ -33,7 +33,7 @@ class KindSummary:
 
 
 def summarise(config: ModelConfig, recipe: Recipe) -> dict[Kind, KindSummary]:
-    """Tensors, parameters and stored bytes by kind; routers and norms counted at 16 bits."""
+    """Tensors, parameters and stored bytes by kind; routers and norms count 16 bits per weight."""
     kinds: dict[Kind, KindSummary] = {}
     for specs in dense_files(config).values():
         for spec in specs:
@@ -55,7 +55,7 @@ def _add(summary: KindSummary, spec: TensorSpec, recipe: Recipe) -> None:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Everything that `dsv2 inspect` tells, as plain values."""
+    """Everything that `dsv2 inspect` shows, as plain values: the object that --json prints."""
     config = load_config(directory)
     manifest = Manifest.load(directory) if is_checkpoint(directory) else None
     recipe = manifest.recipe if manifest else Recipe.NF4
@@ -78,7 +78,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def show(model: str | None, as_json: bool) -> None:
-    """Print the description of a directory or hub repository (None: the bundled model) on stdout."""
+    """Describe a directory or hub repository (None: the bundled model) on stdout."""
     directory = bundled_model() if model is None else hub.resolve(model, hub.DESCRIPTION)
     facts = describe(directory)
     if as_json:
@@ -94,7 +94,7 @@ def show(model: str | None, as_json: bool) -> None:
 def _heading(facts: dict[str, Any]) -> str:
     if facts["converted"]:
         return f"{facts['directory']}: converted from {facts['source']}, recipe {facts['recipe']}"
-    return f"{facts['directory']}: not converted; sizes are those that `dsv2 quantize` would make with recipe nf4"
+    return f"{facts['directory']}: not converted; the sizes are those after `dsv2 quantize` with recipe nf4"
 
 
 def _architecture(facts: dict[str, Any]) -> Table:
@@ -120,17 +120,17 @@ def _tensors(facts: dict[str, Any]) -> Table:
 def _memory(facts: dict[str, Any]) -> Table:
     table = Table("", "size", title="Memory", title_justify="left")
     table.columns[1].justify = "right"
-    table.add_row("one routed expert", human(facts["expert_bytes"]))
-    table.add_row("routed experts read per token", human(facts["expert_bytes_per_token"]))
+    table.add_row("one routed expert", format_bytes(facts["expert_bytes"]))
+    table.add_row("routed experts read per token", format_bytes(facts["expert_bytes_per_token"]))
     per_token = facts["cache_bytes_per_token"]
-    table.add_row("latent cache per token (bf16)", f"{per_token:,} B")
+    table.add_row("KV cache per token (bf16)", f"{per_token:,} B")
     limit = facts["architecture"]["max_position_embeddings"]
     for context in (*(context for context in CONTEXTS if context < limit), limit):
-        table.add_row(f"latent cache of {context:,} tokens (bf16)", human(per_token * context))
+        table.add_row(f"KV cache of {context:,} tokens (bf16)", format_bytes(per_token * context))
     for recipe, size in facts["recipes"].items():
-        table.add_row(f"weights as {recipe}", human(size))
+        table.add_row(f"weights as {recipe}", format_bytes(size))
     return table
 
 
 def _size(kind: dict[str, int]) -> tuple[str, str]:
-    return f"{kind['bytes'] * 8 / kind['parameters']:.2f}", human(kind["bytes"])
+    return f"{kind['bytes'] * 8 / kind['parameters']:.2f}", format_bytes(kind["bytes"])

@@ -1,4 +1,4 @@
-"""Loading a model for a command: with progress on stderr, and with what the user should know about its speed."""
+"""Loads a model for a command, with progress bars and notices about its speed on stderr."""
 
 from dsv2_local import llm
 from dsv2_local.commands.console import ProgressBar, notice
@@ -18,12 +18,12 @@ def load(
     cache_type: str,
     threads: int | None,
 ) -> LLM:
-    """See `llm.load`; `vram` is one size or several, as people write them."""
+    """Load a model as `llm.load` does; `vram` is a size such as "8GiB", or one per GPU, separated by commas."""
     if model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
     limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
-    pinning = ProgressBar("bringing experts to page-locked RAM")
-    compiling = ProgressBar("preparing the GPU's kernels", unit="steps")
+    pinning = ProgressBar("copying experts to page-locked RAM")
+    compiling = ProgressBar("compiling GPU kernels", unit="steps")
     with pinning as progress, compiling as preparing:
         loaded = llm.load(
             model, context=context, dtype=dtype, device=device, experts=experts, vram=limits, cache_dtype=cache_type,

@@ -1,4 +1,4 @@
-"""Markdown on a terminal while it is written: finished blocks stay, only the last one is redrawn."""
+"""Shows Markdown in a terminal while it is generated: finished blocks stay, only the last one is redrawn."""
 
 import re
 from types import TracebackType
@@ -9,15 +9,15 @@ from rich.live import Live
 from rich.markdown import Markdown as RichMarkdown
 from rich.text import Text
 
-# HTML is shown as the text that it is; rich would leave it out.
+# HTML is shown as plain text; rich would omit it.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-# Control characters other than line end and tab could move the cursor or change the terminal.
+# For str.translate: removes control characters but line end and tab, since they could change the terminal.
 CONTROL = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)", re.MULTILINE)
 
 
 class Markdown(RichMarkdown):
-    """rich's Markdown with our parser."""
+    """rich's Markdown, but parsed with `PARSER`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -25,10 +25,10 @@ class Markdown(RichMarkdown):
 
 
 def finished_blocks(text: str) -> int:
-    """Length of the part of `text` that no later text can change: up to the last empty line outside a code fence.
+    """Length of the part of `text` that later text cannot change: up to the last empty line outside a code fence.
 
-    Lists and tables go on over single line ends, never over an empty line followed by something unindented, so the
-    block after the empty line must have begun.
+    The empty line must be followed by the unindented beginning of another block: an indented line would continue a
+    list.
     """
     end = 0
     for match in re.finditer(r"\n[ \t]*\n(?=[^\s])", text):
@@ -38,7 +38,7 @@ def finished_blocks(text: str) -> int:
 
 
 class MarkdownStream:
-    """Use as a context, and `push` text into it. On something that is no terminal the text goes out as it is."""
+    """A context manager that shows the text given to `push`; if the output is not a terminal, without rendering."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -75,7 +75,7 @@ class MarkdownStream:
             self._show()
 
     def _show(self) -> None:
-        """Redraw the unfinished block; of one taller than the screen, its end."""
+        """Redraw the unfinished block, or its end if it is taller than the screen."""
         lines = self._console.render_lines(Markdown(self._tail), pad=False)
         height = max(1, self._console.size.height - 2)
         visible = Text("\n").join(
@@ -92,7 +92,7 @@ class MarkdownStream:
             self._live = None
 
     def _print(self, text: str) -> None:
-        """Print a block for good, with one empty line between it and the last; some elements bring their own."""
+        """Print a finished block, with one empty line before it unless one of the two blocks has its own."""
         if not text.strip():
             return
         block = Markdown(text)

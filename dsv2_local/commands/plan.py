@@ -1,4 +1,4 @@
-"""`dsv2 plan`: where a model's bytes would lie on this machine or an imagined one, and how fast that would be."""
+"""`dsv2 plan`: which memory would hold what of a model, here or on another machine, and how fast it would run."""
 
 import json
 import shutil
@@ -25,13 +25,13 @@ from dsv2_local.offload.sizes import GIB, STAGING_BUFFERS
 from dsv2_local.options import one_of, size
 from dsv2_local.quant.schema import Recipe
 
-BAR = 64  # characters of a memory's bar
-MARKS = "█▓▒░▚▖◆"  # of its parts, in order
+BAR = 64  # width of a memory's bar in characters
+MARKS = "█▓▒░▚▖◆"  # the characters for its parts, in order
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The options of `dsv2 plan` as given; None: this machine's, or the model's."""
+    """The options of `dsv2 plan` as they were given; None: the value of this machine or of the model."""
 
     model: str
     recipe: str | None = None
@@ -48,14 +48,14 @@ def run(options: PlanOptions, as_json: bool) -> None:
 
     Raises:
         PlanError: the model does not fit.
-        InputError: an option cannot be read, or the model has no such context.
+        InputError: an option is not valid, or the model's context is shorter than requested.
     """
-    made = make_plan(_plan_request(options), _machine(options))
+    plan = make_plan(_plan_request(options), _machine(options))
     if as_json:
-        sys.stdout.write(json.dumps(facts(options, made), indent=2) + "\n")
+        sys.stdout.write(json.dumps(facts(options, plan), indent=2) + "\n")
     else:
-        _show(options, made)
-    for note in forecast.notes(made):
+        _show(options, plan)
+    for note in forecast.notes(plan):
         notice(note)
 
 
@@ -71,22 +71,22 @@ def _context(text: str | None, config: ModelConfig) -> int:
     limit = config.max_position_embeddings
     context = default_context(config) if text is None else size("--context", text)
     if not 1 <= context <= limit:
-        raise InputError(f"--context {context:,} must lie between 1 and the model's {limit:,} tokens")
+        raise InputError(f"--context must be between 1 and the model's {limit:,} tokens, not {context:,}")
     return context
 
 
 def _machine(options: PlanOptions) -> Machine:
-    """The machine that was described, or this one where it was not."""
-    imagined = options.ram is not None
-    rates = replace(Rates(), **({} if imagined else measurements.load(RATES)))
+    """The machine to plan for: this one, unless the options describe another (those with --ram do)."""
+    other = options.ram is not None
+    rates = replace(Rates(), **({} if other else measurements.load(RATES)))
     ram = memory_available() if options.ram is None else size("--ram", options.ram)
     vram = free_vram() if options.vram is None else [size("--vram", part) for part in options.vram.split(",")]
-    lockable = None if imagined else lockable_memory()
-    return Machine(tuple(part for part in vram if part), ram, lockable, not imagined, _rates(options.rates, rates))
+    lockable = None if other else lockable_memory()
+    return Machine(tuple(part for part in vram if part), ram, lockable, not other, _rates(options.rates, rates))
 
 
 def _rates(text: str, others: Rates) -> Rates:
-    """Those of "ram=80,link=25" in place of `others`."""
+    """Parse "ram=80,link=25"; rates that it does not name are those of `others`."""
     given = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
@@ -95,12 +95,12 @@ def _rates(text: str, others: Rates) -> Rates:
         except ValueError:
             given[name.strip()] = 0.0
         if name.strip() not in RATES or not 0 < given[name.strip()] < inf:
-            raise InputError(f"--rates {part!r} is not NAME=NUMBER with one of {', '.join(RATES)}")
+            raise InputError(f"--rates {part!r} is not NAME=NUMBER with a name of {', '.join(RATES)}")
     return replace(others, **given)
 
 
 def free_vram() -> list[int]:
-    """Free bytes of each NVIDIA GPU as its driver tells; none without a driver."""
+    """Free memory of each NVIDIA GPU in bytes, from nvidia-smi; empty without a driver."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
@@ -108,12 +108,12 @@ def free_vram() -> list[int]:
     return [int(line) << 20 for line in done.stdout.split() if line.isdecimal()]
 
 
-def facts(options: PlanOptions, made: Plan) -> dict[str, Any]:
+def facts(options: PlanOptions, plan: Plan) -> dict[str, Any]:
     """The plan as plain values: the object that --json prints."""
-    request = made.request
+    request = plan.request
     memories = [
         {**asdict(share), "used": share.used, "free": share.free, "layers": list(share.layers)}
-        for share in (*made.gpus, made.ram)
+        for share in (*plan.gpus, plan.ram)
     ]
     return {
         "model": options.model,
@@ -122,40 +122,40 @@ def facts(options: PlanOptions, made: Plan) -> dict[str, Any]:
         "cache": str(request.cache_dtype),
         "memories": memories,
         "experts": {
-            "all": made.experts, "slots": made.slots, "ram": made.ram_experts, "disk": made.disk_experts,
-            "resident": made.resident, "locked": made.locked, "mode": str(made.mode),
-            "staging_buffers": STAGING_BUFFERS if made.offloads else 0, "staging_experts": made.staging_experts,
+            "all": plan.experts, "slots": plan.slots, "ram": plan.ram_experts, "disk": plan.disk_experts,
+            "resident": plan.resident, "locked": plan.locked, "mode": str(plan.mode),
+            "staging_buffers": STAGING_BUFFERS if plan.offloads else 0, "staging_experts": plan.staging_experts,
         },
-        "prefill_chunk": made.chunk,
-        "forecast": asdict(forecast.forecast(made)),
-        "rates": asdict(made.machine.rates),
-        "notes": forecast.notes(made),
+        "prefill_chunk": plan.chunk,
+        "forecast": asdict(forecast.forecast(plan)),
+        "rates": asdict(plan.machine.rates),
+        "notes": forecast.notes(plan),
     }  # fmt: skip
 
 
-def _show(options: PlanOptions, made: Plan) -> None:
+def _show(options: PlanOptions, plan: Plan) -> None:
     console = report_console()
-    request = made.request
+    request = plan.request
     what = f"{options.model}, {request.recipe}, context {request.context:,} tokens ({request.cache_dtype} cache)"
-    console.print(f"{what}: {_regime(made)}", markup=False, soft_wrap=True)
-    for share in (*made.gpus, made.ram):
+    console.print(f"{what}: {_regime(plan)}", markup=False, soft_wrap=True)
+    for share in (*plan.gpus, plan.ram):
         console.print(_table(share))
         console.print(_bar(share))
-    for line in _forecast_lines(made):
+    for line in _forecast_lines(plan):
         console.print(line, markup=False, soft_wrap=True)
     sys.stdout.flush()
 
 
-def _regime(made: Plan) -> str:
-    if not made.gpus:
+def _regime(plan: Plan) -> str:
+    if not plan.gpus:
         return "all on the CPU"
-    if made.resident:
-        return "all on the GPU" if len(made.gpus) == 1 else f"all on {len(made.gpus)} GPUs"
-    if made.mode is Mode.CPU:
-        return "routed experts in RAM, computed by the CPU"
+    if plan.resident:
+        return "all on the GPU" if len(plan.gpus) == 1 else f"all on {len(plan.gpus)} GPUs"
+    if plan.mode is Mode.CPU:
+        return "routed experts in RAM and computed by the CPU"
     return (
-        f"{made.slots:,} of {made.experts:,} routed experts have a slot in GPU memory, the others stay in RAM "
-        f"(--experts {made.mode})"
+        f"{plan.slots:,} of {plan.experts:,} routed experts have a slot in GPU memory, the others stay in RAM "
+        f"(--experts {plan.mode})"
     )
 
 
@@ -173,7 +173,7 @@ def _table(share: MemoryShare) -> Table:
 
 
 def _bar(share: MemoryShare) -> Text:
-    """The parts in their order, each as long as its share of the memory."""
+    """A bar of the memory's parts, in order, each with a length in proportion to its bytes."""
     bar, done = "", 0
     for mark, nbytes in zip(MARKS, share.parts.values(), strict=False):
         done += nbytes
@@ -181,13 +181,13 @@ def _bar(share: MemoryShare) -> Text:
     return Text(bar.ljust(BAR, "·"))
 
 
-def _forecast_lines(made: Plan) -> list[str]:
-    expected, rates = forecast.forecast(made), made.machine.rates
-    hits = f"; {expected.hit_rate:.0%} of the experts of a token have a slot if routing is even" if made.gpus else ""
-    gpu = f", link {rates.link:g}, GPU memory {rates.vram:g}" if made.gpus else ""
-    disk = f", disk {rates.disk:g}" if made.disk_experts else ""
+def _forecast_lines(plan: Plan) -> list[str]:
+    expected, rates = forecast.forecast(plan), plan.machine.rates
+    hits = f"; {expected.hit_rate:.0%} of a token's experts have a slot if routing is even" if plan.gpus else ""
+    gpu = f", PCIe link {rates.link:g}, GPU memory {rates.vram:g}" if plan.gpus else ""
+    disk = f", disk {rates.disk:g}" if plan.disk_experts else ""
     return [
         f"decode about {expected.decode_tok_s:,.1f} tok/s, bound by {expected.bound}{hits}",
-        f"prefill about {expected.prefill_tok_s:,.0f} tok/s of {expected.prefill_tokens:,} tokens",
-        f"reckoned with RAM at {rates.ram:.3g} GB/s{gpu}{disk}; `dsv2 bench` measures RAM, --rates sets any",
+        f"prefill about {expected.prefill_tok_s:,.0f} tok/s for {expected.prefill_tokens:,} tokens",
+        f"assuming RAM at {rates.ram:.3g} GB/s{gpu}{disk}; `dsv2 bench` measures RAM, --rates sets any rate",
     ]

@@ -1,4 +1,4 @@
-"""`dsv2 quantize`: fetch if need be, convert with progress on stderr, and say what came of it."""
+"""`dsv2 quantize`: downloads a release if needed, converts it with progress on stderr, and reports the result."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ from dsv2_local.quant.hub import resolve
 from dsv2_local.quant.schema import Recipe, parameters
 from dsv2_local.quant.verify import verify
 
-SECONDS_A_LINE = 10.0  # between plain lines, where stderr is not a terminal
+SECONDS_A_LINE = 10.0  # between two lines of progress if stderr is not a terminal
 
 
 def run(
@@ -37,24 +37,24 @@ def run(
 ) -> None:
     """Convert `src`, a directory or a hub repository, to the checkpoint directory `dst`.
 
-    Progress goes to stderr; the table of errors that `check` asks for goes to stdout.
+    Progress goes to stderr. `check` compares the result with the source, and prints a table of errors on stdout.
 
     Raises:
-        Dsv2Error: any of its kinds; what was finished is kept, and the same call goes on from there.
+        Dsv2Error: any kind of error; finished files are kept, and the same call continues from there.
     """
     local = Path(src).is_dir()
     source = resolve(src, revision=revision, token=token)
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
-    spread_memory(os.sched_getaffinity(0))  # what is written stays in memory, and is computed from there next
+    spread_memory(os.sched_getaffinity(0))  # over the NUMA nodes, since inference reads it from the page cache next
     start = time.perf_counter()
     if finished := finished_files(dst):
-        notice(f"going on with an interrupted conversion: {finished} files are finished")
+        notice(f"continuing an interrupted conversion: {finished} files are finished")
     try:
         with _reporting("converting") as report:
             manifest = convert(source, dst, recipe=recipe, force=force, source_name=name, report=report)
     except KeyboardInterrupt:
-        notice("interrupted; the same command goes on from here")
+        notice("interrupted; the same command continues from here")
         raise
     notice(_closing(dst, manifest, parameters(load_config(dst)), time.perf_counter() - start))
     if check:
@@ -64,7 +64,7 @@ def run(
 
 
 def _closing(dst: Path, manifest: Manifest, weights: int, seconds: float) -> str:
-    """The last line; bits count every byte of the tensors' files, scales and padding included."""
+    """The last line of output; bits per weight include scales, padding and file headers."""
     total = sum(record.bytes for record in manifest.files.values())
     stored = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".safetensors"))
     return f"{dst}: {total / 1e9:,.2f} GB, {8 * stored / weights:.2f} bits per weight, {seconds:,.0f} s"
@@ -80,7 +80,7 @@ def _error_table(errors: dict[Kind, float]) -> Table:
 
 @contextmanager
 def _reporting(what: str) -> Iterator[Report]:
-    """A bar on a terminal; a plain line now and then elsewhere."""
+    """Report progress on stderr: a bar if it is a terminal, else a line every `SECONDS_A_LINE`."""
     if not sys.stderr.isatty():
         yield _plain_lines(what)
         return

@@ -1,4 +1,4 @@
-"""`dsv2 run`: text in by standard input, files and arguments, the answer out by standard output, nothing else there."""
+"""`dsv2 run`: a prompt from arguments, files and standard input; stdout gets the answer and nothing else."""
 
 import json
 import os
@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dsv2_local.commands.console import ProgressBar, describe, describe_experts, describe_stop, notice, prompt_progress
+from dsv2_local.commands.console import (
+    ProgressBar,
+    describe_experts,
+    describe_stats,
+    describe_stop,
+    notice,
+    prompt_progress,
+)
 from dsv2_local.errors import InputError
 from dsv2_local.llm import LLM, Chunk, Generation
 from dsv2_local.runtime import saved_cache
@@ -21,11 +28,12 @@ class RunOptions:
     Attributes:
         text: the prompt.
         generation: options of `LLM.generate`.
-        system: a system message.
-        raw: continue the text itself, without the chat template.
-        json: print one object; otherwise the answer's text, as it comes if `stream`.
-        stats: print the figures to stderr.
-        cache: a file that keeps what was read, from one run to the next.
+        system: the system message.
+        raw: whether to continue the text itself, without the chat template.
+        json: whether to print one JSON object instead of the answer's text.
+        stream: whether to print the text while it is generated.
+        stats: whether to print statistics on stderr.
+        cache: the file in which the KV cache is saved from one run to the next.
     """
 
     text: str
@@ -38,22 +46,28 @@ class RunOptions:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for options that would do nothing together, or come to nothing in the end."""
+        """Check the options before the model is loaded.
+
+        Raises:
+            InputError: two options exclude each other, one has no effect, or the cache file cannot be written.
+        """
         if self.raw and self.system is not None:
-            raise InputError("--system belongs to the chat template, which --raw leaves out; drop one of them")
+            raise InputError("--system is part of the chat template, which --raw does not use; drop one of them")
         if self.generation.get("logprobs") is not None and not self.json:
-            raise InputError("--logprobs needs --json to be seen")
+            raise InputError("--logprobs needs --json, which prints the log probabilities")
         if self.cache and (self.cache.is_dir() or not self.cache.absolute().parent.is_dir()):
-            raise InputError(f"--cache {self.cache} cannot be a file: its directory is not there, or it is one itself")
+            raise InputError(
+                f"--cache {self.cache} cannot be written: it is a directory, or its directory does not exist"
+            )
 
 
 def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO) -> str:
-    """Files, standard input (unless it is a terminal) and the prompt, in this order, with an empty line between.
+    """Join files, standard input (unless it is a terminal) and the prompt, in this order, with empty lines between.
 
-    Newlines at the end of each are dropped.
+    Line ends at the end of each part are removed.
 
     Raises:
-        InputError: nothing was given, a file cannot be read, or something is no UTF-8 text.
+        InputError: all parts are empty, a file cannot be read, or a part is not UTF-8 text.
     """
     parts = [_text(_read(path), str(path)) for path in files]
     if not stdin.isatty():
@@ -63,7 +77,7 @@ def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO) -> s
     parts = [part.rstrip("\r\n") for part in parts]
     text = "\n\n".join(part for part in parts if part)
     if not text.strip():
-        raise InputError("there is no prompt; give one as an argument, with -f FILE or on standard input")
+        raise InputError("there is no prompt; pass one as an argument, with -f FILE or on standard input")
     return text
 
 
@@ -75,7 +89,11 @@ def _read(path: Path) -> bytes:
 
 
 def _text(data: bytes, where: str) -> str:
-    """Decode UTF-8; NUL bytes are valid there but mean a binary file."""
+    """Decode UTF-8. NUL bytes are valid UTF-8, but they are a sign of a binary file.
+
+    Raises:
+        InputError: the data is not text; the message has `where` it is from, and the position.
+    """
     if (at := data.find(b"\0")) >= 0:
         raise InputError(f"{where} is not text: byte {at:,} is NUL")
     try:
@@ -85,16 +103,14 @@ def _text(data: bytes, where: str) -> str:
 
 
 def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
-    """Answer `options` on `out`.
+    """Answer the prompt of `options` on `out`.
 
-    With a file for the cache, it is read if it is there, and written as `_is_worth_keeping` says.
-
-    Ctrl-C ends the answer, or the reading of the prompt; what came is printed, with a file for the cache what was read
-    is kept, and KeyboardInterrupt goes on to the caller.
+    The cache file, if there is one, is loaded first and saved afterwards (if `_is_worth_saving`). Ctrl-C stops the
+    prefill or the answer: what was generated is printed, what was read is saved, and KeyboardInterrupt is raised.
     """
     chunks: list[Chunk] = []
     interrupted = False
-    known = _load_cache(llm, options.cache) if options.cache and options.cache.exists() else 0
+    loaded = _load_cache(llm, options.cache) if options.cache and options.cache.exists() else 0
     with prompt_progress() as progress:
         generation = _start(llm, options, progress)
         try:
@@ -106,31 +122,36 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
             interrupted = True
     _finish(llm, options, generation, chunks, interrupted, out)
     stats = generation.stats
-    kept = options.cache if options.cache and _is_worth_keeping(stats, known) else None
-    if kept:
-        llm.save_cache(kept)
-    if interrupted and stats.context_used < stats.prompt_tokens and (kept or not options.cache):
-        rest = f"kept in {kept}: the same command goes on" if kept else "--cache FILE would keep them"
+    saved = options.cache if options.cache and _is_worth_saving(stats, loaded) else None
+    if saved:
+        llm.save_cache(saved)
+    if interrupted and stats.context_used < stats.prompt_tokens and (saved or not options.cache):
+        rest = f"saved in {saved}: the same command continues from there" if saved else "--cache FILE would save them"
         notice(f"{describe_stop(stats)}; {rest}")
     if interrupted:
         raise KeyboardInterrupt
 
 
 def _load_cache(llm: LLM, path: Path) -> int:
-    """The number of tokens in the file. InputError where it is a chat's session, which a new cache would replace."""
+    """Load a cache file; returns its number of tokens.
+
+    Raises:
+        InputError: the file is a session of a chat, which saving would overwrite.
+        SavedCacheError: the file cannot be read, is damaged, or belongs to another model.
+    """
     if saved_cache.read_header(path).conversation:
-        raise InputError(f"--cache {path} is a session of `dsv2 chat`; name another file")
+        raise InputError(f"--cache {path} is a session of `dsv2 chat`; choose another file")
     return llm.load_cache(path)
 
 
-def _is_worth_keeping(stats: Stats, known: int) -> bool:
-    """Whether a file of `known` tokens should give way to what the cache holds now.
+def _is_worth_saving(stats: Stats, saved: int) -> bool:
+    """Whether to replace a file of `saved` tokens with the KV cache as it is now.
 
-    It should if most of that is new to it and there is more of it, so that a short question by mistake does not cost a
-    book; or if that goes on from all of it by a tenth or more, as it does when reading was stopped before.
+    Yes if the cache has more tokens, most of them new, so that a short question asked by mistake does not replace a
+    book; and yes if it extends all of the file by a tenth or more, as after a prefill that was interrupted before.
     """
     read, reused = stats.context_used, stats.reused_tokens
-    return (2 * reused < read and read > known) or (reused >= known and 10 * (read - reused) > known)
+    return (2 * reused < read and read > saved) or (reused >= saved and 10 * (read - reused) > saved)
 
 
 def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
@@ -150,7 +171,7 @@ def _finish(
     if not options.json and out.isatty():
         _write(out, "\n")
     if options.stats:
-        for line in (describe(generation.stats, interrupted=interrupted), *describe_experts(llm)):
+        for line in (describe_stats(generation.stats, interrupted=interrupted), *describe_experts(llm)):
             notice(line)
 
 

@@ -1,4 +1,4 @@
-"""Saved chats: a file each, which holds the conversation and the cache of what was read (`saved.py`)."""
+"""Sessions, which are saved chats: one file each, with the conversation and its KV cache (`runtime/saved_cache.py`)."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ from typing import IO
 from rich.markup import escape
 from rich.table import Table
 
-from dsv2_local.commands.console import human, notice, report_console
+from dsv2_local.commands.console import format_bytes, notice, report_console
 from dsv2_local.commands.conversation import Conversation
 from dsv2_local.errors import Dsv2Error, InputError, SavedCacheError
 from dsv2_local.llm import LLM
@@ -21,30 +21,34 @@ from dsv2_local.runtime import saved_cache
 
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200
-"""Bytes: a file's name has 255, and while it is written a longer one."""
+"""Bytes. File systems allow 255, and the temporary name while a file is written is longer than the session's."""
 
 
 def state() -> Path:
-    """Where chats keep what they remember, under $XDG_STATE_HOME or ~/.local/state."""
+    """The directory for sessions and the history of a chat, under $XDG_STATE_HOME or ~/.local/state."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "dsv2-local"
 
 
 def file(name: str) -> Path:
-    """Where a session lies, there or not. InputError for a name that cannot be a session's."""
+    """The path of a session's file, whether it exists or not.
+
+    Raises:
+        InputError: `name` is not a valid name.
+    """
     if not _is_name(name):
         raise InputError(
-            f"{name!r} cannot name a session: it takes up to {LONGEST_NAME} bytes of letters, digits, spaces and "
-            ". _ + @ -, and begins with a letter or digit"
+            f"{name!r} cannot name a session: use up to {LONGEST_NAME} bytes of letters, digits, spaces and . _ + @ -, "
+            "and begin with a letter or digit"
         )
     return _folder() / f"{name}{SUFFIX}"
 
 
 def claim(name: str) -> IO[bytes]:
-    """Keep other chats out of a session until the file that is returned is closed, or the process is gone.
+    """Lock a session, so that no other chat opens it, until the returned file is closed or the process ends.
 
     Raises:
-        InputError: another chat has it, or it cannot be called so.
-        SavedCacheError: nothing can be written there.
+        InputError: another chat has the session open, or the name is not valid.
+        SavedCacheError: the session's directory cannot be written.
     """
     path = file(name)
     try:
@@ -53,28 +57,28 @@ def claim(name: str) -> IO[bytes]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise InputError(f"session {name} is open in another chat; leave that one first") from None
+        raise InputError(f"session {name} is open in another chat; leave that chat first") from None
     except OSError as error:
         raise SavedCacheError(f"{path} cannot be written: {error.strerror}") from None
     return lock
 
 
 def save(name: str, llm: LLM, conversation: Conversation) -> None:
-    """Write a session that was claimed, for the user alone; its file appears whole or stays as it was.
+    """Write a session, which must be claimed. Its file is replaced atomically, and only the user can read it.
 
     Raises:
-        InputError: it cannot be called so.
-        SavedCacheError: it cannot be written.
+        InputError: the name is not valid.
+        SavedCacheError: the file cannot be written.
     """
     llm.save_cache(file(name), conversation.to_text(llm.name))
 
 
 def load(name: str, llm: LLM) -> Conversation:
-    """A session's conversation; the model's cache holds then what it had read.
+    """Load a session: fill the model's KV cache from it, and return its conversation.
 
     Raises:
-        InputError: there is none of this name.
-        SavedCacheError: it is damaged, or another model's; the model's cache is as it was then.
+        InputError: there is no session of this name.
+        SavedCacheError: the file is damaged, or belongs to another model; the KV cache is unchanged.
     """
     path = file(name)
     if not path.exists():
@@ -84,7 +88,9 @@ def load(name: str, llm: LLM) -> Conversation:
         llm.load_cache(path)
     except SavedCacheError as error:
         if model != llm.name:
-            raise SavedCacheError(f"{error} (it is a session of {model}, this is {llm.name}; see -m)") from None
+            raise SavedCacheError(
+                f"{error} (the session's model is {model}, not {llm.name}; choose it with -m)"
+            ) from None
         raise
     return conversation
 
@@ -93,23 +99,31 @@ def show() -> None:
     """List all sessions on stdout, the latest first: a table on a terminal, else tab-separated lines."""
     console, found = report_console(), _all()
     if not found:
-        notice(f"there are no sessions in {_folder()}; `dsv2 chat --session NAME` begins one")
+        notice(f"there are no sessions in {_folder()}; start one with `dsv2 chat --session NAME`")
     elif console.is_terminal:
         console.print(_table(found))
     else:
         for session in found:
-            print(session.name, *session.told, session.nbytes, f"{session.written:%Y-%m-%dT%H:%M:%S}", sep="\t")
+            print(session.name, *session.contents, session.nbytes, f"{session.written:%Y-%m-%dT%H:%M:%S}", sep="\t")
     sys.stdout.flush()
 
 
 def check(names: Sequence[str]) -> None:
-    """InputError unless all of these are sessions."""
+    """Check that all of these sessions exist.
+
+    Raises:
+        InputError: one does not, or its name is not valid.
+    """
     if missing := [name for name in names if not file(name).exists()]:
         raise InputError(f"there is no session {missing[0]}; {_known()}")
 
 
 def delete(names: Sequence[str]) -> None:
-    """Delete sessions. SavedCacheError where one cannot be."""
+    """Delete sessions.
+
+    Raises:
+        SavedCacheError: a file cannot be deleted.
+    """
     for name in names:
         try:
             file(name).unlink(missing_ok=True)
@@ -120,10 +134,10 @@ def delete(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Session:
-    """What is told of a session: `told` is its model, turns and tokens, or why they are not known."""
+    """A row of the list; `contents` are model, turns and tokens, or the reason why the file cannot be read."""
 
     name: str
-    told: tuple[str, ...]
+    contents: tuple[str, ...]
     nbytes: int
     written: datetime
 
@@ -137,8 +151,9 @@ def _table(found: list[_Session]) -> Table:
     for number in (2, 3, 4):
         table.columns[number].justify = "right"
     for session in found:
-        model, turns, tokens = map(escape, session.told)
-        table.add_row(session.name, model, turns, tokens, human(session.nbytes), f"{session.written:%Y-%m-%d %H:%M}")
+        model, turns, tokens = map(escape, session.contents)
+        size, written = format_bytes(session.nbytes), f"{session.written:%Y-%m-%d %H:%M}"
+        table.add_row(session.name, model, turns, tokens, size, written)
     return table
 
 
@@ -148,22 +163,22 @@ def _is_name(name: str) -> bool:
 
 def _known() -> str:
     names = [session.name for session in _all()]
-    return f"there are {', '.join(names)}" if names else "there are none yet"
+    return f"the sessions are {', '.join(names)}" if names else "there are no sessions yet"
 
 
 def _read(path: Path) -> tuple[int, str, Conversation]:
-    """Tokens, model and conversation of a session, of which only a load checks the checksum."""
-    head = saved_cache.read_header(path)
-    if not head.conversation:
-        raise SavedCacheError(f"{path} is no session: it holds no conversation")
+    """Read a session's number of tokens, model and conversation, without checking the file's checksum."""
+    header = saved_cache.read_header(path)
+    if not header.conversation:
+        raise SavedCacheError(f"{path} is not a session: it has no conversation (`dsv2 run --cache` can read it)")
     try:
-        return head.tokens, *Conversation.from_text(head.conversation)
+        return header.tokens, *Conversation.from_text(header.conversation)
     except InputError as error:
         raise SavedCacheError(f"{path} is damaged: {error}") from None
 
 
 def _all() -> list[_Session]:
-    """The latest first."""
+    """All sessions, the latest first."""
     paths = [path for path in _folder().glob(f"*{SUFFIX}") if _is_name(path.name.removesuffix(SUFFIX))]
     return sorted(map(_describe, paths), key=lambda session: session.written, reverse=True)
 
@@ -171,9 +186,9 @@ def _all() -> list[_Session]:
 def _describe(path: Path) -> _Session:
     try:
         tokens, model, conversation = _read(path)
-        told: tuple[str, ...] = (model, str(conversation.turns), str(tokens))
+        contents: tuple[str, ...] = (model, str(conversation.turns), str(tokens))
     except Dsv2Error as error:
-        told = (str(error).removeprefix(f"{path} "), "-", "-")
-    facts = path.stat()
-    written = datetime.fromtimestamp(int(facts.st_mtime)).astimezone()
-    return _Session(path.name.removesuffix(SUFFIX), told, facts.st_size, written)
+        contents = (str(error).removeprefix(f"{path} "), "-", "-")
+    stat = path.stat()
+    written = datetime.fromtimestamp(int(stat.st_mtime)).astimezone()
+    return _Session(path.name.removesuffix(SUFFIX), contents, stat.st_size, written)

@@ -1,4 +1,4 @@
-"""Room in a full context: the oldest turns of a conversation are dropped, or a summary is put in their place."""
+"""Makes room in a full context: drops the oldest turns of a conversation, or replaces them with a summary."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -10,17 +10,19 @@ from dsv2_local.llm import LLM
 from dsv2_local.progress import Progress
 
 SHARE = 8
-"""The context over this is left for an answer, and a summary takes as much at most."""
+"""One such part of the context is left free for the answer, and a summary has at most as many tokens."""
 SHORTEST_SUMMARY, LONGEST_SUMMARY = 16, 512
-"""Tokens. A shorter one says nothing, a longer one takes long."""
+"""Limits in tokens: a shorter summary is useless, a longer one takes too long to write."""
 REQUEST = "Summarise our conversation so far in a few sentences. Keep names, numbers and decisions."
+"""The question that makes the model write a summary."""
 GOES_ON = "(goes on)"
+"""What stands in for the missing half of a turn that is summarised in pieces."""
 
 
 def drop_oldest(conversation: Conversation, llm: LLM) -> int:
-    """Forget whole turns, the oldest first, until the prompt leaves room for an answer; how many were forgotten.
+    """Drop whole turns, the oldest first, until the prompt leaves room for an answer; returns how many were dropped.
 
-    The last question must fit alone; where it leaves less room it is answered in what there is.
+    The last question must fit alone. If even that leaves less room, the answer gets what there is.
     """
     turns = _turns(conversation)
 
@@ -33,23 +35,28 @@ def drop_oldest(conversation: Conversation, llm: LLM) -> int:
 
 
 def summarise_oldest(conversation: Conversation, llm: LLM, writing: Progress, **options: Any) -> int:
-    """Put a summary by the model in place of the oldest turns, so many that there is room for an answer.
+    """Replace the oldest turns with a summary by the model: as many turns as it takes to have room for an answer.
 
-    The summary stands as a turn of its own, marked as what it is. Turns that are too long for one request are given in
-    pieces, the summary so far before each. The last question must fit alone. `writing` is called with the summary's
-    tokens so far and their limit, `options` are those of `LLM.chat`.
+    The summary becomes a turn of its own, marked as a summary. If the turns are too long for one request, they are
+    summarised in pieces, each request beginning with the summary so far. The last question must fit alone.
+
+    Args:
+        conversation: is changed only if the summary succeeds.
+        llm: writes the summary.
+        writing: called with (tokens of the summary so far, their limit).
+        options: those of `LLM.chat`.
 
     Returns:
-        How many turns it replaces.
+        How many turns the summary replaces.
 
     Raises:
-        InputError: there is no room for a summary, or the model's is empty.
-        Whatever generating raises; the conversation is as it was then.
+        InputError: there is no room for a summary, or the model's summary is empty.
+        Dsv2Error: any error of the generation.
     """
     turns = _turns(conversation)
 
     def left(replaced: int) -> int:
-        """Tokens that neither a summary's turn nor what follows it takes."""
+        """Free tokens of the context, if an empty summary takes the place of so many turns."""
         messages = [*_summary_turn(""), *_joined(turns[replaced:])]
         return llm.context - llm.count_tokens(conversation.prompt(messages))
 
@@ -71,7 +78,7 @@ def _summarise(
     writing: Progress,
     options: dict[str, Any],
 ) -> str:
-    """A summary of at most `longest` tokens, of as many turns at a time as fit beside it."""
+    """Write a summary of at most `longest` tokens, from as many turns per request as fit."""
 
     def request(messages: list[Message]) -> list[Message]:
         return conversation.prompt([*messages, {"role": "user", "content": REQUEST}])
@@ -98,7 +105,7 @@ def _summarise(
 
 
 def _pieces(turn: list[Message], fits: Callable[[list[Message]], bool]) -> list[list[Message]]:
-    """A turn whole, or halves of it (and of these) that fit."""
+    """A turn as a whole if it fits, else split in halves until they fit."""
     if fits(turn):
         return [turn]
     question, answer = turn[0]["content"], turn[1]["content"]
@@ -115,12 +122,12 @@ def _pieces(turn: list[Message], fits: Callable[[list[Message]], bool]) -> list[
 
 
 def _least(fits: Callable[[int], bool], most: int) -> int:
-    """The least of 1, 2, … `most` that fits, where all above one that fits do too; `most` where none does."""
+    """The smallest of 1, 2, … `most` that fits, by binary search; `most` if none does."""
     return bisect_left(range(1, most), True, key=fits) + 1
 
 
 def _room(conversation: Conversation, llm: LLM) -> int:
-    """Tokens to leave for an answer."""
+    """Tokens to leave free for an answer."""
     share = llm.context // SHARE
     return min(share, int(conversation.settings.get("max_tokens", share)))
 
@@ -134,7 +141,7 @@ def _summary_turn(summary: str) -> list[Message]:
 
 
 def _turns(conversation: Conversation) -> list[list[Message]]:
-    """Each question with what follows it."""
+    """Split a conversation into turns: each question with its answer."""
     starts = [i for i, message in enumerate(conversation.messages) if message["role"] == "user"]
     return [conversation.messages[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
 

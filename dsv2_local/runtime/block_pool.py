@@ -1,8 +1,8 @@
-"""The block pool and the prefix cache: who holds which block of the KV cache, and which prompts find it again.
+"""The block pool and the prefix cache: which sequences hold which block of the KV cache, and which prompts reuse it.
 
-Pure Python, no torch. A block has room for the latents of `CACHE_BLOCK` tokens in every layer. Sequences hold blocks by
-reference count, and several sequences may share one; a shared block is never written (`LatentCache` copies it on
-write). A block that no sequence holds any more stays in the prefix cache, the least recently used one is evicted first.
+Pure Python, no torch. A block has room for the latents of `CACHE_BLOCK` tokens in every layer. Blocks are reference
+counted, and several sequences may share one; a shared block is never written (`LatentCache` copies it on write). A
+cached block that no sequence holds stays in the prefix cache until it is evicted, the least recently used first.
 """
 
 from collections import OrderedDict
@@ -21,11 +21,11 @@ class _Node:
     tokens: tuple[int, ...]
     parent: "_Node | None"
     children: "dict[tuple[int, ...], _Node]" = field(default_factory=dict)
-    """By their tokens. Only a full block has children."""
+    """Children by their tokens. Only a full block has children."""
 
 
 class PrefixTree:
-    """The prefix cache's index: cached blocks by the tokens in them and all tokens before those.
+    """The index of the prefix cache: finds cached blocks by their tokens and all tokens before them.
 
     Tokens are compared one by one, not by hash, so there are no false matches.
     """
@@ -39,9 +39,9 @@ class PrefixTree:
         return block in self._nodes
 
     def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """The longest cached prefix of `tokens`: its blocks, and its length in tokens.
+        """Find the longest cached prefix of `tokens`; returns its blocks, and its length in tokens.
 
-        The last block may match in part: it then holds other tokens after the common ones.
+        The last block may match in part: it then has other tokens after the common ones.
         """
         node, blocks, matched = self._root, [], 0
         part = tuple(tokens[: self._size])
@@ -57,9 +57,9 @@ class PrefixTree:
         return blocks, matched
 
     def insert(self, tokens: Sequence[int], blocks: Sequence[int]) -> list[int]:
-        """Index `blocks`, which hold `tokens`; the blocks that leave the tree for it, because they hold less.
+        """Add `blocks`, which hold `tokens`; returns the blocks that were removed because a new one holds more.
 
-        Where the same tokens are cached in another block already, that one stays.
+        If the same tokens are already cached in another block, that block stays and the new one is not added.
         """
         node, removed = self._root, list[int]()
         for start, block in zip(range(0, len(tokens), self._size), blocks, strict=True):
@@ -71,7 +71,7 @@ class PrefixTree:
         return removed
 
     def remove(self, block: int) -> list[int]:
-        """Remove a block and its descendants, which are no prompt's prefix without it; all that were removed."""
+        """Remove a block and its descendants, which cannot be matched without it; returns all removed blocks."""
         first = self._nodes[block]
         assert first.parent
         del first.parent.children[first.tokens]
@@ -84,11 +84,14 @@ class PrefixTree:
         return removed
 
     def clear(self) -> list[int]:
-        """Remove all blocks; those that were removed."""
+        """Remove all blocks; returns them."""
         return [block for node in list(self._root.children.values()) for block in self.remove(node.block)]
 
     def _add(self, parent: _Node, part: tuple[int, ...], block: int, removed: list[int]) -> _Node | None:
-        """Add a block in place of any that holds less of the same; None where one holds more, or it is in the tree."""
+        """Add a block, in place of blocks whose tokens are a prefix of its own (appended to `removed`).
+
+        None if another block already has these tokens and more, or `block` is in the tree already.
+        """
         if block in self._nodes:
             return None
         for other in list(parent.children.values()):
@@ -107,16 +110,16 @@ class BlockPool:
         self.count, self.block_size = count, block_size
         self.prefixes = PrefixTree(block_size)
         self._free = list(range(count))[::-1]
-        self._references = [0] * count  # of each block: the sequences that hold it
+        self._references = [0] * count  # for each block, the number of sequences that hold it
         self._evictable: OrderedDict[int, None] = OrderedDict()  # cached and not held, the least recently used first
 
     @property
     def available(self) -> int:
-        """Blocks that `allocate` can give."""
+        """Number of blocks that `allocate` can return: free ones, and cached ones that it can evict."""
         return len(self._free) + len(self._evictable)
 
     def allocate(self) -> int:
-        """A block for one sequence to write, with a reference count of 1; evicts a cached block where none is free.
+        """Allocate a block with a reference count of 1; evicts a cached block if none is free.
 
         Raises:
             CacheFullError: sequences hold all blocks.
@@ -130,7 +133,7 @@ class BlockPool:
         return block
 
     def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """The longest cached prefix of `tokens`, as `PrefixTree.match`; the caller holds a reference to its blocks."""
+        """Find the longest cached prefix of `tokens` (see `PrefixTree.match`), and add a reference to its blocks."""
         blocks, matched = self.prefixes.match(tokens)
         for block in blocks:
             self._references[block] += 1
@@ -138,12 +141,12 @@ class BlockPool:
         return blocks, matched
 
     def insert(self, tokens: Sequence[int], blocks: Sequence[int]) -> None:
-        """Cache the blocks of a sequence, which hold `tokens`, for prompts that begin alike; nobody writes them now."""
+        """Put a sequence's blocks, which hold `tokens`, into the prefix cache; from now on they must not be written."""
         self._reclaim(self.prefixes.insert(tokens, blocks))
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up one reference to each block; `blocks` are in the order of their tokens."""
-        for block in reversed(blocks):  # the end of a text is evicted before its beginning
+        """Drop one reference to each of `blocks`, which are in the order of their tokens."""
+        for block in reversed(blocks):  # so that the end of a sequence is evicted before its beginning
             self._references[block] -= 1
             if not self._references[block]:
                 if block in self.prefixes:
@@ -152,11 +155,11 @@ class BlockPool:
                     self._free.append(block)
 
     def clear(self) -> None:
-        """Empty the prefix cache; blocks that sequences hold stay theirs."""
+        """Empty the prefix cache; blocks that sequences hold stay allocated."""
         self._reclaim(self.prefixes.clear())
 
     def _reclaim(self, removed: list[int]) -> None:
-        """Free the blocks that left the prefix cache, but for those that sequences still hold."""
+        """Free the blocks that left the prefix cache, unless sequences still hold them."""
         for block in removed:
             if block in self._evictable:
                 del self._evictable[block]
@@ -164,5 +167,5 @@ class BlockPool:
 
 
 def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of the first tokens are the same."""
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,8 +1,8 @@
-"""Sequences through the model: chunked prefill, decode with speculative drafts, prefix reuse, and the figures of each.
+"""The engine: chunked prefill, decode with speculative drafts, prefix reuse, and statistics of each generation.
 
-The engine knows token ids and nothing of text. One sequence is computed at a time; generations may take turns, token by
-token, and the engine switches between their sequences through the prefix cache. (A scheduler that batches sequences
-into one step is not here yet.)
+The engine handles token ids, not text. It computes one sequence at a time. Generations may take turns, token by token:
+the engine then switches between their sequences through the prefix cache. (There is no scheduler yet that batches
+several sequences into one step.)
 """
 
 import time
@@ -37,8 +37,8 @@ class Request:
         params: how to sample.
         max_tokens: the most tokens to generate; None: until an end token or a full context.
         end_tokens: token ids that end the answer.
-        logprobs: how many likeliest tokens to tell with each generated one (0: its own log probability alone); None: no
-            log probabilities.
+        logprobs: how many of the most likely tokens to return with each generated one (0: only its own log
+            probability); None: no log probabilities.
     """
 
     prompt: list[int]
@@ -50,14 +50,20 @@ class Request:
 
 @dataclass
 class Stats:
-    """The figures of one generation, kept current while it runs. Seconds are the model's and the sampler's.
+    """Statistics of one generation, updated while it runs.
 
     Attributes:
-        reused_tokens: of the prompt, found in the prefix cache.
-        draft_tokens, accepted_tokens: of speculative decoding: proposed, and chosen by the sampler.
-        context_used, context: tokens in the cache, and that it can hold.
-        finish_reason: "stop" (end token or stop string), "length" (max_tokens or a full context), None while running or
-            when interrupted.
+        prompt_tokens: tokens of the prompt.
+        reused_tokens: tokens of the prompt that were found in the prefix cache.
+        prefill_seconds: time from the start to the logits after the prompt.
+        completion_tokens: generated tokens.
+        decode_seconds: time of the model and the sampler for all generated tokens but the first.
+        draft_tokens: draft tokens that were verified (speculative decoding).
+        accepted_tokens: draft tokens that the sampler chose.
+        context_used: tokens in the KV cache.
+        context: maximum tokens of a sequence.
+        finish_reason: "stop" (end token or stop string) or "length" (max_tokens or a full context); None while the
+            generation runs, or if it was interrupted.
     """
 
     prompt_tokens: int = 0
@@ -77,13 +83,13 @@ class Stats:
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens per second after the first, whose time is prefill's."""
+        """Tokens per second after the first token, whose time is part of the prefill."""
         return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """One generated token; `logprob` and `top_logprobs` (most likely first) only when asked for."""
+    """One generated token; `logprob` and `top_logprobs` (most likely first) only if requested."""
 
     token: int
     logprob: float | None = None
@@ -94,17 +100,17 @@ class Engine:
     """A model with its KV cache."""
 
     def __init__(self, model: Transformer, context: int, cache_dtype: CacheDtype, chunk: int = CPU_CHUNK) -> None:
-        """Allocate a cache of `context` tokens; prefill `chunk` tokens a step."""
+        """Allocate a KV cache for `context` tokens; `chunk` is the number of tokens per prefill step."""
         self.model, self.chunk = model, chunk
         self.cache = model.new_cache(context, cache_dtype)
         self.step = decode_step(model, self.cache)
-        self._tokens: list[int] = []  # those in the cache, and perhaps some after them of a step that failed
+        self._tokens: list[int] = []  # the tokens in the cache; after a failed step, with that step's tokens after them
         self._active: object = None  # the generation whose sequence is in the cache
-        self._result: StepResult | None = None  # of the active generation's latest step
+        self._result: StepResult | None = None  # the active generation's latest step
         self._early = False  # whether that step was launched before its token was yielded, and is not used yet
 
     def warm_up(self, progress: Progress = no_progress) -> None:
-        """Do before the first prompt what would make it wait: compile kernels for GPUs."""
+        """Compile the GPU kernels, which the first prompt would otherwise wait for; nothing to do on the CPU."""
         with typed_errors():
             self.step.warm_up(progress)
 
@@ -114,19 +120,19 @@ class Engine:
 
     @property
     def tokens(self) -> list[int]:
-        """Those in the cache."""
+        """The tokens of the sequence in the cache."""
         return self._tokens[: self.cache.length]
 
     def adopt(self, tokens: list[int]) -> None:
-        """Take the cache's contents for a sequence of these tokens; a prompt that begins alike reuses them."""
+        """Declare that the cache now holds a sequence of these tokens, as after loading one from a file."""
         self._active, self._tokens = None, tokens
 
     def cache_prefix(self) -> None:
-        """Put the present sequence into the prefix cache, for prompts that begin like it."""
+        """Put the current sequence into the prefix cache, for prompts that begin like it."""
         self.cache.insert_prefix(self.tokens)
 
     def logits(self, ids: list[int]) -> Tensor:
-        """fp32 logits [T, vocab_size] after every token, by the same chunked prefill, from an empty cache."""
+        """Prefill `ids` in chunks from an empty sequence -> fp32 logits [T, vocab_size] after every token."""
         self._check(ids)
         if len(ids) > self.context:
             raise ContextLengthError(len(ids), self.context)
@@ -136,24 +142,27 @@ class Engine:
     def generate(self, request: Request, stats: Stats, progress: Progress = no_progress) -> Iterator[GeneratedToken]:
         """Prefill the prompt, and yield tokens until an end token (yielded too), max_tokens or a full context.
 
-        `progress` is called with the prompt's tokens done, and all of them.
+        Args:
+            request: the prompt, and how to generate.
+            stats: updated with every token.
+            progress: called with (tokens done, tokens of the prompt) before every chunk of the prefill.
 
         Raises:
-            ContextLengthError: the prompt and one token more do not fit.
-            InputError: an id is outside the vocabulary.
+            ContextLengthError: the prompt and one more token do not fit in the context.
+            InputError: the prompt is empty, or a token id is outside the vocabulary.
         """
         prompt = request.prompt
         self._check(prompt)
         if len(prompt) >= self.context:
             raise ContextLengthError(len(prompt), self.context)
-        generation, text = object(), [*prompt]  # whose turn it is; its tokens in the cache
+        generation, text = object(), [*prompt]  # the identity of this generation; its tokens in the cache
         sampler, lookup = Sampler(request.params, prompt), PromptLookup(prompt)
         stats.context = self.context
         result = self._start(generation, prompt, stats, progress)
         while True:
             start = time.perf_counter()
             token = sampler.choose(result)
-            if stats.completion_tokens:  # the first token's time is prefill's
+            if stats.completion_tokens:  # the first token's time is part of the prefill
                 stats.decode_seconds += time.perf_counter() - start
             stats.completion_tokens += 1
             stats.finish_reason = self._finish_reason(request, token, stats.completion_tokens)
@@ -169,7 +178,7 @@ class Engine:
                 self._return_to(generation, [*text, token] if launched else text, stats)
             result = launched or self._next(token, request.params, stats, lookup)
             self._early = False
-            if not result.accepted:  # a new step's; what follows an accepted draft token came with it
+            if not result.accepted:  # a new step; the logits after an accepted draft token are already there
                 result.wait()
                 stats.decode_seconds += result.seconds
             stats.context_used = self.cache.length
@@ -183,9 +192,9 @@ class Engine:
             raise InputError(f"token id {wrong[0]} is outside the vocabulary of {vocab:,}")
 
     def _start(self, generation: object, prompt: list[int], stats: Stats, progress: Progress) -> StepResult:
-        """Prefill what the prefix cache lacks of the prompt; the logits after its last token."""
+        """Prefill the part of the prompt that is not in the prefix cache; returns the logits after its last token."""
         start = time.perf_counter()
-        self._switch_to(generation, prompt[:-1])  # one token at least must run, to have logits
+        self._switch_to(generation, prompt[:-1])  # the last token must run in any case, to get its logits
         stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
         stats.context_used = self.cache.length
         for hidden in self._prefill(prompt, progress):
@@ -196,15 +205,15 @@ class Engine:
         return StepResult(logits)
 
     def _switch_to(self, generation: object, tokens: list[int]) -> None:
-        """Put the present sequence into the prefix cache, and begin another with what is cached of `tokens`."""
+        """Put the current sequence into the prefix cache, and begin one with the longest cached prefix of `tokens`."""
         if self._early and self._result:
-            self._result.detach()  # the generation that launched it will come back for it
+            self._result.detach()  # the generation that launched this step will use its logits later
         self.cache_prefix()
         self._active, self._result, self._early = generation, None, False
         self._tokens = tokens[: self.cache.match_prefix(tokens)]
 
     def _return_to(self, generation: object, text: list[int], stats: Stats) -> None:
-        """Go on with a sequence after another's turn; what was evicted of it is computed again."""
+        """Continue a sequence after another generation's turn; recompute what was evicted of it meanwhile."""
         start = time.perf_counter()
         self._switch_to(generation, text)
         for _ in self._prefill(text, no_progress):
@@ -212,7 +221,7 @@ class Engine:
         stats.decode_seconds += time.perf_counter() - start
 
     def _prefill(self, ids: list[int], progress: Progress) -> Iterator[Tensor]:
-        """Run what follows the cached tokens chunk by chunk; yields each chunk's hidden states [t, D]."""
+        """Run the tokens after the cached ones chunk by chunk; yields each chunk's hidden states [t, D]."""
         while (done := self.cache.length) < len(ids):
             progress(done, len(ids))
             yield self._run(ids[done : done + self.chunk])
@@ -223,7 +232,7 @@ class Engine:
         result = self._result
         if result and result.accept(token):
             self._record([token])
-            self.cache.advance(1)  # its latents are there already
+            self.cache.advance(1)  # verifying the draft has written its latents already
             return result
         if result:
             lookup.observe(result.seconds, len(result.draft), result.accepted)
@@ -234,11 +243,11 @@ class Engine:
         with typed_errors():
             self._result = result = self.step.launch(tokens, params)
         if result.draft:
-            self.cache.truncate(length + 1)  # draft tokens count once they are accepted
+            self.cache.truncate(length + 1)  # draft tokens count only once they are accepted
         return result
 
     def _draft(self, lookup: PromptLookup, room: int) -> list[int]:
-        """Draft tokens, as many as a step verifies and the context has room for."""
+        """Propose draft tokens: at most as many as a step verifies and the context has room for."""
         most = min(self.step.max_draft, room)
         return lookup.propose(most) if most >= NGRAM else []
 
@@ -248,7 +257,7 @@ class Engine:
             return self.model.forward(torch.tensor(ids), self.cache)
 
     def _record(self, ids: list[int]) -> None:
-        """Remember what a step will add before it runs, so that an interrupt leaves no unknown tokens in the cache."""
+        """Note the tokens of a step before it runs, so that an interrupt never leaves unknown tokens in the cache."""
         self._tokens[self.cache.length :] = ids
 
     def _finish_reason(self, request: Request, token: int, count: int) -> str | None:
@@ -259,7 +268,7 @@ class Engine:
 
 
 def decode_step(model: Transformer, cache: LatentCache) -> Step:
-    """The step for this model: CUDA graphs where all of it is on GPUs with Triton's kernels, else the CPU's."""
+    """The decode step for this model: `GpuStep` if all layers are on GPUs with Triton's kernels, else `CpuStep`."""
     on_gpus = all(ops.capturable(layer.device) for layer in model.layers)
     return GpuStep(model, cache) if on_gpus else CpuStep(model, cache)
 

@@ -1,4 +1,4 @@
-"""A model put where its plan says: dense weights, cache and experts on devices or in RAM."""
+"""Places a model as its plan says: dense weights, KV cache and experts on GPUs or in RAM."""
 
 import hashlib
 from collections.abc import Callable
@@ -32,14 +32,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """A model's weights in RAM, as `quant.checkpoint` names them.
+    """A model's weights in RAM, with the names of `quant.checkpoint`.
 
     Attributes:
-        config: its architecture.
-        dense: all but the routed experts, by name.
-        layout: of a routed expert's record.
+        config: the architecture.
+        dense: all weights but the routed experts, by name.
+        layout: layout of a routed expert's record.
         records: uint8 [E, layout.nbytes] by MoE layer.
-        fingerprint: what is learned about the model's experts is kept under it; None: nothing is.
+        fingerprint: hash of the manifest, under which the model's warm experts are stored; None: they are not stored.
     """
 
     config: ModelConfig
@@ -50,7 +50,7 @@ class ModelWeights:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelWeights":
-        """A checkpoint, mapped."""
+        """The weights of a checkpoint, memory-mapped from its files."""
         records = {layer: checkpoint.experts(layer) for layer in checkpoint.config.moe_layers}
         manifest = (checkpoint.directory / MANIFEST).read_bytes()
         fingerprint = hashlib.sha256(manifest).hexdigest()[:16]
@@ -59,14 +59,14 @@ class ModelWeights:
 
 @dataclass
 class PlacedModel:
-    """A model where it computes.
+    """A model that is in the memories where it computes.
 
     Attributes:
-        model: ready to run.
+        model: the model, ready to run.
         experts: its routed experts.
-        devices: the GPUs that it lies on.
-        notes: what is slower than it could be, and what to do about it.
-        closing: what `close` calls, the last first.
+        devices: the GPUs in use.
+        notes: what makes the model slower than it could be, and what to do about it.
+        closing: the functions that `close` calls, the last one first.
     """
 
     model: Transformer
@@ -76,13 +76,13 @@ class PlacedModel:
     closing: list[Callable[[], object]] = field(default_factory=list)
 
     def close(self) -> None:
-        """Keep what was learned about this model and machine, and give back devices and page-locked memory."""
+        """Store the warm experts and corrected costs for the next run, and free GPU and page-locked memory."""
         while self.closing:
             self.closing.pop()()
 
 
 def place_in_ram(weights: ModelWeights, dtype: torch.dtype) -> PlacedModel:
-    """Everything where it lies, computed on the CPU; `dtype` is that of the activations."""
+    """Leave all weights where they are, in RAM or mapped, and compute on the CPU; `dtype` is the activations' type."""
     experts = ResidentExperts(weights.layout, weights.records)
     return PlacedModel(Transformer(weights.config, weights.dense, experts, dtype), experts)
 
@@ -97,19 +97,20 @@ def place_on_devices(
     costs: Costs | None = None,
     progress: Progress = no_progress,
 ) -> PlacedModel:
-    """Each device's layers on it, and the experts as the plan says.
+    """Copy each GPU's layers to it, and place the experts as the plan says.
 
     Args:
-        weights: of the model, in RAM.
-        plan: made for these devices, in this order.
-        devices: one for each of the plan's GPUs.
-        dtype: of the activations.
-        policy: of the expert cache.
-        costs: of fetching and computing experts; None: those of this machine, measured if need be.
-        progress: called with the bytes of experts that are in page-locked RAM, and of those that will be.
+        weights: the model's weights, in RAM.
+        plan: the plan, made for these devices in this order.
+        devices: one device for each GPU of the plan.
+        dtype: type of the activations.
+        policy: which experts the expert cache evicts first.
+        costs: time to copy and to compute an expert; None: the costs stored for this machine, measured if there are
+            none.
+        progress: called with (bytes done, total bytes) while experts are copied to page-locked RAM.
 
     Raises:
-        DeviceMemoryError: a device has less memory than the plan counted on.
+        DeviceMemoryError: a GPU has less free memory than the plan assumed.
     """
     config = weights.config
     owner = [device for device, share in zip(devices, plan.gpus, strict=True) for _ in range(*share.layers)]
@@ -131,7 +132,7 @@ def place_on_devices(
 
 
 def _place_dense(weights: ModelWeights, owner: list[Device]) -> Weights:
-    """The dense weights on their layers' devices, norms and routers in fp32; the embedding stays in RAM."""
+    """Copy the dense weights to their layers' devices, norms and routers as fp32; the embedding stays in RAM."""
     placed: Weights = {EMBEDDING: weights.dense[EMBEDDING]}
     for name, weight in weights.dense.items():
         if name != EMBEDDING:
@@ -142,7 +143,7 @@ def _place_dense(weights: ModelWeights, owner: list[Device]) -> Weights:
 
 
 def _layer_of(name: str, layers: int) -> int:
-    """The layer of a weight; what comes after the layers belongs to the last."""
+    """The layer that a weight belongs to; the final norm and the head count as the last layer's."""
     parts = name.split(".")
     return int(parts[2]) if parts[1] == "layers" else layers - 1
 
@@ -159,7 +160,7 @@ def _copy(device: Device, tensor: Tensor) -> Tensor:
 
 
 def _bytes_to_pin(weights: ModelWeights, plan: Plan) -> int:
-    """Bytes of experts to page-lock."""
+    """Bytes of experts to page-lock: those that the plan has in RAM, as far as the system's limit allows."""
     if not plan.offloads:
         return 0
     fitting = plan.ram_experts * weights.layout.nbytes
@@ -169,8 +170,8 @@ def _bytes_to_pin(weights: ModelWeights, plan: Plan) -> int:
 def _refusal(arena: PinnedArena, weights: ModelWeights) -> str:
     wanted = sum(records.nbytes for records in weights.records.values())
     return (
-        f"the system let {arena.locked / 2**30:,.1f} of {wanted / 2**30:,.1f} GiB of experts be page-locked "
-        "(ulimit -l); copies of the others run at about half of the link's speed; raise memlock in "
+        f"the system allowed {arena.locked / 2**30:,.1f} of {wanted / 2**30:,.1f} GiB of experts to be page-locked "
+        "(ulimit -l); the others are copied at about half the speed of the PCIe link; raise memlock in "
         "/etc/security/limits.conf"
     )
 
@@ -185,7 +186,7 @@ def _place_experts(
     policy: Policy,
     costs: Costs | None,
 ) -> DeviceExperts:
-    """The experts of one device's layers; its slots begin with the experts that the model used most."""
+    """Set up the experts of one device's layers; its slots start with the warm experts."""
     config, layout = weights.config, weights.layout
     own = {layer: records[layer] for layer in records if layer in range(*share.layers)}
     slots = ExpertSlots(device, layout, share.slots, plan.staging_experts, policy)
@@ -197,17 +198,17 @@ def _place_experts(
 
 
 def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device, dtype: torch.dtype) -> GraphBuffers | None:
-    """What captured steps need, where steps are captured and the graphs can compute with the slots of one token."""
+    """The buffers with which experts run inside CUDA graphs; None if they cannot (no Triton, bf16, little staging)."""
     config, format = weights.config, weights.layout.format
     fits = config.num_experts_per_tok <= STAGING_BUFFERS * plan.staging_experts
-    # Products with bf16 weights do not skip absent slots.
+    # The bf16 kernels cannot skip experts that have no slot, as a captured step must.
     if not ops.capturable(device.torch_device) or format is Format.BF16 or not fits:
         return None
     return GraphBuffers(device, config.hidden_size, config.num_experts_per_tok, dtype)
 
 
 def _keep_learned(weights: ModelWeights, plan: Plan, placed: list[DeviceExperts]) -> None:
-    """Keep which experts the model used most, and costs that turned out otherwise."""
+    """Store the model's warm experts, and the costs that were corrected while it ran."""
     if not plan.offloads:
         return
     worth = {key: device.slots.cache.worth(key) for device in placed for key in device.slots.cache.warmest()}

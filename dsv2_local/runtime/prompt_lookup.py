@@ -1,36 +1,38 @@
 """Speculative decoding without a draft model: draft tokens are looked up in the text itself (prompt lookup decoding).
 
-Quotations, edited code and summaries repeat what was read, so what followed the latest tokens when they occurred before
-is a good draft. The model verifies a draft in one step, which takes less time than a step per token; tokens that are
-rejected cost that time in vain. A draft changes no answer: every token is still drawn from the model's own
-distribution, and a draft only decides which distributions are computed ahead (A. Saxena, Prompt Lookup Decoding, 2023).
+Quotations, edited code and summaries repeat earlier text, so the tokens that followed an earlier occurrence of the
+latest n-gram are a good draft. The model verifies a whole draft in one step, which takes less time than one step per
+token; the time for rejected tokens is lost. A draft never changes the answer: every token is still drawn from the
+model's own distribution, and the draft only decides which distributions are computed ahead (A. Saxena, Prompt Lookup
+Decoding, 2023).
 
-While a text repeats a passage, the position in the earlier passage is followed, so that n-grams which occur in many
-places do not lead elsewhere; and the longer the match, the longer the draft.
+While the text repeats an earlier passage, the draft follows that passage, even through n-grams that have occurred
+elsewhere since; the longer the match, the longer the draft.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
 
-NGRAM = 4  # tokens that must match, and the shortest draft
-MAX_DRAFT = 32  # tokens
-WINDOW, WARM_UP = 32, 3  # steps of each draft length whose times are compared, at most and at least
-RETRY_AFTER = 64  # proposals of a length that are skipped while it does not pay, before it is tried again
+NGRAM = 4  # tokens that must match; also the shortest draft
+MAX_DRAFT = 32  # tokens of the longest draft
+WINDOW, WARM_UP = 32, 3  # maximum and minimum number of steps per draft length whose times are compared
+RETRY_AFTER = 64  # a draft length that does not pay off is tried again once in so many proposals
 
 
 class PromptLookup:
-    """A text, and where every n-gram of `NGRAM` tokens in it occurred last.
+    """A text, with the position of the last occurrence of every n-gram of `NGRAM` tokens.
 
     Attributes:
-        drafted, accepted: draft tokens so far, and those that the sampler chose.
+        drafted: draft tokens verified so far.
+        accepted: draft tokens that the sampler chose.
     """
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self.drafted, self.accepted = 0, 0
         self._tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}  # of each n-gram's last occurrence
-        self._next: int | None = None  # the position that the text continues with if it goes on repeating itself
-        self._matched = 0  # tokens before `_next` that are also the latest tokens of the text
+        self._ends: dict[tuple[int, ...], int] = {}  # for each n-gram, the position after its last occurrence
+        self._next: int | None = None  # position of the next token, if the text goes on repeating an earlier passage
+        self._matched = 0  # number of tokens before `_next` that equal the latest tokens of the text
         self._times = defaultdict[int, _StepTimes](_StepTimes)  # by the bit length of the draft's length: 0, 4 to 7, …
         for token in tokens:
             self.append(token)
@@ -47,16 +49,17 @@ class PromptLookup:
         self._ends[ngram] = len(self._tokens)
 
     def propose(self, max_tokens: int = MAX_DRAFT) -> list[int]:
-        """A draft of the next tokens: a power of two of them, or none where nothing matches or no draft pays.
+        """Propose a draft of the next tokens.
 
-        `max_tokens` is at least `NGRAM`.
+        Its length is a power of two, at least `NGRAM` and at most `max_tokens` (which must be at least `NGRAM`). Empty
+        if nothing matches, or if drafts of this length have not paid off.
         """
         if self._next is None:
             return []
         count = 1 << (min(max_tokens, self._matched).bit_length() - 1)
         if not self._pays(count):
             return []
-        period = len(self._tokens) - self._next  # of a text that repeats its very end
+        period = len(self._tokens) - self._next  # shorter than the draft if the text repeats its own end
         return [self._tokens[self._next + i % period] for i in range(count)]
 
     def observe(self, seconds: float, drafted: int, accepted: int) -> None:
@@ -73,10 +76,10 @@ class PromptLookup:
 
 
 class _StepTimes:
-    """The latest steps of one draft length."""
+    """Durations of the latest steps with one draft length."""
 
     def __init__(self) -> None:
-        self.skipped = 0  # proposals, because they would not pay
+        self.skipped = 0  # proposals of this length that were not made because they did not pay off
         self._latest = deque[tuple[float, int]](maxlen=WINDOW)
 
     def add(self, seconds: float, tokens: int) -> None:
@@ -84,7 +87,7 @@ class _StepTimes:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """None while there are too few steps to tell."""
+        """Mean time per generated token; None until there are `WARM_UP` steps."""
         if len(self._latest) < WARM_UP:
             return None
         return sum(seconds for seconds, _ in self._latest) / sum(tokens for _, tokens in self._latest)

@@ -1,8 +1,8 @@
-"""A model of random weights, made in memory in the stored format: how fast a machine would run it, without it.
+"""A model with random weights, built in memory in the stored format, to measure how fast a machine would run it.
 
-The bytes are laid out as a converted checkpoint's (`kernels.layout`), every page is written, and the sizes of the
-weights keep activations finite, attention neither flat nor fixed on one token, and the choice of experts different
-from token to token. What the model says is noise.
+The bytes have the layout of a converted checkpoint (`kernels.layout`), and every page of memory is written. The scale
+of the weights keeps activations finite, attention neither uniform nor fixed on one token, and routing varied from
+token to token. The model's output is noise.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,22 +13,28 @@ import torch
 from torch import Tensor
 
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.errors import InputError
 from dsv2_local.kernels.format import BLOCK, ROWS, CacheDtype, ExpertLayout, Format, matrix_nbytes
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, pack_int8, pack_nf4, unpack_int8, unpack_nf4
 from dsv2_local.machine.resources import memory_available
 from dsv2_local.progress import Progress, no_progress
-from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout, stored_bytes
 from dsv2_local.runtime.cache import allocate_in_ram, bytes_per_token
 
-# Random numbers are drawn once in this many bytes and copied from there: drawing 9 GB would take minutes.
+# This many bytes of random numbers are drawn once, and all weights are copied from them: drawing 9 GB takes minutes.
 DRAWN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Weights as `quant.checkpoint.Checkpoint` would give them; `records` are uint8 [E, layout.nbytes] by MoE layer."""
+    """Weights as `quant.checkpoint.Checkpoint` returns them.
+
+    Attributes:
+        weights: the dense weights by name.
+        layout: layout of a routed expert's record.
+        records: uint8 [E, layout.nbytes] by MoE layer.
+    """
 
     weights: dict[str, Matrix | Tensor]
     layout: ExpertLayout
@@ -36,15 +42,15 @@ class RandomModel:
 
 
 def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
-    """The same architecture with its first `layers` layers only.
+    """The same architecture with only its first `layers` layers.
 
     Raises:
-        InputError: fewer than have a layer of each kind of the model (so that the rest can be judged from them), or
-            more than the model has.
+        InputError: more layers than the model has, or so few that a kind of layer (dense or MoE) is missing, from
+            which the speed of the others is extrapolated.
     """
     least, most = _least_layers(config), config.num_hidden_layers
     if not least <= layers <= most:
-        raise InputError(f"--layers must lie between {least} (one layer of each kind) and {most}, not {layers:,}")
+        raise InputError(f"--layers must be between {least} (one layer of each kind) and {most}, not {layers:,}")
     return replace(config, num_hidden_layers=layers)
 
 
@@ -54,16 +60,17 @@ def _least_layers(config: ModelConfig) -> int:
 
 
 def weight_bytes(config: ModelConfig, recipe: Recipe) -> int:
-    """Bytes of all weights with scales and padding; routers and norms at 16 bits."""
+    """Bytes of all weights with scales and padding; routers and norms count 16 bits per weight."""
     dense = sum(stored_bytes(spec, recipe) for specs in dense_files(config).values() for spec in specs)
     return dense + len(config.moe_layers) * config.n_routed_experts * expert_layout(config, recipe).nbytes
 
 
 def require_memory(config: ModelConfig, recipe: Recipe, *, context: int, cache_dtype: CacheDtype, other: int) -> None:
-    """Refuse a model that does not fit beside a cache of `context` tokens and `other` bytes.
+    """Check that the model, a KV cache of `context` tokens and `other` bytes fit in the available memory.
 
     Raises:
-        InputError: with the bytes needed and available, and the number of layers that would fit.
+        InputError: they do not; the message has the bytes needed and available, and the number of layers that would
+            fit.
     """
     available = memory_available()
 
@@ -75,10 +82,10 @@ def require_memory(config: ModelConfig, recipe: Recipe, *, context: int, cache_d
     if needed(layers) <= available:
         return
     fitting = [n for n in range(_least_layers(config), layers) if needed(n) <= available]
-    remedy = f"--layers {fitting[-1]} fits" if fitting else "free memory or ask for a shorter --context"
+    remedy = f"--layers {fitting[-1]} fits" if fitting else "free memory, or set a shorter --context"
     weights, latents = weight_bytes(config, recipe), context * bytes_per_token(config, cache_dtype)
     raise InputError(
-        f"{layers} layers need {needed(layers) / 1e9:,.2f} GB (weights {weights / 1e9:,.2f}, cache of {context:,} "
+        f"{layers} layers need {needed(layers) / 1e9:,.2f} GB (weights {weights / 1e9:,.2f}, KV cache of {context:,} "
         f"tokens {latents / 1e9:,.2f}, working memory {other / 1e9:,.2f}) and {available / 1e9:,.2f} GB are available; "
         f"{remedy}"
     )
@@ -92,9 +99,9 @@ def build(
     threads: int = 1,
     progress: Progress = no_progress,
 ) -> RandomModel:
-    """Make the model; the same seed makes the same. `progress` is called with (parts done, parts in all).
+    """Build the model; the same seed gives the same weights. `progress` is called with (parts done, all parts).
 
-    Ask `require_memory` first: what is allocated is written, to the last page.
+    Call `require_memory` first: every page of the allocated memory is written.
     """
     numbers = _RandomNumbers(seed)
     files, layout = dense_files(config), expert_layout(config, recipe)
@@ -104,7 +111,7 @@ def build(
         progress(done, parts)
         weights |= {spec.name: _tensor(spec, recipe, numbers) for spec in specs}
     records: dict[int, Tensor] = {}
-    # Threads of our own: a record is too small for torch's to share, and most of the time goes into fresh pages.
+    # Own threads, since a record is too small to be split among torch's, and page faults take most of the time.
     with ThreadPoolExecutor(threads) as pool:
         for done, layer in enumerate(config.moe_layers, len(files)):
             progress(done, parts)
@@ -114,10 +121,12 @@ def build(
 
 
 class _RandomNumbers:
-    """Random numbers, drawn once for each type of plane and copied from places that a tensor's name decides.
+    """Random numbers, drawn once for each type of plane; tensors are copied from offsets that depend on their names.
 
-    uint8: two NF4 codes a byte, of normal weights; int8: codes -127..127; float16: scales between 0.75 and 1.25;
-    bfloat16: normal numbers. `code_rms` is what a code stands for, before its scale, on average.
+    Attributes:
+        numbers: by type. uint8: two NF4 codes of normal weights per byte; int8: codes -127 … 127; float16: scales
+            between 0.75 and 1.25; bfloat16: normal numbers.
+        code_rms: root mean square of what the codes of a format decode to, before scaling.
     """
 
     def __init__(self, seed: int) -> None:
@@ -141,72 +150,72 @@ class _RandomNumbers:
         }
         self._scaled: dict[tuple[torch.dtype, float], Tensor] = {}
 
-    def fill(self, out: Tensor, places: Random, factor: float = 1.0) -> None:
-        """Write all of `out` (contiguous, of a type in `numbers`), times `factor`."""
+    def fill(self, out: Tensor, offsets: Random, factor: float = 1.0) -> None:
+        """Fill `out` (contiguous, of a type in `numbers`) with numbers from random offsets, times `factor`."""
         numbers = self._times(out.dtype, factor)
         half = len(numbers) // 2
-        # numpy copies in the calling thread; torch would wake its own for every piece.
-        target, found = out.view(-1).view(_BITS[out.itemsize]).numpy(), numbers.view(_BITS[out.itemsize]).numpy()
+        # numpy copies in the calling thread; torch would wake its thread pool for every piece.
+        target, source = out.view(-1).view(_BITS[out.itemsize]).numpy(), numbers.view(_BITS[out.itemsize]).numpy()
         for begin in range(0, len(target), half):
             piece = target[begin : begin + half]
-            start = places.randrange(half)
-            piece[:] = found[start : start + len(piece)]
+            start = offsets.randrange(half)
+            piece[:] = source[start : start + len(piece)]
 
     def _times(self, dtype: torch.dtype, factor: float) -> Tensor:
-        """The numbers of a type times `factor`, kept: a model has few different ones."""
+        """The numbers of a type times `factor`; cached, since a model has few different factors."""
         if factor == 1.0:
             return self.numbers[dtype]
         if (dtype, factor) not in self._scaled:
             self._scaled[dtype, factor] = self.numbers[dtype].mul(factor)
         return self._scaled[dtype, factor]
 
-    def places(self, *name: object) -> Random:
-        """Where the numbers of a tensor begin: the same for the same seed and name, in whatever order they are made."""
+    def offsets(self, *name: object) -> Random:
+        """Draws the offsets for a tensor: the same for the same seed and name, in whatever order tensors are built."""
         return Random(f"{self.seed} {name}")
 
 
-# numpy has no bfloat16; a copy needs only the size.
+# Types to copy as, by item size: numpy has no bfloat16, and a copy needs only the size.
 _BITS = {1: torch.uint8, 2: torch.int16}
 
 
 def _tensor(spec: TensorSpec, recipe: Recipe, numbers: _RandomNumbers) -> Matrix | Tensor:
-    """One tensor of the dense files: norms around 1, embedded tokens of rms 1, products that keep the rms."""
-    places = numbers.places(spec.name)
+    """Build a dense tensor: norms near 1, embeddings of rms 1, matrices that keep the rms of what they multiply."""
+    offsets = numbers.offsets(spec.name)
     if not spec.quantised:
         tensor = torch.empty(spec.shape, dtype=torch.bfloat16)
-        numbers.fill(tensor, places, 0.1 if spec.kind is Kind.NORM else spec.shape[1] ** -0.5)
+        numbers.fill(tensor, offsets, 0.1 if spec.kind is Kind.NORM else spec.shape[1] ** -0.5)
         return tensor.add_(1) if spec.kind is Kind.NORM else tensor
     rows, cols = spec.shape
     format = recipe.format_of(spec.kind)
     matrix = Matrix.from_bytes(format, rows, cols, allocate_in_ram(matrix_nbytes(format, rows, cols)))
-    _fill(matrix, 1.0 if spec.kind is Kind.EMBEDDING else cols**-0.5, numbers, places)
+    _fill(matrix, 1.0 if spec.kind is Kind.EMBEDDING else cols**-0.5, numbers, offsets)
     return matrix
 
 
 def _records(
     experts: int, layout: ExpertLayout, numbers: _RandomNumbers, layer: int, pool: ThreadPoolExecutor
 ) -> Tensor:
-    """A layer's routed experts: uint8 [E, layout.nbytes]."""
+    """Build a layer's routed experts: uint8 [E, layout.nbytes]."""
     records = allocate_in_ram(experts * layout.nbytes).view(experts, layout.nbytes)
 
     def fill(expert: int) -> None:
-        places = numbers.places(layer, expert)
+        offsets = numbers.offsets(layer, expert)
         for matrix in expert_matrices(layout, records[expert]):
-            _fill(matrix, matrix.cols**-0.5, numbers, places)
+            _fill(matrix, matrix.cols**-0.5, numbers, offsets)
 
     for _ in pool.map(fill, range(experts)):
         pass
     return records
 
 
-def _fill(matrix: Matrix, rms: float, numbers: _RandomNumbers, places: Random) -> None:
-    """Write a matrix's planes, so that its weights have about this rms and its padding is zero."""
+def _fill(matrix: Matrix, rms: float, numbers: _RandomNumbers, offsets: Random) -> None:
+    """Fill a matrix's planes, so that its weights have about this root mean square and its padding is zero."""
     factor = rms / numbers.code_rms[matrix.format]
     if matrix.scales is None:
-        numbers.fill(matrix.codes, places, factor)
+        numbers.fill(matrix.codes, offsets, factor)
         return
-    numbers.fill(matrix.codes, places)
-    numbers.fill(matrix.scales, places, factor)
+    numbers.fill(matrix.codes, offsets)
+    numbers.fill(matrix.scales, offsets, factor)
     if matrix.rows % ROWS:
         matrix.scales[-1, :, matrix.rows % ROWS :] = 0
     if matrix.cols % BLOCK:
@@ -214,7 +223,7 @@ def _fill(matrix: Matrix, rms: float, numbers: _RandomNumbers, places: Random) -
 
 
 def _zero_last_columns(matrix: Matrix) -> None:
-    """Give the columns that only fill up the last block the code of zero."""
+    """Set the padding columns of the last block to the code of zero."""
     nf4 = matrix.format is Format.NF4
     unpack, pack, zero = (unpack_nf4, pack_nf4, NF4_LEVELS.index(0.0)) if nf4 else (unpack_int8, pack_int8, 0)
     tail = unpack(matrix.codes[:, -1:].contiguous())  # [G, 8, 1, 64]

@@ -12,7 +12,7 @@ from dsv2_local.errors import ConfigError, InputError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample tokens; `sampler.py` applies the parameters, in this order: penalties, bias, temperature, truncation.
+    """How to sample tokens. The order is: penalties, bias, temperature, truncation (see `sampler.py`).
 
     Attributes:
         temperature: logits are divided by it; 0 is greedy decoding, and then top_p, top_k and min_p have no effect.

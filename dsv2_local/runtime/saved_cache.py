@@ -1,10 +1,11 @@
-"""A cache in a file, so that a long text is read once: tokens and their latents, layer by layer.
+"""Saves the KV cache of a sequence to a file, so that a long text is prefilled only once.
 
-A safetensors file: `tokens` int64 [n], `layer.LLL` [n, row] as `kernels.latents` has a row, and for a chat's session
-`conversation`, uint8: its text. Its metadata names the format with its version, the model (a hash of its manifest), how
-latents are kept, and a sha256 of all tensors. Reading one executes nothing.
+The format is safetensors, which executes no code when it is read. Tensors: `tokens` int64 [n], `layer.000`, `layer.001`
+and so on [n, …], each layer's rows in the layout of `kernels/latents.py`, and `conversation` uint8 (UTF-8 text) in the
+session of a chat. Metadata: the format with its version, the model (a hash of its manifest), how latents are stored,
+and a sha256 of all tensors.
 
-Version 1 had no conversation; nothing else has changed.
+Version 1 had no conversation; this is the only difference.
 """
 
 import hashlib
@@ -29,22 +30,24 @@ from dsv2_local.runtime.cache import LatentCache
 
 FORMAT, VERSION = "dsv2 cache", 2
 ABANDONED = 3600.0
-"""Seconds after which what a killed save has left is no save under way."""
+"""Seconds after which a temporary directory was left by a save that was killed, and is deleted."""
 
 
 @dataclass(frozen=True)
 class SavedHeader:
-    """What a file holds beside the rows: the number of its tokens, and a conversation's text, empty where none is."""
+    """What a saved cache contains besides the rows: the number of tokens, and the conversation's text (or "")."""
 
     tokens: int
     conversation: str
 
 
 def save(path: Path, tokens: list[int], cache: LatentCache, fingerprint: str, conversation: str = "") -> None:
-    """Write what the cache holds, `tokens`, for the user alone; the file appears whole or stays as it was.
+    """Write the sequence in `cache`, whose tokens are `tokens`, to a file that only the user can read.
+
+    The file is replaced atomically: if the write fails or the process is killed, an old file stays as it was.
 
     Raises:
-        SavedCacheError: it cannot be written.
+        SavedCacheError: the file cannot be written.
     """
     tensors, digest = {"tokens": torch.tensor(tokens, dtype=torch.int64)}, hashlib.sha256()
     if conversation:
@@ -74,10 +77,11 @@ def save(path: Path, tokens: list[int], cache: LatentCache, fingerprint: str, co
 
 
 def load(path: Path, cache: LatentCache, fingerprint: str) -> list[int]:
-    """Fill the cache from a file, as far as its context goes; the tokens that it holds then.
+    """Fill the cache from a file, up to its context; returns the tokens that it now holds.
 
     Raises:
-        SavedCacheError: the file is none of this model and type of cache, or damaged; the cache is as it was then.
+        SavedCacheError: the file is damaged, or was saved from another model or with another type of cache; the cache
+            is unchanged.
     """
     with _opened(path) as (file, metadata):
         _check(path, metadata, cache, fingerprint)
@@ -86,42 +90,44 @@ def load(path: Path, cache: LatentCache, fingerprint: str) -> list[int]:
         count = min(len(tokens), cache.context)
         cache.match_prefix([])
         cache.reserve(count)
-        for number in range(len(cache.layers)):  # one at a time: together they may fill the memory
+        for number in range(len(cache.layers)):  # layer by layer, since all at once may not fit in memory
             cache.write_rows(number, file.get_tensor(_name(number))[:count])
     cache.advance(count)
     return [int(token) for token in tokens[:count]]
 
 
 def read_header(path: Path) -> SavedHeader:
-    """What a file holds beside the rows; these are neither read nor checked.
+    """Read a file's number of tokens and its conversation; the rows are neither read nor checked.
 
     Raises:
-        SavedCacheError: the file is no saved cache, or cannot be read.
+        SavedCacheError: the file is not a saved cache, or cannot be read.
     """
     with _opened(path) as (file, _):
         conversation = file.get_tensor("conversation").numpy().tobytes() if _has_conversation(file) else b""
         try:
             return SavedHeader(file.get_slice("tokens").get_shape()[0], conversation.decode())
         except (IndexError, UnicodeDecodeError):
-            raise SavedCacheError(f"{path} is damaged: its tokens or its conversation are none") from None
+            raise SavedCacheError(
+                f"{path} is damaged: its tokens are not a list, or its conversation is not UTF-8; delete it"
+            ) from None
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """A file of this format, and its metadata."""
+    """Open a file of this format; yields it with its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             name, _, version = metadata.get("format", "").rpartition(" ")
             if name != FORMAT or not version.isdecimal():
-                raise SavedCacheError(f"{path} is no saved cache")
+                raise SavedCacheError(f"{path} is not a saved cache of dsv2-local")
             if int(version) > VERSION:
-                raise SavedCacheError(f"{path} was saved by a newer version of dsv2-local; use that one")
+                raise SavedCacheError(f"{path} was saved by a newer version of dsv2-local; use that version to read it")
             yield file, metadata
     except OSError as error:
         raise SavedCacheError(f"{path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise SavedCacheError(f"{path} is no saved cache, or a damaged one: {error}") from None
+        raise SavedCacheError(f"{path} is not a saved cache, or is damaged: {error}") from None
 
 
 def _check(path: Path, metadata: dict[str, str], cache: LatentCache, fingerprint: str) -> None:
@@ -129,33 +135,39 @@ def _check(path: Path, metadata: dict[str, str], cache: LatentCache, fingerprint
         raise SavedCacheError(f"{path} was saved from another model, or from other weights of this one")
     if metadata.get("latents") != str(cache.dtype):
         raise SavedCacheError(
-            f"{path} keeps latents as {metadata.get('latents')} and this cache as {cache.dtype}; see --cache-type"
+            f"{path} stores latents as {metadata.get('latents')}, but this KV cache as {cache.dtype}; load the model "
+            "with the --cache-type of the file"
         )
 
 
 def _check_contents(path: Path, file: Any, metadata: dict[str, str], cache: LatentCache) -> None:
-    """Read all tensors once: their shapes must be the cache's, and their checksum the file's."""
+    """Check that all tensors have the shapes that the cache needs, and that their checksum matches."""
     tokens, digest = file.get_tensor("tokens"), hashlib.sha256()
     if tokens.dtype != torch.int64 or tokens.dim() != 1:
-        raise SavedCacheError(f"{path} is damaged: its tokens are {tokens.dtype} {tuple(tokens.shape)}")
+        raise SavedCacheError(
+            f"{path} is damaged: its tokens are {tokens.dtype} {tuple(tokens.shape)}, not int64 [n]; delete it"
+        )
     _update(digest, tokens)
     if _has_conversation(file):
         _update(digest, file.get_tensor("conversation"))
-    for number, pages in enumerate(cache.layers):
-        saved = file.get_tensor(_name(number))
-        if saved.shape != (len(tokens), pages.shape[2]) or saved.dtype != pages.dtype:
-            raise SavedCacheError(f"{path} is damaged: {_name(number)} is {saved.dtype} {tuple(saved.shape)}")
+    for number, blocks in enumerate(cache.layers):
+        saved, shape = file.get_tensor(_name(number)), (len(tokens), blocks.shape[2])
+        if saved.shape != shape or saved.dtype != blocks.dtype:
+            raise SavedCacheError(
+                f"{path} is damaged: {_name(number)} is {saved.dtype} {tuple(saved.shape)}, not {blocks.dtype} "
+                f"{shape}; delete it"
+            )
         _update(digest, saved)
     if digest.hexdigest() != metadata.get("sha256"):
         raise SavedCacheError(f"{path} is damaged: its contents do not match its checksum; delete it")
 
 
 def _has_conversation(file: Any) -> bool:
-    return "conversation" in file.keys()  # noqa: SIM118 (a handle of safetensors is no mapping)
+    return "conversation" in file.keys()  # noqa: SIM118 (a safetensors handle is not a mapping)
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Give back the space of saves to this file that were killed."""
+    """Delete the temporary directories of saves to this file that were killed."""
     for left in path.absolute().parent.glob(f".{escape(path.name)}.*"):
         if left.is_dir() and time.time() - left.stat().st_mtime > ABANDONED:
             shutil.rmtree(left, ignore_errors=True)

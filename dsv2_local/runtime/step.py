@@ -103,7 +103,7 @@ class StepResult:
             self._packed = None
 
     def logits(self) -> Tensor:
-        """Logits after the last accepted token: fp32 [vocab] in RAM. The next step may overwrite them (see `detach`)."""
+        """Logits after the last accepted token, fp32 [vocab] in RAM; the next step may overwrite them (`detach`)."""
         self.wait()
         with typed_errors():
             return self._logits[self.accepted].cpu()

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: a conversation written as the one text that the model was trained on."""
+"""Renders a conversation with a checkpoint's chat template, as the text format that the model was trained on."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,19 +8,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dsv2_local.errors import TemplateError
 
 Message = Mapping[str, str]
-"""With `role` (system, user, assistant) and `content`."""
+"""A message with the keys `role` (system, user or assistant) and `content`."""
 
 
 def render(template: str, messages: Sequence[Message], **variables: object) -> str:
-    """The conversation as the Jinja template writes it; `variables` are the other names that it may use.
+    """Render `messages` with a Jinja template, in a sandbox; `variables` are the other names that it may use.
 
     Raises:
-        TemplateError: the template is damaged, or refuses the messages.
+        TemplateError: the template is damaged, or rejects the messages.
     """
     try:
         return _environment().from_string(template).render(messages=messages, **variables)
     except (JinjaError, TypeError, ValueError) as error:
-        raise TemplateError(f"the chat template refuses these messages: {error}") from None
+        raise TemplateError(f"the chat template rejects these messages: {error}") from None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

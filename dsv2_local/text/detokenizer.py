@@ -1,4 +1,4 @@
-"""Generated tokens to text as it streams: never half a character, and nothing after a stop string."""
+"""Turns streamed tokens into text: never part of a character, and nothing after a stop string."""
 
 from collections.abc import Sequence
 
@@ -7,24 +7,24 @@ from dsv2_local.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Token by token to text, never emitting part of a character.
+    """Decodes token by token, and never returns part of a character.
 
-    It decodes the tokens since the last emission together with those of the one before, since a token's text may
-    depend on its neighbour, and holds back while the end is an unfinished UTF-8 sequence.
+    The text of a token may depend on its neighbours, so new tokens are decoded together with those whose text was
+    returned last. Text is held back while it ends in an incomplete UTF-8 sequence.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = self._emitted = 0
+        self._context = self._emitted = 0  # where the tokens returned last begin, and where they end
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token."""
+        """Add a token; returns the text that is final with it."""
         self._ids.append(token)
         return self._emit(final=False)
 
     def flush(self) -> str:
-        """Whatever is left at the end, U+FFFD for bytes that never became a character."""
+        """Return the rest of the text, with U+FFFD for bytes that did not complete a character."""
         return self._emit(final=True)
 
     def _emit(self, final: bool) -> str:
@@ -37,7 +37,11 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Cuts a stream of text at the first stop string, holding back what may be the beginning of one."""
+    """Cuts a stream of text at the first stop string; holds back text that may be the beginning of one.
+
+    Attributes:
+        stopped: whether a stop string has appeared.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
@@ -47,7 +51,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is certain to come before any stop string; after one, nothing."""
+        """Add text; returns what cannot be part of a stop string. Nothing follows once one has appeared."""
         self._held += text
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
@@ -56,7 +60,7 @@ class StopFilter:
         return self._take(len(self._held) - self._possible_beginning())
 
     def flush(self) -> str:
-        """What was held back when the stream ended."""
+        """Return the text that is still held back, at the end of the stream."""
         return self._take(len(self._held))
 
     def _take(self, length: int, drop_rest: bool = False) -> str:
@@ -64,7 +68,7 @@ class StopFilter:
         return taken
 
     def _possible_beginning(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max(map(len, self._stops), default=0) - 1
         sizes = range(min(longest, len(self._held)), 0, -1)
         return next((n for n in sizes if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)

@@ -1,7 +1,7 @@
-"""Text to token ids and back, with the checkpoint's own tokenizer and chat template.
+"""Text to token ids and back, with the checkpoint's tokenizer and chat template.
 
-Special tokens are control characters: those that the template writes are honoured, while the same letters inside a
-message stay text. Raw prompts may contain them (fill-in-the-middle needs that).
+Special tokens that the chat template writes become special tokens; the same characters inside a message stay plain
+text, so that a message cannot forge a turn. In a raw prompt, special tokens are parsed (fill-in-the-middle needs that).
 """
 
 import json
@@ -19,10 +19,14 @@ from dsv2_local.text.chat_template import Message, render
 
 
 class Tokenizer:
-    """A checkpoint's `tokenizer.json`, `tokenizer_config.json` and template."""
+    """A checkpoint's `tokenizer.json` with the settings and chat template of its `tokenizer_config.json`."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises CheckpointError when a file is missing or damaged."""
+        """Read the files in `directory`.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
         path = directory / "tokenizer.json"
         try:
             text = path.read_text(encoding="utf-8")
@@ -40,42 +44,42 @@ class Tokenizer:
 
     @cached_property
     def eos_id(self) -> int | None:
-        """The id of the end-of-sentence token, None where the files name none."""
+        """Id of the end-of-sentence token; None if the checkpoint's files do not name one."""
         return self._added.get(self.eos_token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of raw text. Special tokens in it are honoured; BOS is put in front unless it is there."""
+        """Encode raw text. Special tokens in it are parsed, and BOS is prepended unless the text begins with it."""
         if self.bos_token and self._settings.get("add_bos_token", True) and not text.startswith(self.bos_token):
             text = self.bos_token + text
         return self._encode_pieces(text)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation in the model's own format.
+        """Encode a conversation with the chat template.
 
         Args:
-            messages: each with `role` and `content`.
-            add_generation_prompt: whether the next to speak is the assistant.
+            messages: messages with `role` and `content`.
+            add_generation_prompt: whether to end with the header of the assistant's next turn.
 
         Raises:
-            InputError: a message is not of that form.
-            TemplateError: there is no template, or it refuses the messages.
+            InputError: a message lacks a role or a content, or one is not text.
+            TemplateError: the checkpoint has no chat template, or it rejects the messages.
         """
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise InputError(f"a message needs a role and a content, both text: {dict(message)!r}")
+                raise InputError(f"a message needs a role and a content, both strings: {dict(message)!r}")
         mark = _unused_mark(messages)
         quoted = [{**message, "content": self._quote(message["content"], mark)} for message in messages]
         return self._encode_pieces(self.render(quoted, add_generation_prompt), mark)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it."""
+        """Render a conversation as text with the chat template."""
         if not isinstance(self._template, str):
             raise TemplateError("this checkpoint has no chat template; use --raw, or generate() with plain text")
         special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         return render(self._template, messages, add_generation_prompt=add_generation_prompt, **special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids to text, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     @cached_property
@@ -86,11 +90,11 @@ class Tokenizer:
         )
 
     def _quote(self, text: str, mark: str) -> str:
-        """Put `mark` inside everything that looks like a special token, so that it no longer does."""
+        """Insert `mark` into every special token in `text`, so that it is not parsed as one."""
         return self._special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
 
     def _encode_pieces(self, text: str, mark: str = "") -> list[int]:
-        """Special tokens by their id, and what lies between them as plain text, without `mark`."""
+        """Encode special tokens as their ids, and the text between them as plain text with `mark` removed."""
         ids: list[int] = []
         for piece in self._special.split(text):
             if piece in self._added:
@@ -102,7 +106,7 @@ class Tokenizer:
 
 
 def _without_added_tokens(tokenizer: FastTokenizer) -> FastTokenizer:
-    """The same tokenizer knowing no special tokens, for text that must stay text; both share one vocabulary."""
+    """A tokenizer with the same vocabulary but no special tokens, for text that must stay plain text."""
     plain = FastTokenizer(tokenizer.model)
     for part in ("normalizer", "pre_tokenizer"):
         if (value := getattr(tokenizer, part)) is not None:
@@ -120,12 +124,12 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _token_text(value: Any) -> str:
-    """A special token's text, from a string or an AddedToken's object; empty where there is none."""
+    """The text of a special token, given as a string or as a serialised AddedToken; empty if there is none."""
     return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
 
 
 def _unused_mark(messages: Sequence[Message]) -> str:
-    """A string of private-use characters that is in no message."""
+    """A random string, between private-use characters, that occurs in no message."""
     while True:
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
         if not any(mark in message["content"] for message in messages):

@@ -64,8 +64,8 @@ API void dsv2_embedding(const int64_t* ids, int64_t tokens, const dsv2::Matrix* 
 // Quantise x [rows, cols] into the stored layout; on the calling thread alone.
 API void dsv2_quantize_nf4(const float* x, int64_t rows, int64_t cols, uint8_t* codes, uint16_t* scales);
 API void dsv2_quantize_int8(const float* x, int64_t rows, int64_t cols, uint8_t* codes, uint16_t* scales);
-// The name, without "dsv2_", of the function that Call::function numbers so; null past the last. These are the
-// functions that a recording can replay, and replay.cpp has the only list of them.
+// The name, without "dsv2_", of the function with this number in Call::function; null past the last one. These are the
+// functions that a recording can replay; the only list of them is in replay.cpp.
 API const char* dsv2_recordable(int64_t function);
 // Repeat recorded calls in order; unless `seconds` [count] is null, add the duration of each call to it.
 API void dsv2_replay(const dsv2::Call* calls, int64_t count, double* seconds);

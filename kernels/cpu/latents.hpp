@@ -1,6 +1,6 @@
 // Rows of the KV cache in the layout of `kernels/latents.py`. A bf16 row is [latent C | rope key P]; an 8-bit row is
 // [int8 codes C | bf16 scales, one per 64 codes | bf16 rope key P]. The cache is divided into blocks of CACHE_BLOCK
-// rows; entry i of a sequence's block table is the number of the block with its positions from i · CACHE_BLOCK on.
+// rows; a block table lists the numbers of a sequence's blocks, the i-th for the positions from i · CACHE_BLOCK on.
 #pragma once
 
 #include <algorithm>

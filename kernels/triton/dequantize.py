@@ -1,8 +1,8 @@
-"""NF4 and int8 weights in Triton: from stored words to numbers.
+"""Dequantising NF4 and int8 weights in Triton, from stored words to numbers.
 
-`kernels.layout` lays 8 rows × 64 columns in a tile. A tile is read as int32 words, one row's columns each: nf4 has 8
-words a row and block with 8 columns a word, int8 16 with 4. Below, a "word" number counts along a row from its start,
-so that word w covers columns w·PER to w·PER + PER - 1, and neighbouring rows of a group are neighbours in memory.
+A tile of `kernels.layout` has 8 rows × 64 columns. It is read as int32 words, each with PER columns of one row: in nf4
+a row has 8 words of 8 columns per block, in int8 16 words of 4 columns. Words are numbered along a row: word w covers
+columns w·PER to w·PER + PER - 1. The words w of the 8 rows of a group are adjacent in memory.
 """
 
 from functools import cache
@@ -18,20 +18,21 @@ from dsv2_local.kernels.layout import NF4_LEVELS
 BLOCK_ = tl.constexpr(BLOCK)
 ROWS_ = tl.constexpr(ROWS)
 
-# How a code becomes a level, exactly: a read of 16 numbers in memory, where little is read and in the interpreter, that
-# knows no shuffles; or a shuffle among the lanes of a warp, which was the fastest way on an H200 (docs/log.md).
+# Two ways to convert a code to its level, both exact. GATHER loads from a table of 16 numbers in memory: for kernels
+# that read few weights, and for the interpreter, which cannot run inline assembly. SHUFFLE exchanges registers within a
+# warp: the fastest way on an H200 (docs/log.md).
 GATHER, SHUFFLE = 0, 1
 SHUFFLE_ = tl.constexpr(SHUFFLE)
 
 
 @cache
 def level_table(device: torch.device) -> Tensor:
-    """NF4's levels on `device`, float32 [16]."""
+    """The levels of NF4 on `device`, float32 [16]."""
     return torch.tensor(NF4_LEVELS, device=device)
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, which is all that the kernels ask of it."""
+    """x with a contiguous last dimension; the kernels need no more than that."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -44,9 +45,10 @@ def _level(words, SHIFT: tl.constexpr, table):
 
 @triton.jit
 def _shuffled_levels(words, table):
-    """The levels of a word's codes by columns; lane i of each half warp holds level i, whatever thread has which word.
+    """The levels of each word's 8 codes, in column order, by warp shuffles: lane i of each half warp holds level i.
 
-    shfl.idx within segments of 16 lanes (mask 0x10) takes the low four bits of its index alone.
+    shfl.idx within segments of 16 lanes (mask 0x10) uses only the low four bits of its index, so the codes need no
+    masking.
     """
     return tl.inline_asm_elementwise(
         """
@@ -90,7 +92,7 @@ def _byte(words, INDEX: tl.constexpr):
 
 @triton.jit
 def unpack(words, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
-    """Words to the numbers of their columns, before scaling: a tuple of 8 (nf4) or 4 (int8) fp32 tensors."""
+    """Unpack words into a tuple of 8 (nf4) or 4 (int8) fp32 tensors, one per column, not yet scaled."""
     if NF4 and LOOKUP == SHUFFLE_:
         values = _shuffled_levels(words, table)
     elif not NF4:
@@ -111,7 +113,7 @@ def unpack(words, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
 
 @triton.jit
 def joined(v, PER: tl.constexpr):
-    """A tuple of 4 or 8 tensors [...] as one tensor [..., PER]: the inverse of `parted`."""
+    """Stack a tuple of 4 or 8 tensors [...] into a tensor [..., PER]: the inverse of `parted`."""
     even, odd = tl.join(v[0], v[2]), tl.join(v[1], v[3])
     if PER == 8:
         even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
@@ -123,7 +125,7 @@ def joined(v, PER: tl.constexpr):
 
 @triton.jit
 def _quarters(x):
-    """x [..., 2, 2] as a tuple of 4 tensors [...]."""
+    """Split x [..., 2, 2] into a tuple of 4 tensors [...]."""
     even, odd = tl.split(x)
     a, c = tl.split(even)
     b, d = tl.split(odd)
@@ -132,7 +134,7 @@ def _quarters(x):
 
 @triton.jit
 def parted(x, PER: tl.constexpr):
-    """x [A, B, PER] as a tuple of its 4 or 8 columns [A, B], which costs nothing where a thread holds a row."""
+    """Split x [A, B, PER] into a tuple of 4 or 8 columns [A, B]; free if a thread holds all PER numbers."""
     A: tl.constexpr = x.shape[0]
     B: tl.constexpr = x.shape[1]
     if PER == 4:

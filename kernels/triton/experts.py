@@ -1,4 +1,4 @@
-"""Routed experts from their records in GPU slots: two launches for any number of pairs of a token and an expert."""
+"""Routed experts, read from their records in GPU memory: two launches for any number of token-expert pairs."""
 
 from functools import cache
 
@@ -11,17 +11,17 @@ from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.triton.dequantize import contiguous
 from dsv2_local.kernels.triton.linear import Bank, launch_stream, launch_tile, token_block
-from dsv2_local.kernels.triton.tuning import early, wait_for_earlier
+from dsv2_local.kernels.triton.tuning import pdl_arguments, wait_for_previous_kernel
 
-STREAMED_PAIRS = 32  # up to here pairs seldom share an expert, so that each reads its own
-FEW_TOKENS = 16  # up to here a token's sum is cut finely, so that there is work for all multiprocessors
-COPIED_EXPERTS = 8  # unquantised experts in memory beside their slots
+STREAMED_PAIRS = 32  # up to this many pairs seldom share an expert, so each pair reads its expert's weights itself
+FEW_TOKENS = 16  # up to this many tokens, `_combine` takes few columns per program to occupy all multiprocessors
+COPIED_EXPERTS = 8  # unquantised experts that are copied at a time
 
 
 def expert_outputs(
     x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
 ) -> None:
-    """What single experts make of single tokens; see `reference.expert_outputs`. `slots` are read on the device."""
+    """The outputs of token-expert pairs; see `reference.expert_outputs`. `slots` is read on the device."""
     n, x = len(tokens), contiguous(x)
     if n == 0:
         return
@@ -43,25 +43,25 @@ def expert_outputs(
 
 
 def group_pairs(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
-    """The pairs of each slot cut into blocks of one size, on the device and without asking it anything.
+    """Sort pairs by slot and cut the pairs of each slot into pieces, on the device and without waiting for it.
 
     Args:
-        slots: int64 [n], below `count`.
-        block: pairs in a block; the last of a slot may have fewer.
+        slots: int64 [n], the slot of each pair, below `count`.
+        block: pairs per piece; the last piece of a slot may have fewer.
 
     Returns:
-        order: int64 [n], pairs sorted by slot.
-        pieces: int64 [the most that there can be, 3]: slot, and the first and last (exclusive) place in `order`; the
-            last pieces may be empty.
+        order: int64 [n], the pairs sorted by slot.
+        pieces: int64 [the largest possible number, 3]: slot, first and last (exclusive) index into `order`; pieces at
+            the end may be empty.
     """
     n = len(slots)
     in_order, order = slots.sort(stable=True)
     starts = torch.searchsorted(in_order, torch.arange(count + 1, device=slots.device))  # [S + 1]
     sizes = starts.diff()
-    ends = ((sizes + block - 1) // block).cumsum(0)  # blocks up to and with each slot
+    ends = ((sizes + block - 1) // block).cumsum(0)  # pieces of all slots up to this one
     item = torch.arange(triton.cdiv(n, block) + min(n, count), device=slots.device)
     slot = torch.searchsorted(ends, item, right=True).clamp_(max=count - 1)
-    last_block = ends[slot] - item  # 1 for a slot's last block, more before, less after all
+    last_block = ends[slot] - item  # 1 for a slot's last piece, larger before it, smaller past the last slot
     size = sizes[slot]
     blocks = (size + block - 1) // block
     first = starts[slot] + (blocks - last_block) * block
@@ -70,7 +70,7 @@ def group_pairs(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _plain_outputs(x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor) -> Tensor:
-    """Outputs [n, D] of unquantised experts, which are copied to where a product wants them: a format for checks."""
+    """Outputs [n, D] of bf16 experts by batched products on copies of their weights; bf16 serves only for checks."""
     y, sizes = [], [rows * cols for rows, cols in layout.shapes.values()]
     for some in torch.arange(len(tokens), device=x.device).split(COPIED_EXPERTS):
         copies = records[slots[some]].view(torch.bfloat16).to(x.dtype).split(sizes, 1)
@@ -82,10 +82,10 @@ def _plain_outputs(x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Ten
 
 @triton.jit
 def _combine(
-    outputs, rows, ids, weights, start, y, D, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr
+    outputs, rows, ids, weights, start, y, D, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """BD columns of y[t] = start[t] (or 0) + the outputs of token t, in the order of their experts' numbers."""
-    wait_for_earlier(EARLY)
+    """BD columns of y[t] = start[t] (or 0) + the weighted outputs of token t, in the order of the experts' ids."""
+    wait_for_previous_kernel(PDL)
     t = tl.program_id(0).to(tl.int64)
     d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BK)
     key = tl.load(ids + t * K + k, k < K, 1 << 40) * K + k
@@ -95,14 +95,14 @@ def _combine(
     output = tl.load(outputs + row[:, None] * D + d[None, :], ((k < K) & (row >= 0))[:, None] & (d < D)[None, :], 0.0)
     total = tl.zeros([BD], tl.float32) if start is None else tl.load(start + t * D + d, d < D, 0.0)
     for i in tl.static_range(K):
-        here = rank == i
-        part = tl.sum(tl.where(here[:, None], output, 0.0), 0)
-        total = tl.fma(tl.zeros([BD], tl.float32) + tl.sum(tl.where(here, weight, 0.0)), part, total)
+        is_next = rank == i
+        part = tl.sum(tl.where(is_next[:, None], output, 0.0), 0)
+        total = tl.fma(tl.zeros([BD], tl.float32) + tl.sum(tl.where(is_next, weight, 0.0)), part, total)
     tl.store(y + t * D + d, total, d < D)
 
 
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
-    """Add up experts' outputs; see `reference.combine`. Each is one fused multiply-add in fp32."""
+    """Add up the outputs of experts; see `reference.combine`. Each term is one fused multiply-add in fp32."""
     _launch_combine(outputs, rows, ids, weights, y, y)
 
 
@@ -114,18 +114,18 @@ def _launch_combine(
     BD = 256 if T <= FEW_TOKENS else 1024
     _combine[(T, triton.cdiv(D, BD))](
         outputs, rows, ids.contiguous(), weights.contiguous(), start, y, D,
-        K=K, BK=triton.next_power_of_2(K), BD=BD, **early(y.device),
+        K=K, BK=triton.next_power_of_2(K), BD=BD, **pdl_arguments(y.device),
     )  # fmt: skip
 
 
 @cache
 def _only_token(K: int, device: torch.device) -> Tensor:
-    """The token of each pair where there is one. It is kept for good: captured steps read this very memory."""
+    """The token index (0) of each of a single token's K pairs; cached forever, since CUDA graphs read this memory."""
     return torch.zeros(K, dtype=torch.int64, device=device)
 
 
 def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
-    """The routed half of a mixture, added in the order of the experts' numbers; see `reference.experts`."""
+    """The weighted sum of the routed experts, added in the order of their ids; see `reference.experts`."""
     T, K = ids.shape
     outputs, y = torch.empty(T * K, x.shape[1], device=x.device), torch.empty_like(x)
     tokens = _only_token(K, x.device) if T == 1 else torch.arange(T * K, device=x.device) // K

@@ -1,7 +1,7 @@
-"""The latent cache on the GPU: where rows lie on their pages, and how they are written and read (`kernels.latents`).
+"""Reading and writing the KV cache on the GPU, in the layout of `kernels.latents`.
 
-A row is numbers of one type, or bytes: then `latents` is the cache as int8, `halves` the same memory as bf16, and
-SCALES the scales in a row, one for 64 latents. Without scales both are the cache itself.
+Kernels get the cache twice. For an 8-bit cache, `latents` is the cache viewed as int8, `halves` the same memory viewed
+as bf16, and SCALES the number of scales per row, one per 64 numbers. Otherwise both are the cache itself; SCALES is 0.
 """
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from dsv2_local.kernels.format import BLOCK, CACHE_BLOCK
 from dsv2_local.kernels.triton.dequantize import BLOCK_, contiguous
 from dsv2_local.kernels.triton.rows import normed, rotated
-from dsv2_local.kernels.triton.tuning import early, wait_for_earlier
+from dsv2_local.kernels.triton.tuning import pdl_arguments, wait_for_previous_kernel
 
-PAGE_ = tl.constexpr(CACHE_BLOCK)
-MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: added and taken away again, it rounds to the nearest even integer
+CACHE_BLOCK_ = tl.constexpr(CACHE_BLOCK)
+MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 
 
 def views(latents: Tensor, C: int) -> tuple[Tensor, Tensor, int, int]:
-    """A layer's cache as kernels take it: `latents`, `halves`, numbers from a row of `latents` to the next, SCALES."""
+    """A layer's cache as kernel arguments: `latents`, `halves`, the stride between rows of `latents`, SCALES."""
     if latents.dtype != torch.uint8:
         return latents, latents, latents.stride(1), 0
     return latents.view(torch.int8), latents.view(torch.bfloat16), latents.stride(1), -(-C // BLOCK)
@@ -27,54 +27,55 @@ def views(latents: Tensor, C: int) -> tuple[Tensor, Tensor, int, int]:
 
 @triton.jit
 def row_of(block_table, s):
-    """Which row of a layer's pages has position s of a sequence; those after it follow, to the page's end."""
-    i = s // PAGE_
-    return (tl.load(block_table + 1 + i) - i) * PAGE_ + s
+    """The index of position s among all rows of a layer's cache; later positions of the same block follow it."""
+    i = s // CACHE_BLOCK_
+    return (tl.load(block_table + 1 + i) - i) * CACHE_BLOCK_ + s
 
 
 @triton.jit
 def rows_of(block_table, start, BS: tl.constexpr):
-    """The same for the BS positions from `start` on, a multiple of BS, so that all lie in one page: int64 [BS]."""
-    tl.static_assert(PAGE_ % BS == 0)
+    """The row indices of positions [start, start + BS), int64 [BS]; start is a multiple of BS, so one block has all."""
+    tl.static_assert(CACHE_BLOCK_ % BS == 0)
     return row_of(block_table, start) + tl.arange(0, BS)
 
 
 @triton.jit
 def read_latents(
-    latents, halves, row, there, stride, start, C: tl.constexpr, BC: tl.constexpr, SCALES: tl.constexpr,
+    latents, halves, row, mask, stride, start, C: tl.constexpr, BC: tl.constexpr, SCALES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Latents start to start + BC of rows [BS] -> [BS, BC] in DTYPE; zeros where there are none."""
+    """Columns start to start + BC of the latents of rows [BS] -> [BS, BC] in DTYPE; zeros if masked or past C."""
     c = start + tl.arange(0, BC)
-    numbers = tl.load(latents + (row * stride)[:, None] + c[None, :], there[:, None] & (c < C)[None, :], 0)
+    numbers = tl.load(latents + (row * stride)[:, None] + c[None, :], mask[:, None] & (c < C)[None, :], 0)
     if SCALES > 0:
         WIDTH: tl.constexpr = min(BC, BLOCK_)
         COUNT: tl.constexpr = BC // WIDTH
         BS: tl.constexpr = row.shape[0]
         block = start // BLOCK_ + tl.arange(0, COUNT)
-        place = (row * (stride // 2))[:, None] + C // 2 + block[None, :]
-        scales = tl.load(halves + place, there[:, None] & (block < SCALES)[None, :], 0.0).to(tl.float32)
+        index = (row * (stride // 2))[:, None] + C // 2 + block[None, :]
+        scales = tl.load(halves + index, mask[:, None] & (block < SCALES)[None, :], 0.0).to(tl.float32)
         numbers = (numbers.to(tl.float32).reshape(BS, COUNT, WIDTH) * scales[:, :, None]).reshape(BS, BC)
     return numbers.to(DTYPE)
 
 
 @triton.jit
 def read_keys(
-    halves, row, there, stride, C: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr,
+    halves, row, mask, stride, C: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The rotated rope keys of rows [BS] -> [BS, BP] in DTYPE; zeros where there are none."""
+    """The rotated rope keys of rows [BS] -> [BS, BP] in DTYPE; zeros if masked or past P."""
     p = tl.arange(0, BP)
-    place = row * (stride // 2) + (C // 2 + SCALES) if SCALES > 0 else row * stride + C
-    return tl.load(halves + place[:, None] + p[None, :], there[:, None] & (p < P)[None, :], 0.0).to(DTYPE)
+    index = row * (stride // 2) + (C // 2 + SCALES) if SCALES > 0 else row * stride + C
+    return tl.load(halves + index[:, None] + p[None, :], mask[:, None] & (p < P)[None, :], 0.0).to(DTYPE)
 
 
 @triton.jit
 def _write_latents(
     latents, halves, block_table, kv_a, weight, rotation, stride, kv_a_stride, P, eps,
-    C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr, EARLY: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_earlier(EARLY)
+    """Write the row of token t: the normalised latent, quantised if the cache is 8-bit, and the rotated rope key."""
+    wait_for_previous_kernel(PDL)
     t = tl.program_id(0).to(tl.int64)
     kv_a += t * kv_a_stride
     row = row_of(block_table, tl.load(block_table) + t)
@@ -87,7 +88,7 @@ def _write_latents(
         blocks = tl.where(c < C, value, 0.0).reshape(COUNT, WIDTH)
         largest = tl.max(tl.abs(blocks), 1) / 127.0
         scales = (((largest.to(tl.int32, bitcast=True) + 0xFFFF) >> 16) << 16).to(tl.float32, bitcast=True)
-        divisors = tl.where(scales > 0, scales, 1.0)[:, None] + tl.zeros_like(blocks)  # zeros have no scale
+        divisors = tl.where(scales > 0, scales, 1.0)[:, None] + tl.zeros_like(blocks)  # all zeros: avoid 0 / 0
         codes = tl.math.div_rn(blocks, divisors)
         value = ((codes + MAGIC) - MAGIC).reshape(BC).to(tl.int8)
         key = row * (stride // 2) + C // 2
@@ -101,11 +102,11 @@ def _write_latents(
 def write_latents(
     latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
-    """Fill the next rows of a sequence in a layer's cache; see `reference.write_latents`."""
+    """Append rows to a sequence in a layer's KV cache; see `reference.write_latents`."""
     kv_a, C = contiguous(kv_a), len(weight)
     P = kv_a.shape[1] - C
     numbers, halves, stride, scales = views(latents, C)
     _write_latents[(len(kv_a),)](
         numbers, halves, block_table, kv_a, weight, torch.view_as_real(rotation), stride, kv_a.stride(0), P, eps,
-        C=C, BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P), SCALES=scales, **early(latents.device),
+        C=C, BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P), SCALES=scales, **pdl_arguments(latents.device),
     )  # fmt: skip

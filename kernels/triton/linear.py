@@ -1,7 +1,8 @@
-"""Products with quantised matrices: one kernel at the speed of memory for few tokens, one on tensor cores for many.
+"""Products with quantised matrices: `stream` for few tokens, `tile` on tensor cores for many.
 
-Both multiply rows of x by the matrices of a `Bank`: one matrix (`linear`), the heads of one (`by_heads`), or experts in
-their records (`kernels.triton.experts`). GATED kernels do two products at once and write silu(gate) · up.
+Both multiply rows of x by the matrices of a `Bank`: one matrix (`linear`), the heads of one (`attention.by_heads`), or
+the experts in their records (`kernels.triton.experts`). Given `up` matrices, they compute two products and write
+silu(gate) · up.
 """
 
 from dataclasses import dataclass, replace
@@ -25,16 +26,19 @@ from dsv2_local.kernels.triton.dequantize import (
     parted,
     unpack,
 )
-from dsv2_local.kernels.triton.tuning import INTERPRETED, early, processors, tuned, wait_for_earlier
+from dsv2_local.kernels.triton.tuning import INTERPRETED, pdl_arguments, processors, tuned, wait_for_previous_kernel
 
-STREAMED_TOKENS = 4  # up to here a token's share of the arithmetic hides behind the reading of weights
-LIBRARY_TOKENS = 256  # from here on a library's product of a dequantised copy is faster: 16 against 30 us on an H200
-PROGRAMS_PER_PROCESSOR = 2  # a launch with fewer has its columns split
+STREAMED_TOKENS = 4  # up to this many tokens, reading the weights hides the arithmetic, so `stream` is used
+LIBRARY_TOKENS = 256  # from here on dequantising and cuBLAS is faster: 16 against 30 us on an H200
+PROGRAMS_PER_PROCESSOR = 2  # launches with fewer programs than this split the columns
 
 
 @dataclass(frozen=True)
 class Bank:
-    """`count` quantised matrices [rows, cols] at equal distances: `strides` in int32 words and in fp16 scales."""
+    """`count` quantised matrices [rows, cols] at equal distances in memory.
+
+    `strides` are the distances from one matrix to the next, in int32 words and in fp16 scales.
+    """
 
     format: Format
     rows: int
@@ -46,7 +50,7 @@ class Bank:
 
     @classmethod
     def of(cls, matrix: Matrix, count: int = 1) -> "Bank":
-        """`count` slices of a matrix's rows; a slice is whole groups of 8 rows."""
+        """Cut the rows of a matrix into `count` equal slices, each of whole groups of 8 rows."""
         assert matrix.scales is not None
         rows = matrix.rows // count
         assert count == 1 or (rows * count == matrix.rows and rows % ROWS == 0)
@@ -56,7 +60,7 @@ class Bank:
 
     @classmethod
     def of_records(cls, layout: ExpertLayout, records: Tensor) -> tuple["Bank", "Bank", "Bank"]:
-        """gate, up and down of the experts in records uint8 [S, layout.nbytes], without a copy."""
+        """View records uint8 [slots, layout.nbytes] as the gate, up and down matrices of all slots, without a copy."""
         strides = layout.nbytes // 4, layout.nbytes // 2
         gate, up, down = (
             replace(cls.of(matrix), strides=strides, count=len(records))
@@ -66,7 +70,7 @@ class Bank:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What kernels are told of the shape."""
+        """Shape, strides and level table, as keyword arguments of the kernels."""
         nf4 = self.format is Format.NF4
         blocks = -(-self.cols // BLOCK)
         word_stride, scale_stride = self.strides
@@ -77,8 +81,8 @@ class Bank:
 
 
 @triton.jit
-def _places(group, word, blocks, WORDS: tl.constexpr):
-    """Where words [BG, KW, 8] lie, and their scales: groups [BG] of 8 rows, words [KW] along them."""
+def _word_offsets(group, word, blocks, WORDS: tl.constexpr):
+    """The offsets of words `word` [KW] of groups `group` [BG] of 8 rows, and of their scales: both [BG, KW, 8]."""
     tile = group[:, None, None] * blocks + (word // WORDS)[None, :, None]
     row = tl.arange(0, ROWS_)[None, None, :]
     return (tile * WORDS + (word % WORDS)[None, :, None]) * ROWS_ + row, tile * ROWS_ + row
@@ -91,16 +95,16 @@ def _silu_product(gate, up):
 
 
 @triton.jit
-def _span(blocks, SPLIT: tl.constexpr, KB: tl.constexpr):
-    """The blocks of columns that this program adds up: its share, in steps of KB."""
-    share = tl.cdiv(tl.cdiv(blocks, SPLIT), KB) * KB
-    first = tl.program_id(2) * share
-    return first, tl.minimum(first + share, blocks)
+def _block_range(blocks, SPLIT: tl.constexpr, KB: tl.constexpr):
+    """The first and last (exclusive) block of columns of this program, for SPLIT programs and steps of KB blocks."""
+    count = tl.cdiv(tl.cdiv(blocks, SPLIT), KB) * KB
+    first = tl.program_id(2) * count
+    return first, tl.minimum(first + count, blocks)
 
 
 @triton.jit
 def _add_word(sum_, words, scale, numbers, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
-    """sum_ [BT, BG, U] + words [BG, U] times the numbers of their columns (a tuple of [BT, U]), scaled."""
+    """sum_ [BT, BG, U] + scale · words [BG, U] times the numbers of x in their columns, a tuple of [BT, U]."""
     values = unpack(words, table, NF4, LOOKUP)
     product = numbers[0].to(tl.float32)[:, None, :] * values[0][None]
     for i in tl.static_range(1, 8 if NF4 else 4):
@@ -110,10 +114,11 @@ def _add_word(sum_, words, scale, numbers, table, NF4: tl.constexpr, LOOKUP: tl.
 
 @triton.jit
 def _add_units(sums, units, scales, numbers, table, NF4: tl.constexpr, LOOKUP: tl.constexpr):
-    """The sums of four rows (a tuple of [BT, BG, U]) + units [BG, U, 4] times the numbers of their columns.
+    """The sums of four rows, a tuple of [BT, BG, U], + units [BG, U, 4] times the numbers of x in their columns.
 
-    Rows are tensors of their own so that the threads keep what they have read: with the row as a dimension the
-    compiler spreads it over threads, which then read each number of x several times or trade sums in shared memory.
+    Each of the four rows is a tensor of its own, so that a thread reuses the numbers of x that it has read. With the
+    row as a dimension, the compiler would distribute it over threads, which then read each number of x several times or
+    exchange sums through shared memory.
     """
     words, scale = parted(units, 4), parted(scales, 4)
     return (
@@ -126,7 +131,7 @@ def _add_units(sums, units, scales, numbers, table, NF4: tl.constexpr, LOOKUP: t
 
 @triton.jit
 def _row_sums(sums):
-    """The sums of four rows, each [BT, BG, U], added up along the columns: [BT, BG, 8]."""
+    """Add up the sums of four rows, a tuple of [BT, BG, U], along the columns: [BT, BG, 8]."""
     units = joined(sums, 4)
     BT: tl.constexpr = units.shape[0]
     BG: tl.constexpr = units.shape[1]
@@ -136,65 +141,65 @@ def _row_sums(sums):
 
 LOOKUP = GATHER if INTERPRETED else SHUFFLE
 
-# Groups of rows, blocks of columns and warps of a program: for short rows, for few of them, for many.
+# Groups of rows, blocks of columns and warps of a program of `stream`: for short rows, for few rows, for many rows.
 _SHORT, _FEW, _MANY = ((4, 2, 4), (8, 2, 4)), ((1, 32, 8), (1, 16, 8)), ((1, 8, 4), (1, 8, 2))
 _STREAM_CONFIGS = [
     triton.Config({"BG": groups, "KB": blocks}, num_warps=warps) for groups, blocks, warps in (*_SHORT, *_FEW, *_MANY)
 ]
 
 
-def _candidates(configs: list[triton.Config], given: dict[str, Any], **more: Any) -> list[triton.Config]:
-    """Those of `stream` that may be the fastest at a shape, as measured on an H200 (docs/log.md)."""
+def _configs_to_try(configs: list[triton.Config], given: dict[str, Any], **more: Any) -> list[triton.Config]:
+    """The configurations of `stream` that may be the fastest for a shape, as measured on an H200 (docs/log.md)."""
     given = given | more
     groups = triton.cdiv(given["rows"], ROWS) * given["COUNT"]
     many = given["slots"] is not None or groups > 1024
     kind = _SHORT if given["cols"] <= 4 * BLOCK else _MANY if many or given["cols"] <= 16 * BLOCK else _FEW
-    tried = kind if given["BT"] == 1 else kind[:1]  # a short prompt is not worth the waiting
+    tried = kind if given["BT"] == 1 else kind[:1]  # for a short prompt, tuning would take longer than it saves
     return [config for config in configs if (config.kwargs["BG"], config.kwargs["KB"], config.num_warps) in tried]
 
 
 @triton.jit
-def _read_units(words, scales, place, scale_place, block, last, unit, there, NF4: tl.constexpr):
-    """Units [BG, U, 4] of the blocks from `block` on, and their scales; zeros from block `last` on."""
+def _read_units(words, scales, offset, scale_offset, block, last, unit, mask, NF4: tl.constexpr):
+    """Load the units [BG, U, 4] of the blocks from `block` on, and their scales; zeros from block `last` on."""
     WORDS: tl.constexpr = 8 if NF4 else 16
-    stored = there & (block * WORDS * 2 + unit < last * WORDS * 2)[None, :, None]
-    units = tl.load(words + block * (WORDS * ROWS_) + place, stored, 0)
-    return units, tl.load(scales + block * ROWS_ + scale_place, stored, 0.0)
+    stored = mask & (block * WORDS * 2 + unit < last * WORDS * 2)[None, :, None]
+    units = tl.load(words + block * (WORDS * ROWS_) + offset, stored, 0)
+    return units, tl.load(scales + block * ROWS_ + scale_offset, stored, 0.0)
 
 
-@tuned(_STREAM_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT"], candidates=_candidates)
+@tuned(_STREAM_CONFIGS, key=["rows", "cols", "NF4", "COUNT", "BT"], candidates=_configs_to_try)
 @triton.jit(do_not_specialize=["n"])
 def stream(
     x, y, words, scales, up_words, up_scales, table, tokens, slots,
     n, x_stride, word_stride, scale_stride, rows, cols, blocks,
-    NF4: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr, EARLY: tl.constexpr,
+    NF4: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
     BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
-    """Products of few rows of x, at the speed of memory: a program has BG groups of rows of one matrix.
+    """Products of few rows of x, limited by memory bandwidth: a program computes BG groups of rows of one matrix.
 
-    It reads units of 16 bytes: the same columns of the lower or the upper four rows of a group; those of the next step
-    before it computes with the last ones, so that memory never waits for arithmetic.
+    It reads units of 16 bytes, the same columns of the lower or the upper four rows of a group. It loads the units of
+    the next step before it computes with the last ones, so that the loads never wait for arithmetic.
 
-    Grid: items, groups / BG. Without `slots` an item is BT rows of x, from i·BT·COUNT on in steps of COUNT, all
-    with matrix i % COUNT. With them it is row tokens[i] (or i) with matrix slots[i], and BT is 1.
+    Grid: items, groups / BG. Without `slots`, item i is BT rows of x, a stride of COUNT apart, times matrix i % COUNT.
+    With `slots`, it is row tokens[i] of x (or i, without `tokens`) times matrix slots[i], and BT is 1.
     """
     WORDS: tl.constexpr = 8 if NF4 else 16
     PER: tl.constexpr = 8 if NF4 else 4
     item = tl.program_id(0)
     if slots is not None:
-        wait_for_earlier(EARLY)
+        wait_for_previous_kernel(PDL)
     if slots is None:
         slot = (item % COUNT).to(tl.int64)
-        place = item // COUNT * BT + tl.arange(0, BT)
-        target = place * COUNT + slot
+        index = item // COUNT * BT + tl.arange(0, BT)
+        target = index * COUNT + slot
         source = target
     else:
         slot = tl.load(slots + item)
         if slot < 0:
             return
-        place = item + tl.arange(0, BT)
-        target = place.to(tl.int64)
-        source = target if tokens is None else tl.load(tokens + place)
+        index = item + tl.arange(0, BT)
+        target = index.to(tl.int64)
+        source = target if tokens is None else tl.load(tokens + index)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
     words += slot * word_stride
     scales += slot * scale_stride
@@ -203,29 +208,29 @@ def stream(
         up_scales += slot * scale_stride
     UNITS: tl.constexpr = KB * WORDS * 2
     unit, four = tl.arange(0, UNITS), tl.arange(0, 4)[None, None, :]
-    unit_place = ((group * blocks * WORDS * 2)[:, None] + unit[None, :])[:, :, None] * 4 + four
+    unit_offset = ((group * blocks * WORDS * 2)[:, None] + unit[None, :])[:, :, None] * 4 + four
     tile_ = (group * blocks)[:, None] + (unit // (2 * WORDS))[None, :]
-    scale_place = (tile_ * ROWS_ + (unit % 2 * 4)[None, :])[:, :, None] + four
-    there = (group * ROWS_ < rows)[:, None, None]
+    scale_offset = (tile_ * ROWS_ + (unit % 2 * 4)[None, :])[:, :, None] + four
+    valid = (group * ROWS_ < rows)[:, None, None]
     zero = tl.zeros([BT, BG, UNITS], tl.float32)
     sums, up_sums = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    units, scale = _read_units(words, scales, unit_place, scale_place, 0, blocks, unit, there, NF4)
+    units, scale = _read_units(words, scales, unit_offset, scale_offset, 0, blocks, unit, valid, NF4)
     if up_words is not None:
-        up_units, up_scale = _read_units(up_words, up_scales, unit_place, scale_place, 0, blocks, unit, there, NF4)
+        up_units, up_scale = _read_units(up_words, up_scales, unit_offset, scale_offset, 0, blocks, unit, valid, NF4)
     if slots is None:
-        wait_for_earlier(EARLY)
+        wait_for_previous_kernel(PDL)
     x += source * x_stride
     part = (unit // 2 * PER)[:, None] + tl.arange(0, PER)[None, :]
     for block in range(0, blocks, KB):
         column = block * BLOCK_ + part
-        read = (place < n)[:, None, None] & (column < cols)[None, :, :]
+        read = (index < n)[:, None, None] & (column < cols)[None, :, :]
         numbers = parted(tl.load(x[:, None, None] + column[None, :, :], read, 0.0), PER)
         now, now_scale = units, scale
-        units, scale = _read_units(words, scales, unit_place, scale_place, block + KB, blocks, unit, there, NF4)
+        units, scale = _read_units(words, scales, unit_offset, scale_offset, block + KB, blocks, unit, valid, NF4)
         if up_words is not None:
             up_now, up_now_scale = up_units, up_scale
             up_units, up_scale = _read_units(
-                up_words, up_scales, unit_place, scale_place, block + KB, blocks, unit, there, NF4
+                up_words, up_scales, unit_offset, scale_offset, block + KB, blocks, unit, valid, NF4
             )
             up_sums = _add_units(up_sums, up_now, up_now_scale, numbers, table, NF4, LOOKUP)
         sums = _add_units(sums, now, now_scale, numbers, table, NF4, LOOKUP)
@@ -233,18 +238,18 @@ def stream(
     if up_words is not None:
         result = _silu_product(result, _row_sums(up_sums))
     row = (group * ROWS_)[None, :, None] + tl.arange(0, ROWS_)[None, None, :]
-    tl.store(y + target[:, None, None] * rows + row, result, (place < n)[:, None, None] & (row < rows))
+    tl.store(y + target[:, None, None] * rows + row, result, (index < n)[:, None, None] & (row < rows))
 
 
 @triton.jit
 def weight_tile(
     words, scales, table, group, word, stored, blocks, DTYPE: tl.constexpr, NF4: tl.constexpr, LOOKUP: tl.constexpr
 ):
-    """Words `word` [KW] of groups `group` [BG] as weights [8·BG, KW·PER] in DTYPE."""
-    word_place, scale_place = _places(group, word, blocks, 8 if NF4 else 16)
+    """Dequantise words `word` [KW] of groups `group` [BG] to weights [8·BG, KW·PER] in DTYPE."""
+    word_offset, scale_offset = _word_offsets(group, word, blocks, 8 if NF4 else 16)
     PER: tl.constexpr = 8 if NF4 else 4
-    values = joined(unpack(tl.load(words + word_place, stored, 0), table, NF4, LOOKUP), PER)  # [BG, KW, 8, PER]
-    values *= tl.load(scales + scale_place, stored, 0.0).to(tl.float32)[:, :, :, None]
+    values = joined(unpack(tl.load(words + word_offset, stored, 0), table, NF4, LOOKUP), PER)  # [BG, KW, 8, PER]
+    values *= tl.load(scales + scale_offset, stored, 0.0).to(tl.float32)[:, :, :, None]
     BG: tl.constexpr = values.shape[0]
     COLS: tl.constexpr = values.shape[1] * values.shape[3]
     return values.to(DTYPE).permute(0, 2, 1, 3).reshape(BG * ROWS_, COLS)
@@ -252,7 +257,7 @@ def weight_tile(
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a · b in fp32. The interpreter multiplies bf16 as the integers that hold it, so there it is widened."""
+    """acc + a · b in fp32. The interpreter would multiply the bits of bf16 as integers, so valid it is converted."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -265,29 +270,29 @@ def tile(
     NF4: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr,
     BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
-    """Products of many rows of x on tensor cores: a program has BT rows of x and 8·BG rows of one matrix.
+    """Products of many rows of x on tensor cores: a program computes BT rows of x times 8·BG rows of one matrix.
 
-    Grid: items, groups / BG, SPLIT. Without `pieces` items are as in `stream`. With them (int64 [items, 3]: slot,
-    first, last) an item is places first to last (BT at most; none if first = last) with matrix `slot`, where place p
-    reads row sources[p] (or p) of x and writes row targets[p] (or p) of y.
+    Grid: items, groups / BG, SPLIT. Without `pieces`, items are as in `stream`. With `pieces` (int64 [items, 3]: slot,
+    first, last), an item is the indices first to last (exclusive; at most BT) times matrix `slot`: index i reads row
+    sources[i] of x (or i, without `sources`) and writes row targets[i] of y (or i).
     """
     WORDS: tl.constexpr = 8 if NF4 else 16
     item = tl.program_id(0)
     if pieces is None:
         slot = (item % COUNT).to(tl.int64)
-        place = item // COUNT * BT + tl.arange(0, BT)
-        there = place < n
-        target = place * COUNT + slot
+        index = item // COUNT * BT + tl.arange(0, BT)
+        valid = index < n
+        target = index * COUNT + slot
         source = target
     else:
         slot = tl.load(pieces + item * 3)
-        first_place, last_place = tl.load(pieces + item * 3 + 1), tl.load(pieces + item * 3 + 2)
-        if first_place >= last_place:
+        first_index, last_index = tl.load(pieces + item * 3 + 1), tl.load(pieces + item * 3 + 2)
+        if first_index >= last_index:
             return
-        place = first_place + tl.arange(0, BT)
-        there = place < last_place
-        source = place if sources is None else tl.load(sources + place, there, 0)
-        target = place if targets is None else tl.load(targets + place, there, 0)
+        index = first_index + tl.arange(0, BT)
+        valid = index < last_index
+        source = index if sources is None else tl.load(sources + index, valid, 0)
+        target = index if targets is None else tl.load(targets + index, valid, 0)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
     words += slot * word_stride
     scales += slot * scale_stride
@@ -297,12 +302,12 @@ def tile(
     x += (source * x_stride)[None, :]
     sum_ = tl.zeros([BG * ROWS_, BT], tl.float32)
     up_sum = sum_
-    first, last = _span(blocks, SPLIT, KB)
+    first, last = _block_range(blocks, SPLIT, KB)
     for block in range(first, last, KB):
         word = block * WORDS + tl.arange(0, KB * WORDS)
         stored = (group * ROWS_ < rows)[:, None, None] & (word < last * WORDS)[None, :, None]
         column = block * BLOCK_ + tl.arange(0, KB * BLOCK_)
-        numbers = tl.load(x + column[:, None], (column < cols)[:, None] & there[None, :], 0.0)  # [BK, BT]
+        numbers = tl.load(x + column[:, None], (column < cols)[:, None] & valid[None, :], 0.0)  # [BK, BT]
         weights = weight_tile(words, scales, table, group, word, stored, blocks, numbers.dtype, NF4, LOOKUP)
         sum_ = dot(weights, numbers, sum_)
         if up_words is not None:
@@ -312,21 +317,21 @@ def tile(
         sum_ = _silu_product(sum_, up_sum)
     row = tl.program_id(1) * BG * ROWS_ + tl.arange(0, BG * ROWS_)
     y += tl.program_id(2).to(tl.int64) * n * COUNT * rows
-    tl.store(y + target[None, :] * rows + row[:, None], sum_, there[None, :] & (row < rows)[:, None])
+    tl.store(y + target[None, :] * rows + row[:, None], sum_, valid[None, :] & (row < rows)[:, None])
 
 
 def _split(programs: int, cols: int, device: torch.device) -> int:
-    """Into how many parts to cut the columns so that the launch fills the GPU; no part is below 8 blocks."""
+    """The number of parts to split the columns into so that the launch fills the GPU; a part is at least 8 blocks."""
     return max(1, min(PROGRAMS_PER_PROCESSOR * processors(device) // programs, cols // (8 * BLOCK)))
 
 
 def token_block(tokens: int) -> int:
-    """Rows of x of a program of `tile`: few sizes, since each is compiled."""
+    """BT, the rows of x per program of `tile`: one of few sizes, since each is compiled separately."""
     return 16 if tokens <= 16 else 64 if tokens <= 64 else 128
 
 
 def multiply(x: Tensor, bank: Bank, up: Bank | None = None) -> Tensor:
-    """Row i of x [n·count, ≥ cols] times matrix i % count -> [n·count, rows]; with `up`, silu(x · bank) · (x · up)."""
+    """Multiply row i of x [n·count, ≥ cols] by matrix i % count -> [n·count, rows]; with `up`, silu(gate) · up."""
     n = len(x) // bank.count
     if n <= STREAMED_TOKENS:
         y = x.new_empty(len(x), bank.rows)
@@ -341,17 +346,17 @@ def multiply(x: Tensor, bank: Bank, up: Bank | None = None) -> Tensor:
 
 
 def launch_stream(x: Tensor, y: Tensor, bank: Bank, up: Bank | None, items: int, **arguments: Any) -> None:
-    """Run `stream` on `items` items."""
+    """Launch `stream` for `items` items."""
     groups = triton.cdiv(bank.rows, ROWS)
     stream[lambda meta: (items, triton.cdiv(groups, meta["BG"]))](
         x=x, y=y, words=bank.words, scales=bank.scales, up_words=up and up.words, up_scales=up and up.scales,
         x_stride=x.stride(0), **bank.arguments, **dict.fromkeys(("tokens", "slots")) | arguments,
-        LOOKUP=LOOKUP, **early(x.device),
+        LOOKUP=LOOKUP, **pdl_arguments(x.device),
     )  # fmt: skip
 
 
 def launch_tile(x: Tensor, y: Tensor, bank: Bank, up: Bank | None, items: int, **arguments: Any) -> None:
-    """Run `tile` on `items` items."""
+    """Launch `tile` for `items` items."""
     groups = triton.cdiv(bank.rows, ROWS)
     BG = 8
     tile[(items, triton.cdiv(groups, BG), arguments["SPLIT"])](
@@ -366,6 +371,7 @@ def _dequantize(
     words, scales, table, y, rows, cols, blocks,
     NF4: tl.constexpr, BG: tl.constexpr, KB: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
+    """Dequantise BG groups of rows × KB blocks of columns to y [rows, cols]."""
     WORDS: tl.constexpr = 8 if NF4 else 16
     group = tl.program_id(0) * BG + tl.arange(0, BG)
     word = tl.program_id(1) * KB * WORDS + tl.arange(0, KB * WORDS)
@@ -373,12 +379,12 @@ def _dequantize(
     values = weight_tile(words, scales, table, group, word, stored, blocks, y.dtype.element_ty, NF4, LOOKUP)
     row = tl.program_id(0).to(tl.int64) * BG * ROWS_ + tl.arange(0, BG * ROWS_)
     column = tl.program_id(1) * KB * BLOCK_ + tl.arange(0, KB * BLOCK_)
-    there = (row < rows)[:, None] & (column < cols)[None, :]
-    tl.store(y + row[:, None] * cols + column[None, :], values, there)
+    valid = (row < rows)[:, None] & (column < cols)[None, :]
+    tl.store(y + row[:, None] * cols + column[None, :], values, valid)
 
 
 def dequantize(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix [R, C] in plain numbers: level × scale in fp32, then rounded to `dtype`."""
+    """Convert a stored matrix to plain numbers [R, C]: level × scale in fp32, then rounded to `dtype`."""
     if matrix.scales is None:
         return matrix.codes.to(dtype)
     bank = Bank.of(matrix)

@@ -1,4 +1,4 @@
-"""Kernels over rows of activations: norms, rotation, the router's choice, the embedding."""
+"""Kernels over rows of activations: norms, rotation, the router, the embedding."""
 
 import torch
 import triton
@@ -10,9 +10,9 @@ from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.kernels.triton.dequantize import BLOCK_, GATHER, ROWS_, contiguous, joined, unpack
 from dsv2_local.kernels.triton.linear import Bank
-from dsv2_local.kernels.triton.tuning import early, wait_for_earlier
+from dsv2_local.kernels.triton.tuning import pdl_arguments, wait_for_previous_kernel
 
-FEW_TOKENS = 16  # up to here a launch of our own is faster than a library's product
+FEW_TOKENS = 16  # up to this many tokens `_logits` is faster than cuBLAS
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -22,14 +22,14 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 @triton.jit
 def normed(value, weight, n, eps, i):
-    """RMSNorm of the n numbers in value (fp32, else zeros) times weight, at places i."""
+    """RMSNorm of the first n numbers of value (fp32; the rest zeros), times weight; i are the indices."""
     return value * tl.rsqrt(tl.sum(value * value) / n + eps) * tl.load(weight + i, i < n, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _rms_norm(x, other, weight, sums, y, x_stride, other_stride, n, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """y = RMSNorm of x, or of x + other, which is written to `sums` and rounded first."""
-    wait_for_earlier(EARLY)
+def _rms_norm(x, other, weight, sums, y, x_stride, other_stride, n, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """y = RMSNorm of x, or of x + other, which is first rounded and written to `sums`."""
+    wait_for_previous_kernel(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     value = tl.load(x + row * x_stride + i, i < n, 0.0).to(tl.float32)
@@ -42,12 +42,12 @@ def _rms_norm(x, other, weight, sums, y, x_stride, other_stride, n, eps, BLOCK: 
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, D] / sqrt(mean(x²) + eps) · weight, in fp32."""
+    """RMSNorm: x [T, D] / sqrt(mean(x²) + eps) · weight, computed in fp32."""
     return _launch_rms_norm(contiguous(x), None, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + other, and the norm of it; see `rms_norm`."""
+    """x + other, and the RMSNorm of that."""
     sums = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return sums, _launch_rms_norm(contiguous(x), contiguous(other), sums, weight, eps)
 
@@ -57,32 +57,32 @@ def _launch_rms_norm(x: Tensor, other: Tensor | None, sums: Tensor | None, weigh
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _rms_norm[(T,)](
         x, other, weight, sums, y, x.stride(0), 0 if other is None else other.stride(0), D, eps,
-        BLOCK=triton.next_power_of_2(D), num_warps=8 if D > 1024 else 4, **early(x.device),
+        BLOCK=triton.next_power_of_2(D), num_warps=8 if D > 1024 else 4, **pdl_arguments(x.device),
     )  # fmt: skip
     return y
 
 
 @triton.jit
-def rotated(x, rotation, i, there):
-    """Numbers i of rows of interleaved pairs from x on, rotated by the (cos, sin) from `rotation` on, in fp32.
+def rotated(x, rotation, i, valid):
+    """Load numbers i of a row x of pairs (a, b) and rotate them by the (cos, sin) at `rotation`, in fp32.
 
-    (a, b) becomes (a·cos - b·sin, b·cos + a·sin): each number needs its pair's other one.
+    (a, b) becomes (a·cos - b·sin, b·cos + a·sin), so each number is loaded with the other one of its pair.
     """
-    own = tl.load(x + i, there, 0.0).to(tl.float32)
-    other = tl.load(x + (i ^ 1), there, 0.0).to(tl.float32)
-    cos = tl.load(rotation + i // 2 * 2, there, 0.0)
-    sin = tl.load(rotation + i // 2 * 2 + 1, there, 0.0)
+    own = tl.load(x + i, valid, 0.0).to(tl.float32)
+    other = tl.load(x + (i ^ 1), valid, 0.0).to(tl.float32)
+    cos = tl.load(rotation + i // 2 * 2, valid, 0.0)
+    sin = tl.load(rotation + i // 2 * 2 + 1, valid, 0.0)
     return own * cos + tl.where(i % 2 == 0, -other, other) * sin
 
 
 @triton.jit
-def _logits(x, gate, logits, x_stride, E, D, BE: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr):
-    """logits[t, e] = x[t] · gate[e] in fp32, BE experts a program."""
+def _logits(x, gate, logits, x_stride, E, D, BE: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
+    """logits[t, e] = x[t] · gate[e] in fp32, BE experts per program."""
     t = tl.program_id(0).to(tl.int64)
     e, d = tl.program_id(1) * BE + tl.arange(0, BE), tl.arange(0, BD)
     row = gate + e[:, None] * D
     weights = tl.load(row + d[None, :], (e < E)[:, None] & (d < D)[None, :], 0.0)
-    wait_for_earlier(EARLY)
+    wait_for_previous_kernel(PDL)
     x += t * x_stride
     sum_ = tl.zeros([BE, BD], tl.float32)
     for start in range(0, D, BD):
@@ -99,7 +99,7 @@ def _router_logits(x: Tensor, gate: Tensor) -> Tensor:
         return F.linear(x.float(), gate)
     E, D = gate.shape
     x, logits = contiguous(x), torch.empty(len(x), E, device=x.device)
-    _logits[(len(x), E)](x, gate, logits, x.stride(0), E, D, BE=1, BD=2048, **early(x.device))
+    _logits[(len(x), E)](x, gate, logits, x.stride(0), E, D, BE=1, BD=2048, **pdl_arguments(x.device))
     return logits
 
 
@@ -107,42 +107,42 @@ def _router_logits(x: Tensor, gate: Tensor) -> Tensor:
 def _choose(
     logits, ids, weights, factor,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr, NORMED: tl.constexpr,
-    BG: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    BG: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over GROUPS groups of SIZE experts, the KEPT groups with the best expert, the K best of these."""
-    wait_for_earlier(EARLY)
+    """Softmax over GROUPS groups of SIZE experts; choose the KEPT groups with the best experts, then the K best."""
+    wait_for_previous_kernel(PDL)
     t = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, BG), tl.arange(0, BS)
     expert = group[:, None] * SIZE + member[None, :]
-    there = (group < GROUPS)[:, None] & (member < SIZE)[None, :]
-    logit = tl.load(logits + t * GROUPS * SIZE + expert, there, float("-inf"))  # [BG, BS]
+    valid = (group < GROUPS)[:, None] & (member < SIZE)[None, :]
+    logit = tl.load(logits + t * GROUPS * SIZE + expert, valid, float("-inf"))  # [BG, BS]
     score = tl.exp(logit - tl.max(logit))
     score /= tl.sum(score)
     if KEPT < GROUPS:
         best = tl.where(group < GROUPS, tl.max(score, 1), -1.0)
-        kept = group < 0
+        selected = group < 0
         for _ in tl.static_range(KEPT):
             found = group == tl.argmax(best, 0)
-            kept = kept | found
+            selected = selected | found
             best = tl.where(found, -1.0, best)
-        score = tl.where(kept[:, None], score, 0.0)
-    score = tl.where(there, score, -1.0).reshape(BG * BS)
+        score = tl.where(selected[:, None], score, 0.0)
+    score = tl.where(valid, score, -1.0).reshape(BG * BS)
     expert = expert.reshape(BG * BS)
     k = tl.arange(0, BK)
     chosen, weight = tl.zeros([BK], tl.int64), tl.zeros([BK], tl.float32)
     for i in tl.static_range(K):
         at = tl.argmax(score, 0)
-        here = tl.arange(0, BG * BS) == at
-        chosen = tl.where(k == i, tl.sum(tl.where(here, expert, 0)), chosen)
+        is_best = tl.arange(0, BG * BS) == at
+        chosen = tl.where(k == i, tl.sum(tl.where(is_best, expert, 0)), chosen)
         weight = tl.where(k == i, tl.max(score, 0), weight)
-        score = tl.where(here, -1.0, score)
+        score = tl.where(is_best, -1.0, score)
     weight = weight / (tl.sum(weight) + 1e-20) if NORMED else weight * factor
     tl.store(ids + t * K + k, chosen, k < K)
     tl.store(weights + t * K + k, weight, k < K)
 
 
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Choose the experts of x [T, D] by gate (fp32 [E, D]); see `reference.route`."""
+    """Choose the experts of each token of x [T, D] by gate (fp32 [E, D]); see `reference.route`."""
     logits, K = _router_logits(x, gate), config.num_experts_per_tok
     ids = torch.empty(len(x), K, dtype=torch.int64, device=x.device)
     weights = torch.empty(len(x), K, device=x.device)
@@ -153,22 +153,23 @@ def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
         logits, ids, weights, config.routed_scaling_factor, GROUPS=groups, SIZE=size,
         KEPT=config.topk_group if grouped else 1, K=K, NORMED=config.norm_topk_prob and K > 1,
         BG=triton.next_power_of_2(groups), BS=triton.next_power_of_2(size), BK=triton.next_power_of_2(K),
-        **early(x.device),
+        **pdl_arguments(x.device),
     )  # fmt: skip
     return ids, weights
 
 
 @triton.jit
 def _embedding(ids, y, words, scales, table, cols, blocks, NF4: tl.constexpr, LOOKUP: tl.constexpr, KB: tl.constexpr):
+    """Dequantise KB blocks of columns of row ids[t] to y [T, cols]."""
     WORDS: tl.constexpr = 8 if NF4 else 16
     t = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + t)
     word = tl.program_id(1) * KB * WORDS + tl.arange(0, KB * WORDS)
     tile = row // ROWS_ * blocks + word // WORDS
-    there = word < blocks * WORDS
-    place = (tile * WORDS + word % WORDS) * ROWS_ + row % ROWS_
-    values = joined(unpack(tl.load(words + place, there, 0), table, NF4, LOOKUP), 8 if NF4 else 4)
-    values *= tl.load(scales + tile * ROWS_ + row % ROWS_, there, 0.0).to(tl.float32)[:, None]
+    valid = word < blocks * WORDS
+    offset = (tile * WORDS + word % WORDS) * ROWS_ + row % ROWS_
+    values = joined(unpack(tl.load(words + offset, valid, 0), table, NF4, LOOKUP), 8 if NF4 else 4)
+    values *= tl.load(scales + tile * ROWS_ + row % ROWS_, valid, 0.0).to(tl.float32)[:, None]
     column = tl.program_id(1) * KB * BLOCK_ + tl.arange(0, KB * BLOCK_)
     tl.store(y + t * cols + column, values.reshape(KB * BLOCK_), column < cols)
 

@@ -1,4 +1,4 @@
-"""What kernels are told of the GPU they run on, and the choice among their configurations."""
+"""Properties of the GPU, launch options, and autotuning."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-TRIALS, SWEEPS = 10, 10  # of a configuration when it is tuned, and of the L2 cache before each of them
+TRIALS, SWEEPS = 10, 10  # timed calls per configuration, and times that the L2 cache is overwritten before each call
 
 
 @cache
@@ -19,21 +19,21 @@ def _properties(device: torch.device) -> Any:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where kernels are interpreted, so that work is split there too."""
+    """The number of multiprocessors of a GPU; a few for the interpreter, so that it splits work too."""
     return 8 if device.type == "cpu" else int(_properties(device).multi_processor_count)
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
+    """The largest number of bytes of shared memory per program."""
     return 0 if device.type == "cpu" else int(_properties(device).shared_memory_per_block_optin)
 
 
 Candidates = Callable[..., list[triton.Config]]
-"""Configurations, arguments by position and by name -> the configurations to try."""
+"""(all configurations, arguments of the launch) -> the configurations to try."""
 
 
 def tuned(configs: list[triton.Config], key: list[str], candidates: Candidates) -> Any:
-    """`triton.autotune` among the candidates for a shape, remembered on disk; interpreted, the first of them."""
+    """`triton.autotune` among the candidates for a shape, cached on disk; the interpreter takes the first candidate."""
 
     def chosen(*given: Any, **more: Any) -> list[triton.Config]:
         found = candidates(*given, **more)
@@ -44,10 +44,11 @@ def tuned(configs: list[triton.Config], key: list[str], candidates: Candidates) 
 
 
 def _cold_times(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
-    """Quantiles of the milliseconds of a few calls, each of which finds its weights in memory, as a step does.
+    """Quantiles of the milliseconds of a few calls with a cold L2 cache, as in a decode step.
 
-    The cache is swept so often that the call is queued before its turn comes: Python takes longer to launch a kernel
-    than many take to run. Triton's own way takes an eighth of a second for each configuration.
+    The cache is overwritten several times before each call, so that the call is queued before the GPU gets to it:
+    Python takes longer to launch a kernel than many kernels take to run. Triton's own benchmark would take an eighth of
+    a second per configuration.
     """
     if INTERPRETED:
         return [0.0 for _ in quantiles]
@@ -67,18 +68,21 @@ def _cold_times(call: Callable[[], object], quantiles: Sequence[float]) -> list[
 
 
 @cache
-def early(device: torch.device) -> dict[str, bool]:
-    """Arguments of a launch that may begin before the kernel before it has ended (compute capability 9.0 and above)."""
-    able = device.type != "cpu" and not INTERPRETED and _properties(device).major >= 9
-    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
+def pdl_arguments(device: torch.device) -> dict[str, bool]:
+    """Launch arguments for programmatic dependent launch (PDL; compute capability 9.0 and above).
+
+    With PDL a kernel is launched before the previous kernel has ended; see `wait_for_previous_kernel`.
+    """
+    supported = device.type != "cpu" and not INTERPRETED and _properties(device).major >= 9
+    return {"PDL": True, "launch_pdl": True} if supported else {"PDL": False}
 
 
 @triton.jit
-def wait_for_earlier(EARLY: tl.constexpr):
-    """Wait for the kernel before this one; only weights may be read, and nothing written, before.
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Wait until the previous kernel has ended; before this, a kernel may read only weights and write nothing.
 
-    The next kernel may be launched from then on, so that it in turn waits with its weights at hand.
+    From here on the next kernel may be launched, so that it can load its weights while it waits in turn.
     """
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()

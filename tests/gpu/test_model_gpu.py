@@ -1,4 +1,4 @@
-"""dsv2-nano on a GPU: graphs against single launches, experts wherever they are, against the reference on the CPU."""
+"""dsv2-nano on a GPU: CUDA graphs against single launches, and experts in RAM or on the GPU against the reference."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def _home(tmp_path, monkeypatch):
 
 
 def loaded(mode: Mode, slots: int = 0, dtype: torch.dtype = FP32, context: int = 512) -> LLM:
-    """On GPU 0, of which so much is used that `slots` experts fit."""
+    """dsv2-nano on GPU 0, with a memory limit that leaves room for `slots` experts."""
     vram = None
     if mode in (Mode.HYBRID, Mode.STREAM):
         wish = replace(llm.load(context=context).plan.request, experts=Mode.STREAM)
@@ -61,14 +61,14 @@ def expected() -> list[int | None]:
         return answer(llm.load(context=512))
 
 
-def test_the_references_tokens(expected):
+def test_answers_are_those_of_the_reference(expected):
     with loaded(Mode.GPU) as model:
         assert isinstance(model.engine.step, GpuStep)
         assert answer(model) == expected
-        assert answer(model) == expected  # from the cache, and all replays
+        assert answer(model) == expected  # with a cached prompt, and all steps replayed
 
 
-def test_the_references_tokens_by_bitsandbytes(expected):
+def test_answers_by_bitsandbytes_are_those_of_the_reference(expected):
     pytest.importorskip("bitsandbytes")
     with kernels(cpu.BITSANDBYTES), loaded(Mode.GPU) as model:
         assert not isinstance(model.engine.step, GpuStep)
@@ -85,7 +85,7 @@ def test_a_replay_is_the_step_to_the_last_bit(dtype):
         graphs = GpuStep(model.engine.model, model.engine.cache)
         for token, logits in zip(tokens, launched, strict=True):
             assert torch.equal(graphs.run(token), logits)
-        model.engine.cache.truncate(10)  # a turn taken back, and prompts whose memory is not the graphs'
+        model.engine.cache.truncate(10)  # as when a chat turn is undone; then prompts, in memory outside the graphs
         for length in (2, 3, 5, 7, 9):
             model.engine.model.forward(torch.arange(length), model.engine.cache)
         model.engine.cache.truncate(10)
@@ -95,8 +95,8 @@ def test_a_replay_is_the_step_to_the_last_bit(dtype):
 
 @pytest.mark.parametrize("slots", [0, 7, 40])
 @pytest.mark.parametrize("mode", [Mode.HYBRID, Mode.STREAM, Mode.CPU])
-def test_the_references_tokens_wherever_experts_are(expected, mode, slots):
-    """The CPU's half computes with the reference too: the native kernels round activations to int8."""
+def test_answers_with_offloaded_experts_are_those_of_the_reference(expected, mode, slots):
+    """The CPU computes its experts with the reference, since the native kernels round activations to int8."""
     with kernels(cpu.REFERENCE), loaded(mode, slots) as model:
         assert isinstance(model.experts, OffloadedExperts)
         assert answer(model) == expected
@@ -117,7 +117,7 @@ def test_streamed_experts_change_no_bit():
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1, "top_p": 0.9}, {"seed": 1, "temperature": 1.0}])
-def test_tokens_are_chosen_as_from_all_logits(monkeypatch, options):
+def test_sampling_from_top_candidates_is_sampling_from_all_logits(monkeypatch, options):
     """Steps are launched before their token is yielded, and the top candidates are found on the device."""
 
     def tokens() -> list[int | None]:

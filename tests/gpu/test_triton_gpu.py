@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU at the shapes of V2 and V2-Lite, and what only a GPU shows: shuffles, graphs."""
+"""The Triton kernels on a GPU with the shapes of V2 and V2-Lite, and what needs a GPU: warp shuffles, CUDA graphs."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_linear_in_fp32(tokens):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_weights_are_read_back_to_the_last_bit(format):
+def test_dequantised_weights_are_exact(format):
     check.dequantized_and_embedded("cuda", format, 1408, 2048)
 
 
@@ -119,7 +119,7 @@ def test_a_captured_step_is_replayed_at_the_next_position():
         attended = kernels.attention(q, rotation, latents, block_table, w_uk, w_uv, 0.1, True)
         return attended, kernels.experts(x, records, layout, ids, weights)
 
-    step()  # tunes and compiles, which a capture may not
+    step()  # compiles and tunes the kernels, which is not possible during capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -132,5 +132,5 @@ def test_a_captured_step_is_replayed_at_the_next_position():
 
 
 @pytest.mark.parametrize(("temperature", "margin"), [(1.0, 0.0), (0.7, 5.0), (2.0, 60.0)])
-def test_likely(temperature, margin):
+def test_top_candidates(temperature, margin):
     check.top_candidates("cuda", 102_400, temperature, margin)

@@ -1,8 +1,9 @@
-// Runs every entry point of the native kernels on awkward shapes, for the sanitizers (tools/sanitize). Results are
-// checked in Python; here they only have to be finite. Buffers are exactly as large as the interface promises.
+// Calls every entry point of the native kernels with awkward shapes, for the sanitizers (tools/sanitize). Results are
+// checked in Python; here they only have to be finite. Buffers are exactly as large as api.hpp requires.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
@@ -11,7 +12,7 @@
 #include "api.hpp"
 #include "latents.hpp"
 
-using dsv2::Kept;
+using dsv2::LatentDtype;
 using dsv2::Latents;
 using dsv2::Matrix;
 
@@ -36,7 +37,7 @@ void finite(const char* what, const std::vector<float>& y) {
 
 int64_t nbytes(int64_t rows, int64_t cols, int32_t format) { return Matrix{nullptr, nullptr, rows, cols, format}.nbytes(); }
 
-// Quantise random numbers into `at`, as a record holds a matrix.
+// Quantise random numbers into memory at `at`, in the layout of a record.
 Matrix fill(uint8_t* at, int64_t rows, int64_t cols, int32_t format) {
     Matrix m{at, nullptr, rows, cols, format};
     uint16_t* scales = reinterpret_cast<uint16_t*>(at + m.code_bytes());
@@ -102,29 +103,37 @@ void mixtures(int32_t format) {
             }
 }
 
-void attention(Kept kept, int64_t C, int64_t P) {
-    const int64_t H = 3, N = 16, V = 24, row = Latents{nullptr, kept, C, P, nullptr}.row_bytes();
+void attention(LatentDtype dtype, int64_t C, int64_t P) {
+    const int64_t H = 3, N = 16, V = 24, row = Latents{nullptr, dtype, C, P, nullptr}.row_bytes();
     const Stored uk(H * C, N, 1), uv(H * V, C, 1);
     for (int64_t tokens : {1, 5, 90})
         for (int64_t cached : {0, 3, 600}) {
             const auto kv_a = numbers((cached + tokens) * (C + P)), weight = numbers(C), rotation = numbers((cached + tokens) * P);
-            const int64_t pages = (cached + tokens + dsv2::CACHE_BLOCK - 1) / dsv2::CACHE_BLOCK;
-            const std::unique_ptr<uint8_t[]> rows(new uint8_t[pages * dsv2::CACHE_BLOCK * row]);
+            const int64_t blocks = (cached + tokens + dsv2::CACHE_BLOCK - 1) / dsv2::CACHE_BLOCK;
+            const std::unique_ptr<uint8_t[]> rows(new uint8_t[blocks * dsv2::CACHE_BLOCK * row]);
             std::vector<int64_t> block_table{0};
-            for (int64_t page = pages; page > 0; page--) block_table.push_back(page - 1);
+            for (int64_t block = blocks; block > 0; block--) block_table.push_back(block - 1);
             dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), block_table.data(),
-                         rows.get(), int32_t(kept));
+                         rows.get(), int32_t(dtype));
             block_table[0] = cached;
             for (int absorb : {0, 1}) {
                 std::vector<float> out(tokens * H * V);
-                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.get(), int32_t(kept),
+                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.get(), int32_t(dtype),
                                block_table.data(), &uk.m, &uv.m, 0.1f, tokens, H, P, absorb, out.data());
                 finite("attention", out);
             }
         }
 }
 
-// A norm and a sum of what it gives, as a list of calls.
+// The number under which a function is recorded.
+int64_t recordable(const char* name) {
+    for (int64_t function = 0; const char* found = dsv2_recordable(function); function++)
+        if (!std::strcmp(found, name)) return function;
+    std::printf("%s cannot be recorded\n", name);
+    std::exit(1);
+}
+
+// Replays two recorded calls, a norm and the sum of its result and its input.
 void replay() {
     const auto x = numbers(700), weight = numbers(100);
     std::vector<float> normed(700), sum(700);
@@ -134,8 +143,8 @@ void replay() {
         return bits;
     };
     const dsv2::Call calls[] = {
-        {4, {word(x.data()), 7, 100, word(weight.data()), word(1e-6f), word(normed.data())}},
-        {8, {word(normed.data()), word(x.data()), 700, word(sum.data())}},
+        {recordable("rms_norm"), {word(x.data()), 7, 100, word(weight.data()), word(1e-6f), word(normed.data())}},
+        {recordable("add"), {word(normed.data()), word(x.data()), 700, word(sum.data())}},
     };
     double seconds[2] = {};
     dsv2_replay(calls, 2, nullptr);
@@ -149,9 +158,9 @@ void everything() {
         products(format);
         mixtures(format);
     }
-    for (Kept kept : {Kept::BF16, Kept::INT8}) {
-        attention(kept, 40, 6);
-        attention(kept, 128, 64);
+    for (LatentDtype dtype : {LatentDtype::BF16, LatentDtype::INT8}) {
+        attention(dtype, 40, 6);
+        attention(dtype, 128, 64);
     }
     std::vector<float> y(7 * 100);
     dsv2_rms_norm(numbers(700).data(), 7, 100, numbers(100).data(), 1e-6f, y.data());
@@ -171,7 +180,7 @@ int main() {
         everything();
     }
     dsv2_set_threads(4, nullptr);
-    const Stored weight(256, 256, 0);  // callers from several threads share the pool
+    const Stored weight(256, 256, 0);  // calls from several threads share the pool
     const auto x = numbers(5 * 256);
     std::vector<std::thread> callers;
     for (int i = 0; i < 3; i++)

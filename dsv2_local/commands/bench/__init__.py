@@ -1,7 +1,7 @@
-"""`dsv2 bench`: how fast this machine runs a model, beside how fast the machine is.
+"""`dsv2 bench`: measures how fast this machine runs a model, and the limits of the machine itself.
 
-Decoding a token reads every active weight once, so reading memory bounds it; prefill uses a weight for many tokens,
-so arithmetic bounds it. Both bounds are measured in the same run, with the same threads.
+Decoding a token reads every active weight once, so memory bandwidth limits it; prefill uses each weight for many
+tokens, so arithmetic limits it. Both limits are measured in the same run, with the same threads.
 """
 
 import json
@@ -29,7 +29,8 @@ def run(options: BenchOptions, as_json: bool) -> None:
     """Measure, and print the result on stdout.
 
     Raises:
-        Dsv2Error: any of its kinds; InputError for what the model or this machine's memory has no room for.
+        InputError: an option is not valid, or exceeds the model's context or this machine's memory.
+        Dsv2Error: any error of loading the model.
     """
     with StatusLine() as status:
         result = measure(settle(options), status)
@@ -42,20 +43,20 @@ def run(options: BenchOptions, as_json: bool) -> None:
 
 
 def trace(options: BenchOptions, file: Path, text: Path | None) -> None:
-    """Write the experts that a text (None: standard input) is routed to.
+    """Write the experts that the tokens of a text (None: standard input) are routed to.
 
     Raises:
-        InputError: there is no text, or a model of random weights was asked for, which routes by chance.
+        InputError: there is no text, or the options ask for random weights, whose routing is random too.
     """
     if options.random_weights is not None:
-        raise InputError("--trace needs a real model: random weights route by chance")
+        raise InputError("--trace needs a trained model (-m): the routing of --random-weights is random")
     words = gather_prompt(None, [text] if text else [], sys.stdin)
     with StatusLine() as status:
         tracing.record(options.model, words, file, options.threads, status)
 
 
 def measure(plan: BenchPlan, status: StatusLine) -> dict[str, Any]:
-    """Everything that the command tells, as plain values: the object that --json prints."""
+    """All results as plain values: the object that --json prints."""
     threads = _set_threads(plan)
     status("measuring the machine")
     matmul = matmul_rate(threads)

@@ -1,4 +1,4 @@
-"""From times to the object that `--json` prints, and from there to tables for people."""
+"""Turns measured times into the object that `--json` prints, and that object into tables."""
 
 from dataclasses import asdict, replace
 from statistics import harmonic_mean
@@ -10,7 +10,7 @@ from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.commands.bench.settings import BenchPlan
 from dsv2_local.commands.bench.subject import Subject
 from dsv2_local.commands.bench.timing import DecodeRun, PrefillRun, layer_kind
-from dsv2_local.commands.console import human, report_console
+from dsv2_local.commands.console import format_bytes, report_console
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.machine import measurements
@@ -22,12 +22,13 @@ PARTS = ("attention", "dense", "shared", "routed", "head")
 
 
 def machine_facts(decode: list[DecodeRun], matmul: float, threads: int) -> dict[str, Any]:
-    """The bandwidth is the mean over all that was read while decoding."""
+    """Facts about the machine; the bandwidth is the mean over all passes between the bursts of decoding."""
     read_gb_s = harmonic_mean([run.read_gb_s for run in decode])
     return {"read_gb_s": read_gb_s, "matmul_gflops": matmul, "threads": threads, "kernels": ops.variant()}
 
 
 def model_facts(subject: Subject, cache_dtype: CacheDtype) -> dict[str, Any]:
+    """Facts about the measured model."""
     return {
         "name": subject.name,
         "layers": subject.config.num_hidden_layers,
@@ -40,13 +41,13 @@ def model_facts(subject: Subject, cache_dtype: CacheDtype) -> dict[str, Any]:
 
 
 def prefill_facts(run: PrefillRun, subject: Subject) -> dict[str, Any]:
-    """GFLOP/s: a multiplication and an addition for each active weight and token; attention's own are left out."""
+    """Speed of prefill. GFLOP/s count two operations per active weight and token, without attention's own products."""
     tok_s = run.tokens / run.seconds
     return {**asdict(run), "tok_s": tok_s, "gflops": 2 * subject.active_weights * tok_s / 1e9}
 
 
 def decode_facts(run: DecodeRun, subject: Subject) -> dict[str, Any]:
-    """GB/s are those of the weights; reading the cache is left out."""
+    """Speed of decoding. GB/s count the weights, without the KV cache."""
     tok_s = run.steps / run.seconds
     gb_s = subject.bytes_per_token * tok_s / 1e9
     return {
@@ -60,7 +61,7 @@ def decode_facts(run: DecodeRun, subject: Subject) -> dict[str, Any]:
 
 
 def prediction(subject: Subject, context: int, machine: dict[str, Any]) -> dict[str, float]:
-    """What `dsv2 plan` expects of this model here, from the rates just measured and what was known before."""
+    """The speed that `dsv2 plan` predicts for this model, from the rates measured now and those known before."""
     known = {"cpu_gflops": machine["matmul_gflops"], **measurements.load(RATES), "ram": machine["read_gb_s"]}
     rates = replace(Rates(), **known)
     plan = make_plan(PlanRequest(subject.config, subject.recipe, context), Machine((), 1 << 50, rates=rates))
@@ -69,7 +70,7 @@ def prediction(subject: Subject, context: int, machine: dict[str, Any]) -> dict[
 
 
 def part_facts(part_seconds: dict[str, float], steps: int) -> dict[str, float]:
-    """Seconds per step of each part; the rest is router, norms, embedding, rotation and choosing the token."""
+    """Seconds per step of each part; "rest" is router, norms, embedding, rotation and choosing the token."""
     parts = {name: part_seconds[name] / steps for name in PARTS}
     whole = part_seconds["steps"]
     return {
@@ -80,7 +81,7 @@ def part_facts(part_seconds: dict[str, float], steps: int) -> dict[str, float]:
 
 
 def cut_facts(plan: BenchPlan, seconds: float, part_seconds: dict[str, float]) -> dict[str, Any]:
-    """What a model cut by --layers would do as a whole: each missing layer takes the mean time of its kind."""
+    """Extrapolate from the layers of --layers to the whole model: a missing layer takes the mean time of its kind."""
     if plan.config == plan.whole:
         return {}
     steps = plan.lengths.decode
@@ -101,7 +102,10 @@ def _layers_of_kind(config: ModelConfig, moe: bool) -> int:
 
 
 def rates(result: dict[str, Any], cache_bytes: int) -> dict[str, float]:
-    """What `dsv2 plan` may reckon with: a model that the processor's caches hold says nothing of larger ones."""
+    """The rates to store for `dsv2 plan`.
+
+    `cpu_gflops` only from a model that is larger than the CPU's caches, since a smaller one says nothing about others.
+    """
     found = {"ram": result["machine"]["read_gb_s"]}
     if result["prefill"] and result["weight_bytes"] > 2 * cache_bytes:
         found["cpu_gflops"] = max(run["gflops"] for run in result["prefill"])
@@ -109,7 +113,7 @@ def rates(result: dict[str, Any], cache_bytes: int) -> dict[str, float]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the result for people to read."""
+    """Print the result as tables."""
     console = report_console()
     console.print(*_heading(result), sep="\n", markup=False, soft_wrap=True)
     for table in (_prefill_table(result), _decode_table(result), _parts_table(result)):
@@ -122,7 +126,7 @@ def _heading(result: dict[str, Any]) -> tuple[str, str]:
     layers = f"{model['layers']} of {result['total_layers']}" if "total_layers" in result else f"{model['layers']}"
     return (
         f"{model['name']}, {model['recipe']}, {model['cache']} cache: {layers} layers, "
-        f"{_millions(model['parameters'])} weights in {human(model['weight_bytes'])}; "
+        f"{_millions(model['parameters'])} weights in {format_bytes(model['weight_bytes'])}; "
         f"{_millions(model['active_weights_per_token'])} compute a token",
         f"machine: {machine['threads']} threads, {machine['kernels']} kernels, reads {machine['read_gb_s']:,.1f} GB/s, "
         f"fp32 matrix product {machine['matmul_gflops']:,.0f} GFLOP/s",
@@ -136,13 +140,13 @@ def _millions(count: int) -> str:
 def _closing(result: dict[str, Any]) -> list[str]:
     predicted, decode = result["predicted"], result["decode"][0]
     lines = [
-        f"peak memory {human(result['peak_rss_bytes'])}",
-        f"`dsv2 plan` predicts {predicted['decode_tok_s']:,.1f} tok/s of decoding at this bandwidth, "
-        f"{decode['tok_s']:,.1f} were measured at context {decode['context']:,}",
+        f"peak memory {format_bytes(result['peak_rss_bytes'])}",
+        f"decode: `dsv2 plan` predicts {predicted['decode_tok_s']:,.1f} tok/s at this bandwidth; measured "
+        f"{decode['tok_s']:,.1f} at context {decode['context']:,}",
     ]
     if result["prefill"]:
         fastest = max(run["tok_s"] for run in result["prefill"])
-        lines.append(f"and {predicted['prefill_tok_s']:,.1f} tok/s of prefill, {fastest:,.1f} were measured")
+        lines.append(f"prefill: predicted {predicted['prefill_tok_s']:,.1f} tok/s; measured {fastest:,.1f}")
     if "extrapolated" in result:
         lines.append(
             f"whole model of {result['total_layers']} layers: {result['extrapolated']['decode_tok_s']:,.2f} tok/s at "
@@ -174,7 +178,7 @@ def _decode_table(result: dict[str, Any]) -> Table:
         table.add_row(
             f"{run['context']:,}",
             f"{run['tok_s']:,.2f}",
-            human(run["bytes_per_token"]),
+            format_bytes(run["bytes_per_token"]),
             f"{run['gb_s']:,.2f}",
             f"{run['read_fraction']:.0%}",
         )

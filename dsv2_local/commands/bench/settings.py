@@ -1,4 +1,4 @@
-"""What will be measured: the options settled against the model's limits and the memory, before anything is made."""
+"""What to measure: checks the options against the model's limits and the memory, before anything large is allocated."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,14 @@ from dsv2_local.runtime import random_weights
 
 PROMPTS, CONTEXTS = (128, 512), (0, 4_096, 32_768)
 DTYPE = torch.float32
-WARM_UP_TOKENS = 32  # of prefill, where weights lie in memory
-WORKING_BYTES = 1 << 30  # room to compute beside weights and cache
-READ_BYTES = 1 << 30
+WARM_UP_TOKENS = 32  # of prefill, if the weights are in memory and need not be mapped from files
+WORKING_BYTES = 1 << 30  # memory for computing, besides weights and KV cache
+READ_BYTES = 1 << 30  # minimum bytes of a pass that measures memory bandwidth
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The command's options as they were given; None where one was not."""
+    """The options of `dsv2 bench` as they were given; None: not given."""
 
     model: str | None = None
     random_weights: str | None = None
@@ -44,19 +44,29 @@ class BenchOptions:
     cache_dtype: CacheDtype = CacheDtype.BF16
 
     def __post_init__(self) -> None:
-        """Raises InputError for options out of range or that contradict each other."""
+        """Check the options.
+
+        Raises:
+            InputError: one is out of range, or two contradict each other.
+        """
         if self.model is not None and self.random_weights is not None:
-            raise InputError("-m measures a converted model and --random-weights makes one; drop one of them")
+            raise InputError("-m measures a converted model, --random-weights a random one; drop one of them")
         if self.recipe is not None and self.random_weights is None:
-            raise InputError("--recipe belongs to --random-weights; a converted model has its own")
+            raise InputError("--recipe needs --random-weights; a converted model has its own recipe")
         if self.decode < 1:
             raise InputError(f"--decode must be at least 1, not {self.decode}")
-        choose_threads(self.threads)  # refuses what is no number of threads
+        choose_threads(self.threads)  # raises if the number is not valid
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each prompt, tokens in the cache before each decode, and tokens decoded there."""
+    """What to measure, in tokens.
+
+    Attributes:
+        prompts: lengths of the prompts to prefill.
+        contexts: tokens in the KV cache before each measurement of decoding.
+        decode: tokens to decode in each measurement.
+    """
 
     prompts: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -64,13 +74,24 @@ class Lengths:
 
     @property
     def cache(self) -> int:
-        """Tokens that the cache must hold; the engine keeps room for one after a prompt."""
+        """Tokens that the KV cache must hold; the engine needs room for one more after a prompt."""
         return max(max(self.contexts) + self.decode, *(length + 1 for length in (*self.prompts, 1)))
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What will be measured. `whole` is the architecture before --layers cut it; no directory means random weights."""
+    """What to measure.
+
+    Attributes:
+        options: the command's options.
+        directory: the converted model; None: random weights.
+        whole: the architecture of the whole model.
+        config: the architecture with the layers of --layers.
+        recipe: formats of the weights.
+        cache_dtype: how the KV cache stores latents.
+        lengths: of prompts, contexts and decoding.
+        read_bytes: minimum bytes of a pass that measures memory bandwidth.
+    """
 
     options: BenchOptions
     directory: Path | None
@@ -83,12 +104,19 @@ class BenchPlan:
 
     @property
     def warm_up_tokens(self) -> int:
-        """A prompt that does not count: a short one wakes the threads, a chunk touches nearly all of a mapped file."""
+        """Length of a first prompt, which is not measured.
+
+        A short one starts the threads; for a mapped file a whole chunk, which reads nearly all experts from disk.
+        """
         return min(CPU_CHUNK if self.directory else WARM_UP_TOKENS, self.config.max_position_embeddings - 1)
 
 
 def settle(options: BenchOptions) -> BenchPlan:
-    """Settle what will be measured, and refuse what cannot be, before anything large is made."""
+    """Decide what to measure.
+
+    Raises:
+        InputError: an option exceeds the model's context, or the model does not fit in memory.
+    """
     directory, whole = _architecture(options)
     config = whole if options.layers is None else random_weights.first_layers(whole, options.layers)
     recipe = Manifest.load(directory).recipe if directory else options.recipe or Recipe.NF4
@@ -104,7 +132,7 @@ def settle(options: BenchOptions) -> BenchPlan:
 
 
 def _architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
-    """The directory of the model that was asked for (None: random weights) and its configuration."""
+    """The directory of the requested model (None: random weights) and its architecture."""
     if options.random_weights is not None:
         return None, released.read_config(options.random_weights)
     if options.model is None:
@@ -114,7 +142,7 @@ def _architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
 
 
 def _lengths(options: BenchOptions, limit: int) -> Lengths:
-    """The lengths asked for, or those of the defaults that fit in `limit` tokens."""
+    """The requested lengths, or those of the defaults that fit in `limit` tokens."""
     if options.decode > limit:
         raise InputError(f"--decode {options.decode:,} is more than the model's context of {limit:,} tokens")
     prompts = _fitting("--prompt", options.prompt, PROMPTS, 1, limit - 1, limit)
@@ -125,16 +153,20 @@ def _lengths(options: BenchOptions, limit: int) -> Lengths:
 def _fitting(
     option: str, given: str | None, default: tuple[int, ...], least: int, most: int, limit: int
 ) -> tuple[int, ...]:
-    """Lengths between `least` and `most`: all that were given, or InputError; of the default those that fit."""
+    """Lengths between `least` and `most`.
+
+    Given lengths must all be in this range; of the default lengths, those that are not are left out.
+
+    Raises:
+        InputError: a given length is out of range.
+    """
     lengths = default if given is None else _numbers(option, given)
     wrong = [length for length in lengths if not least <= length <= most]
     if not wrong:
         return lengths
     shown = ", ".join(f"{length:,}" for length in wrong)
     if given is not None:
-        raise InputError(
-            f"{option} must lie between {least} and {most:,} in a context of {limit:,} tokens, not {shown}"
-        )
+        raise InputError(f"{option} must be between {least} and {most:,} in a context of {limit:,} tokens, not {shown}")
     notice(f"left out {option} {shown}: the model's context is {limit:,} tokens")
     return tuple(length for length in lengths if length not in wrong)
 
@@ -143,4 +175,4 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"{option} must be whole numbers with commas between, not {text!r}") from None
+        raise InputError(f"{option} must be whole numbers separated by commas, not {text!r}") from None

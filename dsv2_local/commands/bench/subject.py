@@ -1,4 +1,4 @@
-"""The model that is measured, converted or of random weights, and what decoding a token of it reads."""
+"""The model to measure, converted or with random weights, and the bytes that decoding one token reads."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.bench.hardware import last_level_cache_bytes
 from dsv2_local.commands.bench.settings import DTYPE, BenchPlan
 from dsv2_local.commands.bench.timing import StatusLine
-from dsv2_local.commands.console import human, notice
+from dsv2_local.commands.console import format_bytes, notice
 from dsv2_local.commands.inspect import KindSummary, summarise
 from dsv2_local.kernels.format import ROWS, matrix_nbytes
 from dsv2_local.machine.resources import memory_available
@@ -24,7 +24,15 @@ from dsv2_local.runtime.model import Transformer
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, with the sums of its tensors by kind and its layers' routed experts."""
+    """The model to measure.
+
+    Attributes:
+        name: the model's name, to be shown.
+        recipe: formats of its weights.
+        model: the model itself.
+        kinds: number and size of its tensors by kind.
+        records: the routed experts of each MoE layer.
+    """
 
     name: str
     recipe: Recipe
@@ -42,12 +50,12 @@ class Subject:
 
     @property
     def active_weights(self) -> int:
-        """Weights that take part in computing a token."""
+        """Number of weights that are used to compute one token."""
         return active_weights(self.config)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that decoding a token reads: those of `active_weights`, and one row of the embedding."""
+        """Bytes of weights that decoding one token reads: all active weights, and one row of the embedding."""
         c = self.config
         row = matrix_nbytes(self.recipe.format_of(Kind.EMBEDDING), ROWS, c.hidden_size) // ROWS
         every = sum(kind.bytes for kind in self._every_token())
@@ -55,43 +63,43 @@ class Subject:
 
     @property
     def _chosen(self) -> int:
-        """Routed experts that a token takes, over all layers."""
+        """Routed experts that are used for one token, over all layers."""
         return self.config.num_experts_per_tok * len(self.config.moe_layers)
 
     def _every_token(self) -> list[KindSummary]:
-        """The kinds of which every token reads all; an embedding that is also the head is one of them."""
+        """The kinds of tensors that every token reads as a whole; the embedding if it is also the head."""
         partly = (Kind.ROUTED,) if self.config.tie_word_embeddings else (Kind.ROUTED, Kind.EMBEDDING)
         return [summary for kind, summary in self.kinds.items() if kind not in partly]
 
 
 def prepare(plan: BenchPlan, threads: int, status: StatusLine) -> Subject:
-    """Load or make the model, and warn where its figures will mislead."""
+    """Load or build the model, and print a notice if the results will be misleading."""
     subject = _load(plan, plan.directory) if plan.directory else _make(plan, threads, status)
     if plan.config != plan.whole and subject.bytes_per_token < 2 * last_level_cache_bytes():
         notice(
-            f"these layers read {human(subject.bytes_per_token)} a token, some of which stays in the processor's "
-            "caches: the whole model is slower than they suggest; try more --layers"
+            f"these layers read {format_bytes(subject.bytes_per_token)} per token, part of which stays in the CPU's "
+            "caches: the whole model will be slower than extrapolated; use more --layers"
         )
     return subject
 
 
 def _make(plan: BenchPlan, threads: int, status: StatusLine) -> Subject:
-    """A model of random weights, named after what it is a copy of."""
+    """Build a model with random weights; its name is that of the model whose architecture it has."""
     config, recipe, name = plan.config, plan.recipe, plan.options.random_weights or ""
 
     def progress(done: int, parts: int) -> None:
-        status(f"making random weights: {done}/{parts} parts")
+        status(f"building random weights: {done}/{parts} parts")
 
-    made = random_weights.build(config, recipe, threads=threads, progress=progress)
-    model = Transformer(config, made.weights, ResidentExperts(made.layout, made.records), DTYPE)
+    built = random_weights.build(config, recipe, threads=threads, progress=progress)
+    model = Transformer(config, built.weights, ResidentExperts(built.layout, built.records), DTYPE)
     if name not in released.RELEASED:
         path = Path(name).resolve()
         name = path.name if path.is_dir() else path.parent.name
-    return Subject(f"random {name}", recipe, model, summarise(config, recipe), list(made.records.values()))
+    return Subject(f"random {name}", recipe, model, summarise(config, recipe), list(built.records.values()))
 
 
 def _load(plan: BenchPlan, directory: Path) -> Subject:
-    """A converted model, of which --layers leaves out the last layers."""
+    """Load a converted model, and remove the layers that --layers leaves out."""
     loaded = llm.load(directory, context=2, threads=plan.options.threads)  # its own cache stays unused
     model = loaded.engine.model
     model.config, model.layers = plan.config, model.layers[: plan.config.num_hidden_layers]
@@ -100,7 +108,7 @@ def _load(plan: BenchPlan, directory: Path) -> Subject:
     subject = Subject(loaded.name, loaded.recipe, model, summarise(plan.config, loaded.recipe), records)
     if subject.weight_bytes > (available := memory_available()):
         notice(
-            f"the weights take {human(subject.weight_bytes)} and {human(available)} of memory are available: "
-            "much of what follows is the disk's speed; try fewer --layers"
+            f"the weights take {format_bytes(subject.weight_bytes)}, but only {format_bytes(available)} of memory are "
+            "available: the results will depend on the disk; use fewer --layers"
         )
     return subject

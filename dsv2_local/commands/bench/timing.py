@@ -1,6 +1,6 @@
-"""Seconds of prefill, of decoding and of its parts.
+"""Measures the time of prefill, of decoding, and of the parts of a decode step.
 
-Token ids and the cache's contents are drawn at random: speed does not depend on what a text says.
+Token ids and the contents of the KV cache are random, since the speed does not depend on them.
 """
 
 import sys
@@ -27,16 +27,16 @@ from dsv2_local.runtime.engine import Engine, Request, Stats
 from dsv2_local.runtime.model import MoE, Transformer
 from dsv2_local.runtime.sampling_params import SamplingParams
 
-WARM_UP_STEPS = 2  # of a burst of decoding: not counted
-BURST = 8  # steps between two looks at memory
+WARM_UP_STEPS = 2  # at the start of each burst of decoding; not measured
+BURST = 8  # decode steps between two measurements of memory bandwidth
 GREEDY = SamplingParams(temperature=0)
 MATRIX_KERNELS = ("attention", "experts", "linear", "route", "swiglu")
 
 
 class StatusLine:
-    """What is being done, in one line on stderr if that is a terminal, wiped at the end.
+    """A line on stderr, if that is a terminal, that shows what is being done and disappears at the end.
 
-    Nothing redraws it by itself: a spinner's thread would take its time from what is measured.
+    It is not animated, since a spinner's thread would take time from what is measured.
     """
 
     def __enter__(self) -> "StatusLine":
@@ -53,7 +53,7 @@ class StatusLine:
 
 @dataclass(frozen=True)
 class PrefillRun:
-    """Seconds from a prompt of `tokens` to its last logits, and to the token chosen from them."""
+    """A prefill of `tokens` tokens: seconds to the logits after the last one, and to the token chosen from them."""
 
     tokens: int
     seconds: float
@@ -61,7 +61,7 @@ class PrefillRun:
 
 
 def measure_prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
-    """The run of median time; a short prompt runs again until `hardware.FILLED_SECONDS` have passed."""
+    """Measure a prefill, repeated until `hardware.FILLED_SECONDS` have passed; returns the run of median time."""
     runs = [prefill(engine, tokens, status)]
     while sum(run.first_token_seconds for run in runs) < hardware.FILLED_SECONDS:
         runs.append(prefill(engine, tokens, status))
@@ -69,7 +69,7 @@ def measure_prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillR
 
 
 def prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
-    """One prompt of random tokens through the engine, from an empty cache."""
+    """Prefill one prompt of random tokens from an empty cache."""
     engine.cache.clear()
     prompt = torch.randint(engine.model.config.vocab_size, (tokens,)).tolist()
     stats, start = Stats(), perf_counter()
@@ -84,7 +84,7 @@ def _prefill_status(status: StatusLine, done: int, tokens: int) -> None:
 
 @dataclass(frozen=True)
 class DecodeRun:
-    """`steps` decoded tokens after `context` tokens, and what memory gave meanwhile."""
+    """`steps` tokens decoded after `context` tokens: their seconds, and the memory bandwidth measured in between."""
 
     context: int
     steps: int
@@ -93,9 +93,9 @@ class DecodeRun:
 
 
 def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, status: StatusLine) -> DecodeRun:
-    """Decode in bursts, and read memory between them: a shared machine's bandwidth changes from second to second.
+    """Decode in bursts, and measure the memory bandwidth between them, since on a shared machine it varies constantly.
 
-    Times are sums, in which slow steps count as they are felt; the steps that find their caches cold do not count.
+    Times are summed over all steps, so that slow steps count in full; warm-up steps after each pass over memory do not.
     """
     fill(engine.cache, context, engine.model.config)
     step = CpuStep(engine.model, engine.cache)
@@ -108,7 +108,7 @@ def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, sta
 
 
 def _warm_up(step: CpuStep, steps: int) -> None:
-    """Steps that leave no trace but in the caches."""
+    """Run steps that only warm the CPU's caches, and take their tokens back."""
     length = step.cache.length
     for _ in range(steps):
         _timed(step)
@@ -124,7 +124,7 @@ def _steps(step: CpuStep, steps: int, what: str, status: StatusLine) -> float:
 
 
 def _timed(step: CpuStep) -> float:
-    """Seconds to decode a random token: the model, its logits, and the likeliest of them."""
+    """Seconds to decode a random token: the model, its logits, and finding the largest."""
     token = int(torch.randint(step.model.config.vocab_size, (1,)))
     start = perf_counter()
     int(step.run(token).argmax())
@@ -132,7 +132,7 @@ def _timed(step: CpuStep) -> float:
 
 
 def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
-    """Make the cache hold this many tokens that were never computed: numbers of rms 1, the same in every layer."""
+    """Fill the KV cache with random latents of rms 1 for `tokens` tokens, the same in every layer."""
     cache.match_prefix([])
     cache.reserve(tokens)
     latents = torch.randn(tokens, config.latent_dim)
@@ -142,8 +142,11 @@ def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
 
 
 class Stopwatch:
-    """Readings of a clock before and after callables, by name; of calls within one another under one name only the
-    outermost counts."""
+    """Reads a clock before and after calls of watched functions.
+
+    Attributes:
+        spans: (name, start, end) of every call. Of nested calls with the same name only the outermost counts.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.spans: list[tuple[str, float, float]] = []
@@ -152,7 +155,7 @@ class Stopwatch:
 
     @contextmanager
     def on(self, targets: list[tuple[Any, str, str]]) -> Iterator[None]:
-        """Watch the callables (owner, attribute, name) meanwhile, by putting others in their places."""
+        """Watch functions, each given as (owner, attribute, name), by replacing them within this context."""
         before = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute, _ in targets]
         try:
             for owner, attribute, name in targets:
@@ -160,7 +163,7 @@ class Stopwatch:
             yield
         finally:
             for owner, attribute, own in before:
-                if own is None:  # it was the class's
+                if own is None:  # the attribute is inherited from the class
                     vars(owner).pop(attribute, None)
                 else:
                     setattr(owner, attribute, own)
@@ -181,16 +184,16 @@ class Stopwatch:
 
 
 def measure_parts(engine: Engine, context: int, steps: int, status: StatusLine) -> dict[str, float]:
-    """Seconds of decoding `steps` tokens, by part, and in all as "steps".
+    """Decode `steps` tokens; returns the seconds of each part, and of everything as "steps".
 
-    Of a step that is replayed, what is watched is its recording, on a clock that counts the calls; then replays tell
-    what each call takes.
+    A replayed step calls no Python functions that could be watched. Instead its recording is watched, with a clock that
+    counts recorded kernel calls; then the replays measure the time of each call.
     """
     fill(engine.cache, context, engine.model.config)
     step = CpuStep(engine.model, engine.cache)
     watch = Stopwatch(lambda: len(step.recording.names) if step.recording else perf_counter())
     with watch.on(_targets(engine.model)):
-        _warm_up(step, 1)  # recorded, if it can be
+        _warm_up(step, 1)  # records the step, if it can be replayed
         if not step.recording:
             watch.spans.clear()
             whole = _steps(step, steps, "decode by part", status)
@@ -207,20 +210,20 @@ def measure_parts(engine: Engine, context: int, steps: int, status: StatusLine) 
 
 
 def _targets(model: Transformer) -> list[tuple[Any, str, str]]:
-    """What to time of a model, by the names of `PARTS`, its layers by kind, and all matrix kernels as one."""
+    """The functions to watch: the parts of `report.PARTS`, whole layers by kind, and all matrix kernels together."""
     targets: list[tuple[Any, str, str]] = [(ops, name, "kernels") for name in MATRIX_KERNELS]
     targets.append((model, "logits", "head"))
-    holders = {}
+    experts = {}  # by identity, since layers may share one object
     for layer in model.layers:
         targets.append((layer.self_attn, "forward", "attention"))
         targets.append((layer, "forward", layer_kind(isinstance(layer.mlp, MoE))))
         if not isinstance(layer.mlp, MoE):
             targets.append((layer.mlp, "forward", "dense"))
             continue
-        holders[id(layer.mlp.routed_experts)] = layer.mlp.routed_experts
+        experts[id(layer.mlp.routed_experts)] = layer.mlp.routed_experts
         if layer.mlp.shared_experts:
             targets.append((layer.mlp.shared_experts, "forward", "shared"))
-    return targets + [(holder, "experts", "routed") for holder in holders.values()]
+    return targets + [(owner, "experts", "routed") for owner in experts.values()]
 
 
 def layer_kind(moe: bool) -> str:

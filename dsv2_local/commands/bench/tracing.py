@@ -1,4 +1,4 @@
-"""`dsv2 bench --trace`: which experts a model chooses for a real text, recorded for the cache's simulator."""
+"""`dsv2 bench --trace`: records which experts a model chooses for a text, to simulate expert caches with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +15,11 @@ from dsv2_local.offload.trace import Trace
 from dsv2_local.runtime.cpu_step import CpuStep
 from dsv2_local.runtime.model import Experts, MoE
 
-PASSAGE = 512  # tokens of a text that are read from an empty cache
+PASSAGE = 512  # tokens between two resets of the KV cache
 
 
 class Watched:
-    """Experts that note who was chosen."""
+    """Experts that note which experts each layer chose for the last token."""
 
     replayable = False
 
@@ -35,13 +35,13 @@ class Watched:
 
 
 def record(model: str | None, text: str, file: Path, threads: int | None, status: StatusLine) -> None:
-    """Read `text` token by token, as decoding would, and write the trace.
+    """Run the tokens of `text` one by one, as decoding would, and write the chosen experts to `file`.
 
     Raises:
         InputError: the model has no routed experts, or the file cannot be written.
     """
     if not file.absolute().parent.is_dir():
-        raise InputError(f"{file} cannot be written: there is no such directory")
+        raise InputError(f"{file} cannot be written: its directory does not exist")
     loaded = llm.load(model, threads=threads)
     if not loaded.config.moe_layers:
         raise InputError(f"{loaded.name} has no routed experts to trace")
@@ -64,4 +64,4 @@ def record(model: str | None, text: str, file: Path, threads: int | None, status
         trace.save(file)
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror}") from None
-    notice(f"{file}: the experts of {len(tokens):,} tokens; benchmarks/expert_cache.py makes use of it")
+    notice(f"{file} has the experts of {len(tokens):,} tokens; benchmarks/expert_cache.py simulates caches with it")
