@@ -1,4 +1,4 @@
-"""Reads the directory of a converted checkpoint.
+"""The directory of a converted checkpoint: its files, its manifest, and how they are read.
 
     config.json             the model's config.json with a `quantization_config`
     manifest.json           format version, recipe, source, and size and sha256 of every other file
