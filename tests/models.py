@@ -57,7 +57,9 @@ def save_random(directory: Path, seed: int = 0, *, hub_shape: bool = False, **ch
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("mlp.gate.weight"):
-                parameter.normal_(std=0.15)  # transformers initialises routers with zeros, so that all experts would tie
+                parameter.normal_(
+                    std=0.15
+                )  # transformers initialises routers with zeros, so that all experts would tie
     model.to(torch.bfloat16).save_pretrained(directory)
     if hub_shape:
         rewrite_config(directory, _as_released)

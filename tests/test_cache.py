@@ -63,7 +63,9 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="other kernels round one token and many differently")
+@pytest.mark.skipif(
+    not {"avx2", "avx512"} & {*cpu.usable()}, reason="other kernels round one token and many differently"
+)
 @pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
 @pytest.mark.parametrize("changes", CONFIGS)
 def test_answers_with_reuse_are_those_without_to_the_last_bit(changes, kind):
@@ -171,7 +173,9 @@ def test_reuse_leaves_the_logits_those_of_transformers(tmp_path: Path):
     assert reused > 100
 
 
-@pytest.mark.skipif(not {"avx2", "avx512"} & {*cpu.usable()}, reason="other kernels round one token and many differently")
+@pytest.mark.skipif(
+    not {"avx2", "avx512"} & {*cpu.usable()}, reason="other kernels round one token and many differently"
+)
 @pytest.mark.parametrize("context", [400, 140])
 def test_generations_in_turns_give_what_they_give_alone(context):
     """To the last bit, even if the cache cannot hold both, or a third text is computed in between."""

@@ -301,11 +301,16 @@ READY = r"\[\?2004h"
 """What prompt_toolkit sends once it reads the keyboard. Before that the terminal turns Enter into a new line."""
 
 
+def terminal_environment() -> dict[str, str]:
+    """The environment for a chat in a pseudo-terminal, without the COLUMNS that pytest-xdist sets."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("DSV2_MODEL", "COLUMNS", "LINES")}
+    return {**kept, "TERM": "xterm-256color", "NO_COLOR": "1"}
+
+
 @pytest.fixture
 def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
     """The real chat, with the bundled model, in a pseudo-terminal."""
-    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm-256color", "NO_COLOR": "1"}
-    environment.pop("DSV2_MODEL", None)
+    environment = terminal_environment() | {"XDG_STATE_HOME": str(tmp_path)}
     command = ["-c", "from dsv2_local.cli import main; main()", "chat", "--temperature", "0"]
     child = pexpect.spawn(
         sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 140), echo=False,

@@ -1,4 +1,4 @@
-"""Sessions: a continued chat answers as if it had never stopped, failed saves leave the old file, others are refused."""
+"""Sessions: a continued chat answers as if it had never stopped, and no failure or wrong file damages a session."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from dsv2_local.commands.chat import Chat
 from dsv2_local.commands.conversation import Conversation
 from dsv2_local.errors import InputError, SavedCacheError
 from tests.models import heed_signals, kill_half_way
-from tests.test_chat import READY
+from tests.test_chat import READY, terminal_environment
 from tests.test_cli import dsv2
 
 QUESTIONS = ("What is a violin?", "What is a river?", "Write me a poem.", "What is a dog?")
@@ -287,11 +287,9 @@ def test_two_chats_cannot_have_one_session(nano, state):
 def spawn(*options: str, code: str = "") -> pexpect.spawn:
     """`dsv2 chat` in a pseudo-terminal; `code` runs before it."""
     command = ["-c", f"{code}\nfrom dsv2_local.cli import main; main()", "chat", "--temperature", "0", *options]
-    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
-    environment.pop("DSV2_MODEL", None)
     return pexpect.spawn(
-        sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 140), echo=False,
-        preexec_fn=heed_signals,
+        sys.executable, command, env=terminal_environment(), encoding="utf-8", timeout=90, dimensions=(30, 140),
+        echo=False, preexec_fn=heed_signals,
     )  # fmt: skip
 
 

@@ -160,6 +160,7 @@ class Chat:
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
+        """Print an error, or that Ctrl-C was pressed, instead of ending the chat."""
         try:
             yield
         except (Dsv2Error, OSError, MemoryError) as error:

@@ -127,7 +127,7 @@ def _heading(result: dict[str, Any]) -> tuple[str, str]:
     return (
         f"{model['name']}, {model['recipe']}, {model['cache']} cache: {layers} layers, "
         f"{_millions(model['parameters'])} weights in {format_bytes(model['weight_bytes'])}; "
-        f"{_millions(model['active_weights_per_token'])} compute a token",
+        f"{_millions(model['active_weights_per_token'])} active per token",
         f"machine: {machine['threads']} threads, {machine['kernels']} kernels, reads {machine['read_gb_s']:,.1f} GB/s, "
         f"fp32 matrix product {machine['matmul_gflops']:,.0f} GFLOP/s",
     )
