@@ -19,6 +19,7 @@ from dsv2_local.errors import Dsv2Error, InputError
 from dsv2_local.options import one_of
 
 if TYPE_CHECKING:
+    from dsv2_local.commands.run_options import RunOptions
     from dsv2_local.llm import LLM
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit codes that shells use for SIGINT and SIGPIPE
@@ -180,12 +181,12 @@ def chat(
         if session is not None:
             raise InputError("--session needs a terminal; in a script use `dsv2 run --cache FILE`")
         from dsv2_local.commands.console import notice
-        from dsv2_local.commands.run import gather_prompt
+        from dsv2_local.commands.run_options import RunOptions, gather_prompt
 
         notice("standard input is not a terminal; answering it like `dsv2 run`")
-        text = gather_prompt(None, [], sys.stdin)
+        options = RunOptions(gather_prompt(None, [], sys.stdin), generation.given(), system)
         with _load(load) as llm:
-            _run(llm, text, generation.given(), system=system)
+            _run(llm, options)
         return
     from dsv2_local.commands.chat import Chat
 
@@ -219,12 +220,13 @@ def run(
     ] = None,
 ) -> None:
     """Answer one prompt from arguments, files and standard input; for scripts."""
-    options = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
-    from dsv2_local.commands.run import gather_prompt
+    from dsv2_local.commands.run_options import RunOptions, gather_prompt
 
-    text = gather_prompt(prompt, file or [], sys.stdin)  # raises before the model is loaded
+    given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
+    text = gather_prompt(prompt, file or [], sys.stdin)
+    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache)  # raises before the model is loaded
     with _load(load) as llm:
-        _run(llm, text, options, system=system, raw=raw, json=as_json, stream=stream, stats=stats, cache=cache)
+        _run(llm, options)
 
 
 @session_commands.callback(invoke_without_command=True)
@@ -371,11 +373,11 @@ def _load(options: LoadOptions) -> "LLM":
     return load(**asdict(options))
 
 
-def _run(llm: "LLM", text: str, generation: dict[str, Any], **settings: Any) -> None:
+def _run(llm: "LLM", options: "RunOptions") -> None:
     from dsv2_local.commands import run
 
     with _closed_pipe_is_no_error():
-        run.run(llm, run.RunOptions(text, generation, **settings), sys.stdout)
+        run.run(llm, options, sys.stdout)
 
 
 @contextmanager

@@ -6,6 +6,13 @@ from contextlib import contextmanager
 from functools import cache
 
 import pytest
+
+# A worker of pytest-xdist has a core of its own, so that their threads do not wait for each other. Torch counts the
+# cores when it is imported.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import torch
 
 if not torch.cuda.is_available():
@@ -15,11 +22,9 @@ from dsv2_local.kernels import cpu
 from dsv2_local.runtime import random_weights
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Give each worker of pytest-xdist a core of its own, so that their threads do not wait for each other's turn."""
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest tests come first, so that no worker is left with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @contextmanager

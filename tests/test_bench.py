@@ -205,6 +205,7 @@ def test_a_converted_model_is_measured_and_may_be_cut(bench_json, tmp_path):
     assert result["weight_bytes"] < stored
 
 
+@pytest.mark.slow
 def test_the_bundled_model_leaves_out_what_does_not_fit():
     done = dsv2("bench", "--decode", 2, "--threads", 1)
     assert done.returncode == 0, done.stderr
@@ -249,6 +250,7 @@ def test_wrong_options_are_refused_before_anything_is_made(options, message, tmp
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_option_error_is_one_line_and_code_2(tmp_path):
     done = dsv2("bench", "--random-weights", write_config(tmp_path), "--layers", 9)
     assert (done.returncode, done.stdout) == (2, b"")
@@ -395,6 +397,7 @@ def test_caches_of_the_highest_level_are_added_up(tmp_path):
     assert hardware.last_level_cache_bytes(tmp_path / "none") == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_quietly():
     with subprocess.Popen([*DSV2, "bench", "--decode", "100"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           stdin=subprocess.DEVNULL, env=environment(), preexec_fn=heed_signals) as process:  # fmt: skip

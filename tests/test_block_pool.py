@@ -148,6 +148,7 @@ def seen(tokens: list[int]) -> list[int]:
     return cells
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(count=st.integers(1, 12), data=st.data())
 def test_any_few_operations(count, data):
@@ -157,6 +158,7 @@ def test_any_few_operations(count, data):
         world.check_all()
 
 
+@pytest.mark.slow
 def test_a_million_operations():
     start, done = perf_counter(), 0
     for count in (1, 2, 7, 16, 60):

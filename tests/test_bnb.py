@@ -184,6 +184,7 @@ def test_auto_skips_gpus_that_triton_cannot_use_with_a_notice(monkeypatch, witho
         assert llm._passed_over() is None
 
 
+@pytest.mark.slow
 def test_the_cpu_needs_no_bitsandbytes():
     code = "import sys, dsv2_local; dsv2_local.load(device='cpu').logits([1]); sys.exit('bitsandbytes' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -322,6 +322,7 @@ def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
     child.close(force=True)
 
 
+@pytest.mark.slow
 def test_in_a_terminal(dsv2, tmp_path):
     dsv2.send("What is a river?\r")
     dsv2.expect("context [0-9]+/2,048")
@@ -349,6 +350,7 @@ def test_in_a_terminal(dsv2, tmp_path):
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_stops_the_answer_alone(dsv2):
     dsv2.send("/set temperature 100\r")  # so flat a distribution that an end token is unlikely
     dsv2.expect("stop = |seed = ")

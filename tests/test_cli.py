@@ -39,11 +39,13 @@ def test_stdout_is_the_answer_alone(answer):
     assert "dsv2" not in answer
 
 
+@pytest.mark.slow
 def test_the_bundled_model_is_announced_on_stderr_alone():
     done = dsv2("run", QUESTION, "--max-tokens", 1)
     assert done.stderr.decode() == "dsv2: using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL\n"
 
 
+@pytest.mark.slow
 def test_stdin_and_files_come_before_the_argument(answer, tmp_path):
     assert dsv2("run", stdin=QUESTION.encode() + b"\n").stdout.decode() == answer
     (tmp_path / "first.txt").write_text("one\n")
@@ -53,6 +55,7 @@ def test_stdin_and_files_come_before_the_argument(answer, tmp_path):
     assert json.loads(done.stdout)["text"] == json.loads(alone.stdout)["text"]
 
 
+@pytest.mark.slow
 def test_not_streaming_prints_the_same(answer):
     assert dsv2("run", "--no-stream", QUESTION, "--temperature", 0).stdout.decode() == answer
 
@@ -68,6 +71,7 @@ def test_json_is_one_object(answer):
     assert told["logprobs"][0]["logprob"] == told["logprobs"][0]["top_logprobs"][0]["logprob"]
 
 
+@pytest.mark.slow
 def test_seeds_and_stop_strings(answer):
     def sampled(seed: int) -> bytes:
         return dsv2("run", QUESTION, "--temperature", 1.5, "--seed", seed, "-n", 12).stdout
@@ -77,6 +81,7 @@ def test_seeds_and_stop_strings(answer):
     assert dsv2("run", QUESTION, "--temperature", 0, "--stop", word).stdout.decode() == answer[: answer.index(word)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "stdin", "code", "said"),
     [
@@ -106,6 +111,7 @@ def test_mistakes_are_one_line_and_a_code(args, stdin, code, said):
     assert not any("Traceback" in line for line in errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["plan", "deepseek-v2-lite", "--ram", "64GiB"], ["inspect"], ["inspect", "--json"]]
 )
@@ -120,6 +126,7 @@ def test_tables_that_nobody_reads_are_no_error(command):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run(
         ["bash", "-c", '"$@" | head -c 1; echo -n " ${PIPESTATUS[0]}"', "-", *DSV2, "run", QUESTION],
@@ -130,6 +137,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert "Exception" not in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_came_and_ends_quietly():
     command = [*DSV2, "run", QUESTION, "--temperature", "100", "--seed", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
@@ -143,16 +151,19 @@ def test_ctrl_c_keeps_what_came_and_ends_quietly():
     assert b"Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_chat_without_a_terminal_answers_like_run(answer):
     done = dsv2("chat", "--temperature", 0, stdin=QUESTION.encode())
     assert done.stdout.decode() == answer
     assert "not a terminal" in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_the_model_comes_from_the_environment(tmp_path):
     assert b"no-such" in dsv2("run", "hi", DSV2_MODEL="no-such").stderr
 
 
+@pytest.mark.slow
 def test_quantize_inspect_and_verify(tmp_path):
     source, out = save_random(tmp_path / "source"), tmp_path / "out"
     done = dsv2("quantize", source, out, "--verify")
@@ -175,6 +186,7 @@ def test_quantize_inspect_and_verify(tmp_path):
     assert "not converted" in dsv2("inspect", source).stdout.decode()
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_bundled_model():
     table = dsv2("inspect").stdout.decode()
     for word in ("kv_lora_rank", "routed experts", "KV cache per token", "group_limited_greedy"):

@@ -172,6 +172,7 @@ def test_inv_freq_is_ignored(source, tmp_path):
     convert(source, tmp_path / "out", recipe=Recipe.NF4)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(pristine, tmp_path):
     convert(pristine, tmp_path / "whole", recipe=Recipe.NF4)
     random.seed(1)

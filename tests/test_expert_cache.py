@@ -181,6 +181,7 @@ def test_traces_are_saved_and_damaged_ones_refused(tmp_path):
         Trace.load(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_bench_records_the_experts_that_the_model_chooses(tmp_path, monkeypatch):
     text, file = "A river is a large natural stream of water.", tmp_path / "nano.trace"
     done = dsv2("bench", "--trace", file, stdin=text.encode())
@@ -198,6 +199,7 @@ def test_bench_records_the_experts_that_the_model_chooses(tmp_path, monkeypatch)
     assert sum(len(a & b) for a, b in pairs) > 0.97 * sum(len(a) for a, _ in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

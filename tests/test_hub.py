@@ -51,6 +51,7 @@ def read(answer, name):
     return (Path(answer["path"]) / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_fetches_what_a_model_needs_and_no_more(hub, fetch):
     answer = fetch()
     assert read(answer, "model.safetensors") == WEIGHTS
@@ -58,11 +59,13 @@ def test_fetches_what_a_model_needs_and_no_more(hub, fetch):
     assert answer["path"].endswith(hub.commit("main"))
 
 
+@pytest.mark.slow
 def test_revision_and_cache_when_offline(fetch):
     assert read(fetch(revision="old"), "config.json") == b'{"old": 1}'
     assert read(fetch(revision="old", env={"HF_HUB_OFFLINE": "1"}), "config.json") == b'{"old": 1}'
 
 
+@pytest.mark.slow
 def test_resumes_after_a_cut_connection(hub, fetch):
     hub.cut["model.safetensors"] = 15_000_000
     answer = fetch()
@@ -73,6 +76,7 @@ def test_resumes_after_a_cut_connection(hub, fetch):
     assert any(given and int(given.removeprefix("bytes=").split("-")[0]) > 0 for given in ranges)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "options", "text"),
     [
@@ -92,11 +96,13 @@ def test_failures_are_one_line_errors(hub, fetch, change, options, text):
     assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_the_token_is_sent(hub, fetch):
     hub.token = "secret"
     assert read(fetch(token="secret"), "config.json") == b"{}"
 
 
+@pytest.mark.slow
 def test_a_connection_that_always_breaks_is_a_one_line_error(hub, fetch):
     hub.cut["model.safetensors"], hub.always_cut = 1_000_000, True
     error = fetch()["error"]
@@ -104,6 +110,7 @@ def test_a_connection_that_always_breaks_is_a_one_line_error(hub, fetch):
     assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_a_release_is_refused_before_its_weights_are_fetched(hub, fetch, tmp_path):
     code = CODE.replace("import fetch", "import resolve_converted as fetch")
     assert "dsv2 quantize org/model" in fetch(code=code)["error"]

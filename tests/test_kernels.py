@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,7 @@ def test_quantised_padding_is_zero(native, format):
     assert torch.equal(values[:, 70:], torch.zeros(8, 58))
 
 
+@pytest.mark.slow
 def test_nano_answers_as_on_the_reference(native):
     """Greedy answers agree wherever the reference's two best tokens are further apart than the kernels' tolerance."""
     questions = ["What is a violin?", "What is a river?", "Write me a poem."]
@@ -301,8 +303,9 @@ def test_nano_answers_as_on_the_reference(native):
         assert compared > 30
 
 
-def test_perplexity_of_nano_is_unchanged(native):
-    """To 0.5 %, on answers sampled from the reference."""
+@cache
+def sampled_answers() -> list[tuple[int, list[int]]]:
+    """Answers of nano on the reference: the length of the prompt, and the ids of prompt and answer."""
     words = ("violin", "river", "doctor", "hammer", "bread", "piano", "dog", "water", "house", "tree", "stone", "king")
     with kernels(cpu.REFERENCE):
         llm, texts = dsv2_local.load(), []
@@ -310,15 +313,24 @@ def test_perplexity_of_nano_is_unchanged(native):
             prompt = llm.tokenizer.encode_chat([{"role": "user", "content": f"What is a {word}?"}])
             steps = llm.generate(prompt, max_tokens=40, temperature=1.0, top_p=1.0, seed=seed)
             texts.append((len(prompt), prompt + [step.token_id for step in steps if step.token_id is not None]))
+    return texts
 
-    def perplexity(variant: str) -> float:
-        with kernels(variant):
-            llm, logprobs = dsv2_local.load(), []
-            for prompt, ids in texts:
-                found = llm.logits(ids)[prompt - 1 : -1].log_softmax(1)
-                logprobs.append(found.gather(1, torch.tensor(ids[prompt:])[:, None]))
-        return float(torch.cat(logprobs).mean().neg().exp())
 
+@cache
+def perplexity(variant: str) -> float:
+    """Of `sampled_answers`."""
+    texts = sampled_answers()
+    with kernels(variant):
+        llm, logprobs = dsv2_local.load(), []
+        for prompt, ids in texts:
+            found = llm.logits(ids)[prompt - 1 : -1].log_softmax(1)
+            logprobs.append(found.gather(1, torch.tensor(ids[prompt:])[:, None]))
+    return float(torch.cat(logprobs).mean().neg().exp())
+
+
+@pytest.mark.slow
+def test_perplexity_of_nano_is_unchanged(native):
+    """To 0.5 %, on answers sampled from the reference."""
     assert perplexity(native.variant) == pytest.approx(perplexity(cpu.REFERENCE), rel=0.005)
 
 
@@ -397,6 +409,7 @@ def test_functions_that_can_be_recorded_are_known_from_the_library(native):
     assert not native._recordable.keys() & cpu._RESULTS.keys()
 
 
+@pytest.mark.slow
 def test_sanitizers(tmp_path):
     """tools/sanitize with AddressSanitizer and UndefinedBehaviorSanitizer; run it by hand for ThreadSanitizer."""
     root = Path(__file__).parent.parent

@@ -61,6 +61,7 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     assert_close(loaded(source, tmp_path).logits(ids), transformers_logits(source, ids))
 
 
+@pytest.mark.slow
 def test_logits_equal_those_of_transformers_far_beyond_the_original_context(tmp_path):
     changes = {**GROUPS, "rope_parameters": yarn(0.707, 0.707), "num_hidden_layers": 2, "num_attention_heads": 2}
     source = save_random(tmp_path / "source", num_key_value_heads=2, **{"hub_shape": True, **changes})

@@ -104,6 +104,7 @@ def run_random_schedule(records: dict[int, Tensor], seed: int, faults: bool) -> 
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faults", [False, True])
 def test_random_placements_do_not_change_the_result(records, faults):
     """`DSV2_SCHEDULES` sets the number of steps; docs/log.md reports a run with 100,000."""

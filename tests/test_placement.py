@@ -134,6 +134,7 @@ def test_a_damaged_file_of_warm_experts_is_ignored(damage):
     assert warm_experts.load("f", [1], 2) == [(1, 0), (1, 1)]
 
 
+@pytest.mark.slow
 def test_costs_are_measured_once_and_stored():
     with loaded(costs=None, on=devices(7)) as model:
         first = model.experts.devices[0].costs
@@ -223,6 +224,7 @@ def test_errors_of_torch_about_gpus_are_typed_and_the_model_stays_usable(expecte
     assert answer(model) == expected
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_a_copy_leaves_a_model_that_answers(tmp_path, expected):
     """In a separate process, with copies that are slow enough to be interrupted."""
     script = tmp_path / "script.py"

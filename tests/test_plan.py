@@ -189,6 +189,7 @@ def test_invalid_sizes_are_refused(text):
         size("--ram", text)
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_tables_and_errors(tmp_path):
     options = ["plan", "deepseek-v2", "--vram", "24GiB,24GiB", "--ram", "192GiB", "--context", "128K"]
     done = dsv2(*options, "--json")

@@ -77,6 +77,7 @@ def test_every_command_is_run_or_skipped_for_a_reason():
     assert sorted(commands()) == sorted([*run, *SKIPPED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "prints"), RUN)
 def test_it_runs(command, prints, folder):
     if "jq" in command and shutil.which("jq") is None:

@@ -58,6 +58,7 @@ def computed(of: Transformer, tokens: list[int], kind: CacheDtype = CacheDtype.B
 TOKENS = [(7 * i * i + 3) % 199 for i in range(40)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CONFIGS)
 @pytest.mark.parametrize("recipe", [Recipe.NF4, Recipe.MIXED, Recipe.INT8])
 def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
@@ -179,6 +180,7 @@ def test_calls_of_other_threads_are_not_recorded():
     assert recording.names == ["rms_norm", "linear"]
 
 
+@pytest.mark.slow
 def test_recording_does_not_import_the_compiler():
     """Importing torch's compiler would delay the first answer by a second."""
     code = (

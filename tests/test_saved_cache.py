@@ -97,6 +97,7 @@ def test_a_file_of_version_1_is_read_and_what_a_killed_save_left_goes(tmp_path):
     assert model.load_cache(path) == len(model.engine.tokens) > 0
 
 
+@pytest.mark.slow
 def test_a_script_reads_a_book_once(tmp_path):
     book, path = tmp_path / "book.txt", tmp_path / "book.cache"
     book.write_text(BOOK)
@@ -125,6 +126,7 @@ def test_a_script_reads_a_book_once(tmp_path):
     assert path.read_text() == "not a cache"
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves_the_old_file_stays(tmp_path):
     path = tmp_path / "book"
     model = llm.load()

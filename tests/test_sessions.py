@@ -193,6 +193,7 @@ def test_what_is_no_session_of_this_model_is_refused(nano, state):
     refused("not a session: it has no conversation")
 
 
+@pytest.mark.slow
 def test_a_session_is_not_replaced_by_a_cache(nano, state):
     talk(nano, QUESTIONS[0], session="s")
     before = (state / "s.safetensors").read_bytes()
@@ -202,6 +203,7 @@ def test_a_session_is_not_replaced_by_a_cache(nano, state):
     assert (state / "s.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_sessions_are_listed_and_deleted(nano, state):
     done = dsv2("sessions")
     assert (done.returncode, done.stdout) == (0, b"")
@@ -236,6 +238,7 @@ def test_sessions_are_listed_and_deleted(nano, state):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves_the_old_session_stays(nano, state):
     chat, _ = talk(nano, QUESTIONS[0], session="s")
     path = state / "s.safetensors"
@@ -302,6 +305,7 @@ def terminals() -> Iterator[list[pexpect.spawn]]:
         child.close(force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("leave", "code"), [("\x04", 0), (signal.SIGTERM, 128 + 15), (signal.SIGHUP, 128 + 1)])
 def test_a_session_is_saved_however_the_chat_ends(nano, terminals, leave, code):
     child = spawn("--session", "s")
@@ -368,6 +372,7 @@ Engine._prefill = slow
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_prompt_is_read_keeps_what_was_read(terminals):
     child = spawn(code=SLOW)
     terminals.append(child)
@@ -386,6 +391,7 @@ def test_ctrl_c_while_a_prompt_is_read_keeps_what_was_read(terminals):
     child.expect(rf"prompt [0-9,]+ tokens, reused {read},")
 
 
+@pytest.mark.slow
 def test_a_script_stopped_while_it_reads_keeps_what_was_read(tmp_path):
     book, cache = tmp_path / "book", tmp_path / "cache"
     book.write_text("A violin is a bowed instrument. " * 100)
@@ -416,6 +422,7 @@ def test_a_script_stopped_while_it_reads_keeps_what_was_read(tmp_path):
     assert json.loads(dsv2(*arguments, "--cache", cache).stdout)["reused_tokens"] == plain["prompt_tokens"] - 1
 
 
+@pytest.mark.slow
 def test_a_session_needs_a_terminal_and_a_name():
     for options, said in ((["--session", "s"], b"needs a terminal"), (["--session", "a/b"], b"cannot name a session")):
         done = dsv2("chat", *options, stdin=b"hello")
@@ -423,6 +430,7 @@ def test_a_session_needs_a_terminal_and_a_name():
         assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_in_a_terminal_a_full_context_offers_and_a_refused_session_is_one_line(terminals, state):
     child = spawn("--context", "60", "--max-tokens", "30")
     terminals.append(child)

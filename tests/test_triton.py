@@ -92,6 +92,7 @@ def test_experts(format, tokens):
     check.experts(DEVICE, FP32, format, 100, 44, tokens, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 25])
 def test_experts_in_bf16(tokens):
     check.experts(DEVICE, BF16, Format.NF4, 100, 44, tokens, 5)
@@ -115,12 +116,14 @@ def test_combine(dtype):
 SMALL, MANY_HEADS = (16, 8, 8, 40, 24), (128, 8, 4, 16, 8)  # H, N, P, C, V
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absorb", [True, False])
 @pytest.mark.parametrize(("tokens", "cached"), [(1, 70), (3, 100), (5, 0)])
 def test_attention(tokens, cached, absorb):
     check.attention(DEVICE, FP32, (Format.INT8, Format.NF4), SMALL, tokens, cached, absorb)
 
 
+@pytest.mark.slow
 def test_attention_of_128_heads():
     check.attention(DEVICE, FP32, (Format.INT8, Format.BF16), MANY_HEADS, 1, 40, absorb=True)
 
@@ -156,6 +159,7 @@ def test_route(changes, grouped):
     check.route(DEVICE, 7, 30, 5, **changes, **grouped)
 
 
+@pytest.mark.slow
 def test_all_kernels_compile_for_a_gpu():
     """The interpreter accepts code that the compiler rejects; compiling needs no GPU."""
     tool = Path(__file__).parent.parent / "tools/compile_triton.py"

@@ -16,7 +16,7 @@ from dsv2_local.commands.bench.settings import BenchOptions, BenchPlan, settle
 from dsv2_local.commands.bench.subject import prepare
 from dsv2_local.commands.bench.timing import StatusLine
 from dsv2_local.commands.console import notice
-from dsv2_local.commands.run import gather_prompt
+from dsv2_local.commands.run_options import gather_prompt
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
 from dsv2_local.machine import measurements
