@@ -51,7 +51,6 @@ setup(
     packages=packages(),
     package_dir={f"dsv2_local.{name}": name for name in TOP_LEVEL},
     cmdclass={"build_py": BuildPy},
-    options={"build_ext": {"parallel": True}},  # the variants are compiled at the same time
     ext_modules=[
         Extension(
             f"dsv2_local.kernels.cpu._{variant}",
