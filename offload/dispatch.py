@@ -27,7 +27,7 @@ class Dispatch:
             groups: the chosen experts, each in one group. With several tokens, groups may hold other experts too.
         """
         members = [*chain.from_iterable(groups)]
-        if len(ids) == 1:  # a shortcut for decoding, hundreds of times a second: every chosen expert has one pair
+        if len(ids) == 1:  # every chosen expert has one pair, so nothing needs sorting, which is faster
             position = dict(zip(members, range(len(members)), strict=True))
             self.tokens, self.experts = np.zeros(len(members), dtype=np.int64), np.array(members, dtype=np.int64)
             self.rows = np.array([[position[expert] for expert in ids[0].tolist()]])

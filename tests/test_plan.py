@@ -24,7 +24,7 @@ from dsv2_local.machine import measurements
 from dsv2_local.offload.forecast import forecast, notes
 from dsv2_local.offload.plan import Plan, make_plan
 from dsv2_local.offload.plan_request import RATES, Machine, Mode, PlanRequest, Rates
-from dsv2_local.offload.sizes import GIB
+from dsv2_local.offload.sizes import GIB, STAGING_BUFFERS
 from dsv2_local.options import size
 from dsv2_local.quant.schema import Recipe
 from tests.models import TINY
@@ -189,6 +189,24 @@ def test_invalid_sizes_are_refused(text):
         size("--ram", text)
 
 
+def test_the_mode_is_decided_by_the_plan():
+    """AUTO comes to what the memory allows; nothing that is decided is AUTO."""
+    for vram, mode in (((), Mode.CPU), ((4 * GIB,), Mode.HYBRID), ((64 * GIB,), Mode.GPU)):
+        assert make_plan(PlanRequest(LITE, Recipe.NF4, 8192), Machine(vram, 64 * GIB)).mode is mode
+    request = PlanRequest(LITE, Recipe.NF4, 8192, experts=Mode.STREAM)
+    streamed = make_plan(request, Machine((4 * GIB,), 64 * GIB))
+    assert (streamed.mode, streamed.offloads) == (Mode.STREAM, True)
+    assert streamed.gpus[0].parts["staging"] == STAGING_BUFFERS * streamed.staging_experts * streamed.expert_bytes
+
+
+def test_the_old_spelling_of_the_cache_type_still_works():
+    options = ["plan", "deepseek-v2-lite", "--ram", "64GiB", "--vram", "0", "--json"]
+    old, new = dsv2(*options, "--cache", "int8"), dsv2(*options, "--cache-type", "int8")
+    assert json.loads(old.stdout) == json.loads(new.stdout)
+    assert json.loads(new.stdout)["cache"] == "int8"
+    assert b"--cache-type" in old.stderr
+
+
 @pytest.mark.slow
 def test_the_command_prints_json_tables_and_errors(tmp_path):
     options = ["plan", "deepseek-v2", "--vram", "24GiB,24GiB", "--ram", "192GiB", "--context", "128K"]
@@ -196,6 +214,9 @@ def test_the_command_prints_json_tables_and_errors(tmp_path):
     printed = json.loads(done.stdout)
     assert [memory["name"] for memory in printed["memories"]] == ["GPU 0", "GPU 1", "RAM"]
     assert printed["experts"]["all"] == 9440
+    decided = {name: printed["experts"][name] for name in ("mode", "staging_buffers", "staging_experts")}
+    assert decided == {"mode": "hybrid", "staging_buffers": 3, "staging_experts": 26}
+    assert printed["prefill_chunk"] == 8192
     text = dsv2(*options).stdout.decode()
     assert "layers 30 to 59" in text
     assert "expert slots" in text
