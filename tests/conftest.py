@@ -22,6 +22,11 @@ from dsv2_local.kernels import cpu
 from dsv2_local.runtime import random_weights
 
 
+def pytest_xdist_auto_num_workers() -> int | None:
+    """On a machine with a GPU one process runs all tests: several would share its memory, and tune kernels at once."""
+    return 0 if torch.cuda.is_available() else None  # None: a worker per core
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slowest tests come first, so that no worker is left with one in the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
