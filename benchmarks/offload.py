@@ -32,12 +32,12 @@ from dsv2_local.offload.expert_slots import ExpertSlots
 from dsv2_local.offload.offloaded_experts import DeviceExperts, OffloadedExperts
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.simulated_device import SimulatedDevice
+from dsv2_local.offload.sizes import GB
 
 LAYOUT = ExpertLayout(Format.NF4, 2048, 1408)
 EXPERTS, PER_TOKEN, LAYERS = 64, 6, 4
 TOKENS, PROMPT = 12, 512
 REPEATS = 20  # measurements of the overhead; the best one counts
-GB = 10**9
 SPEEDS = [(0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (0.25, 1.0), (2.0, 2.0)]  # GB/s of the PCIe link and of the CPU
 
 

@@ -32,7 +32,7 @@ from dsv2_local.runtime.cache import bytes_per_token
 from dsv2_local.runtime.engine import Engine, GeneratedToken, Request, Stats
 from dsv2_local.runtime.sampling_params import GenerationConfig
 from dsv2_local.text.chat_template import Message
-from dsv2_local.text.detokenizer import Detokenizer, StopFilter
+from dsv2_local.text.stream import TextStream
 from dsv2_local.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = (CacheDtype.BF16, CacheDtype.INT8)
@@ -67,7 +67,7 @@ class Generation(Iterator[Chunk]):
         stats: the statistics so far; complete after the last chunk.
     """
 
-    def __init__(self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: "TextStream") -> None:
+    def __init__(self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: TextStream) -> None:
         self.stats = Stats()
         self.text = ""
         self._chunks = self._run(tokens, text)
@@ -82,7 +82,7 @@ class Generation(Iterator[Chunk]):
         self._chunks.close()
 
     def _run(
-        self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: "TextStream"
+        self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: TextStream
     ) -> PyGenerator[Chunk, None, None]:
         for generated in tokens(self.stats):
             yield Chunk(text.push(generated.token), generated.token, generated.logprob, generated.top_logprobs)
@@ -268,42 +268,6 @@ class LLM:
         tokens = partial(self.engine.generate, request, progress=progress)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         return Generation(tokens, TextStream(self._tokenizer, self._end_tokens, stops, strip))
-
-
-class TextStream:
-    """Turns generated tokens into the text to show: detokenised, cut at stop strings, without end tokens."""
-
-    def __init__(self, tokenizer: Tokenizer | None, end: frozenset[int], stops: list[str], strip: bool) -> None:
-        if stops and tokenizer is None:
-            raise InputError("stop strings need a tokenizer, and this checkpoint has none")
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self._filter = StopFilter(stops)
-        self._end = end
-        self._at_start = strip
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has appeared."""
-        return self._filter.stopped
-
-    def push(self, token: int) -> str:
-        """Return the text that is final with this token; always empty without a tokenizer."""
-        if self._detokenizer is None or token in self._end:
-            return ""
-        return self._strip(self._filter.push(self._detokenizer.push(token)))
-
-    def flush(self) -> str:
-        """Return the text that is still held back, after the last token."""
-        if self._detokenizer is None:
-            return ""
-        return self._strip(self._filter.push(self._detokenizer.flush()) + self._filter.flush())
-
-    def _strip(self, text: str) -> str:
-        """Remove white space before the first visible character of the answer."""
-        if self._at_start:
-            text = text.lstrip()
-            self._at_start = not text
-        return text
 
 
 def load(

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from dsv2_local.errors import DeviceError, DeviceMemoryError
 from dsv2_local.offload.device import Event
+from dsv2_local.offload.sizes import GB
 
 POISON = 0xFF
 """Byte whose repetition is NaN as an fp16 scale, and so makes every result NaN."""
-
-GB = 10**9
 
 
 class SimulatedEvent:

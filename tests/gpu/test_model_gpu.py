@@ -39,8 +39,8 @@ def loaded(mode: Mode, slots: int = 0, dtype: torch.dtype = FP32, context: int =
     """dsv2-nano on GPU 0, with a memory limit that leaves room for `slots` experts."""
     vram = None
     if mode in (Mode.HYBRID, Mode.STREAM):
-        wish = replace(llm.load(context=context).plan.request, experts=Mode.STREAM)
-        made = make_plan(wish, Machine((1 << 34,), 1 << 40))
+        request = replace(llm.load(context=context).plan.request, experts=Mode.STREAM)
+        made = make_plan(request, Machine((1 << 34,), 1 << 40))
         (gpu,) = made.gpus
         fixed = sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots"))
         vram = [CONTEXT_BYTES + fixed + slots * made.expert_bytes + 1]
