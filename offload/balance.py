@@ -58,8 +58,6 @@ def streaming_pays(
         costs: seconds for one expert on this machine.
         shared: whether the missing experts are split with the CPU; False if all of them are copied.
     """
-    if tokens == 1:  # its few experts arrive sooner than the whole layer
-        return False
     # Distinct experts that the step is expected to choose if routing is even.
     chosen = experts * (1 - (1 - per_token / experts) ** tokens)
     missed = round(chosen * (1 - resident))

@@ -152,6 +152,8 @@ class DeviceExperts:
         return lambda: self._finish(finish, layer, x, ids, weights)
 
     def _streams(self, layer: int, tokens: int, per_token: int) -> bool:
+        if tokens == 1:  # its few experts arrive sooner than the whole layer; counting residents would only delay them
+            return False
         experts = len(self.records[layer])
         resident = sum(self.slots.cache.peek((layer, expert)) is not None for expert in range(experts)) / experts
         shared = self.mode is not Mode.STREAM
