@@ -1,4 +1,4 @@
-"""The computations of the benchmarks themselves: statistics, filler texts, and caches."""
+"""The computations of the benchmarks themselves: statistics, filler texts, caches, and the models of transformers."""
 
 import math
 import sys
