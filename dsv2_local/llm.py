@@ -250,13 +250,22 @@ class LLM:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         return self._generation(ids, strip=False, **options)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Generation:
         """Answer a conversation: messages with `role` (system, user or assistant) and `content`.
 
+        `tools` and `documents` are for chat templates that know them, as in transformers' `apply_chat_template`.
         Options and errors are those of `generate`. White space before the first word of the answer is removed: the
         chat template inserts its own when the answer becomes part of the next prompt.
         """
-        return self._generation(self.tokenizer.encode_chat(messages), strip=True, **options)
+        ids = self.tokenizer.encode_chat(messages, tools=tools, documents=documents)
+        return self._generation(ids, strip=True, **options)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Number of tokens of the prompt that `chat` makes of `messages`."""
