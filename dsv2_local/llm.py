@@ -304,6 +304,7 @@ def load(
     threads: int | None = None,
     progress: Progress = no_progress,
     preparing: Progress = no_progress,
+    verifying: Progress = no_progress,
 ) -> LLM:
     """Load a converted checkpoint.
 
@@ -322,6 +323,8 @@ def load(
         progress: called with (bytes done, total bytes) while experts are copied to page-locked RAM.
         preparing: called with (steps done, total steps) while GPU kernels are compiled and tuned, which takes half a
             minute the first time on a machine.
+        verifying: called with (bytes done, total bytes) while downloaded files are compared with their checksums, which
+            happens once.
 
     Raises:
         CheckpointError: not a converted checkpoint, or a damaged one.
@@ -337,7 +340,7 @@ def load(
     devices = _devices(checked("device", device, Text(), InputError))
     if vram is not None:
         vram = [checked("vram", size, Number(0, whole=True), InputError) for size in _listed("vram", vram)]
-    directory = bundled_model() if model is None else hub.resolve_converted(str(model))
+    directory = bundled_model() if model is None else hub.resolve_converted(str(model), verifying)
 
     def load_on(devices: list[Device]) -> LLM:
         activations = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)

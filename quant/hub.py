@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv2_local.errors import HubError, InputError
+from dsv2_local.progress import Progress, no_progress
 from dsv2_local.quant.checkpoint import is_checkpoint
+from dsv2_local.quant.checksums import verify_once
 
 DESCRIPTION = ("*.json",)
 EVERYTHING = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*", "README.md")
@@ -38,10 +40,14 @@ def resolve(
     return fetch(model, patterns, revision=revision, token=token)
 
 
-def resolve_converted(model: str) -> Path:
+def resolve_converted(model: str, verifying: Progress = no_progress) -> Path:
     """The directory of a converted model; fetches weights only after checking that the repository is converted.
 
+    What was downloaded is compared with the checksums of the conversion before its first use; `verifying` is called
+    with (bytes done, bytes in all).
+
     Raises:
+        CheckpointError: a downloaded file differs from its checksum.
         InputError: `model` is neither a directory nor the name of a repository.
         HubError: the repository cannot be fetched, or holds a release that must be converted first.
     """
@@ -50,7 +56,9 @@ def resolve_converted(model: str) -> Path:
         return directory
     if not is_checkpoint(directory):
         raise HubError(f"{model} is not a converted checkpoint; convert it: dsv2 quantize {model} DIRECTORY")
-    return fetch(model)
+    directory = fetch(model)
+    verify_once(directory, verifying)
+    return directory
 
 
 def fetch(
