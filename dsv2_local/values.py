@@ -103,6 +103,19 @@ class Object:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """A list of numbers."""
+
+    each: Number
+
+    def read(self, value: Any) -> tuple[Any, ...]:
+        """See `Value`."""
+        if not isinstance(value, list):
+            raise ValueError(f"must be a list, not {shown(value)}")
+        return tuple(self.each.read(item) for item in value)
+
+
+@dataclass(frozen=True)
 class TokenIds:
     """A token id or a list of them, below the size of the vocabulary."""
 

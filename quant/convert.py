@@ -38,7 +38,7 @@ from dsv2_local.quant.checkpoint import (
 from dsv2_local.quant.pieces import ConversionPlan, Piece, check_tensors
 from dsv2_local.quant.quantize import quantize
 from dsv2_local.quant.schema import FORMAT_VERSION, Recipe
-from dsv2_local.quant.source import Source
+from dsv2_local.quant.source import Source, inside
 
 MAX_WORKERS = 16
 FP16_MAX = 65504.0
@@ -97,6 +97,7 @@ def convert(
         CheckpointError: a tensor or file of the source is missing, unknown, truncated, corrupt or not finite.
         ConfigError: the model is not supported.
     """
+    inside(source_dir, "config.json")
     raw = read_config_json(source_dir)
     config = parse_config(raw, str(source_dir / "config.json"))
     _check_destination(source_dir, destination, force)
@@ -222,7 +223,7 @@ def _recorded(directory: Path, fingerprint: str, force: bool) -> dict[str, FileR
         raw = json.loads(path.read_text(encoding="utf-8"))
         records = {name: FileRecord(**record) for name, record in raw["files"].items()}
         same = raw["fingerprint"] == fingerprint
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         records, same = {}, False
     if not same and not force:
         raise ConversionError(
@@ -253,7 +254,8 @@ def _write_small_files(source_dir: Path, directory: Path, raw: dict[str, Any], r
     config = json.dumps({**raw, "quantization_config": quantisation}, indent=2, ensure_ascii=False) + "\n"
     contents = {"config.json": config.encode()}
     for pattern in COPIED:
-        contents |= {path.name: path.read_bytes() for path in source_dir.glob(pattern) if path.is_file()}
+        names = [path.name for path in source_dir.glob(pattern) if path.is_file()]
+        contents |= {name: inside(source_dir, name).read_bytes() for name in names}
     for name, content in contents.items():
         _write_durably(directory / name, content)
     return {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}

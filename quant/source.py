@@ -7,7 +7,6 @@ the memory of a conversion must not grow with the model.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -18,9 +17,12 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import CheckpointError
+from dsv2_local.model_files import parse_object, read_object
+from dsv2_local.values import Fields, Number, Numbers, Object, Text, checked, shown
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
+_SIZES = Numbers(Number(0, 2**50, whole=True))
 MAX_HEADER = 100_000_000  # limit of the safetensors format
 
 
@@ -103,19 +105,42 @@ def _files(directory: Path) -> list[Path]:
     """The shards that the index lists, or all safetensors files if there is no index."""
     index = directory / INDEX
     if not index.is_file():
-        files = sorted(directory.glob("*.safetensors"))
+        files = sorted(inside(directory, path.name) for path in directory.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{directory} has no *.safetensors files (other formats are not read)")
         return files
-    try:
-        names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [directory / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error!r}") from None
+    found = Fields(read_object(index, CheckpointError) or {}, str(index), CheckpointError)
+    weights = found.get("weight_map", Object())
+    if not weights:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    names = {found.read(f"weight_map of {shown(tensor)}", name, Text()) for tensor, name in weights.items()}
+    files = [inside(directory, name) for name in sorted(names)]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is listed in {INDEX} but missing; download it again")
     return files
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a source's file, which must be in its directory, or in the hub cache that the directory is part of.
+
+    Raises:
+        CheckpointError: `name` or a link leads elsewhere, so that a conversion would copy what is not the model's.
+    """
+    path = directory / name
+    real = path.resolve()
+    in_blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith(
+        "models--"
+    )  # huggingface_hub's layout
+    if (
+        Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or not (in_blobs or real.is_relative_to(directory.resolve()))
+    ):
+        raise CheckpointError(
+            f"{path} leads out of {directory}, to {real}; put the file itself there if it is the model's"
+        )
+    return path
 
 
 def _read_header(file: Path) -> list[SourceTensor]:
@@ -126,22 +151,24 @@ def _read_header(file: Path) -> list[SourceTensor]:
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{file} is truncated or not a safetensors file; download it again")
         text = handle.read(length)
-    try:
-        raw = json.loads(text)
-        raw.pop("__metadata__", None)
-        tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} has a corrupt header ({error!r}); download it again") from None
+    raw = parse_object(text, f"the header of {file}", CheckpointError)
+    raw.pop("__metadata__", None)
+    tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)
     _check_offsets(file, tensors, size)
     return tensors
 
 
-def _tensor(file: Path, data: int, name: str, entry: dict[str, Any]) -> SourceTensor:
-    shape, (start, end) = tuple(map(int, entry["shape"])), entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
+def _tensor(file: Path, data: int, name: str, entry: Any) -> SourceTensor:
+    where = f"{file}: {name}"
+    found = Fields(checked(where, entry, Object(), CheckpointError), where, CheckpointError)
+    shape, offsets = found.get("shape", _SIZES), found.get("data_offsets", _SIZES)
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise CheckpointError(f"{where} has no shape or no data_offsets; download the file again")
+    start, end = offsets
+    stored = found.get("dtype", Text())
+    dtype = DTYPES.get(stored)
     if dtype is None:
-        supported = ", ".join(DTYPES)
-        raise CheckpointError(f"{file}: {name} is {entry['dtype']}, which is not supported (only {supported})")
+        raise CheckpointError(f"{where} is {stored}, which is not supported (only {', '.join(DTYPES)})")
     if end - start != prod(shape) * dtype.itemsize or start < 0:
         raise CheckpointError(f"{file}: {name} has {end - start} bytes, which does not match its shape {shape}")
     return SourceTensor(name, file, dtype, shape, data + start)

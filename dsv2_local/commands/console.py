@@ -4,12 +4,16 @@ stdout is for the model's text and for tables; everything else goes to stderr. r
 so that `dsv2 --help` stays fast.
 """
 
+import json
+import math
 import sys
 import threading
 import time
 from collections import deque
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from dsv2_local.errors import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +30,22 @@ RECENT = 9
 """Number of latest calls over which the rate is measured, since prefill slows down as the context grows."""
 
 
+def json_text(value: Any, **layout: Any) -> str:
+    """A value as JSON, which knows no NaN and no infinity: they become null. `layout` is for `json.dumps`."""
+    return json.dumps(_of_json(value), allow_nan=False, **layout)
+
+
+def _of_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _of_json(item) for key, item in value.items()}
+    return [_of_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def notice(text: str) -> None:
     """Print one line on stderr."""
-    print(f"dsv2: {text}", file=sys.stderr, flush=True)
+    print(f"dsv2: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def report_console() -> "Console":
@@ -36,6 +53,10 @@ def report_console() -> "Console":
     from rich.console import Console
 
     class ReportConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            """Lines may have names from files in them."""
+            super().print(*(one_line(text) if isinstance(text, str) else text for text in objects), **options)
+
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 

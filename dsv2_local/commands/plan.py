@@ -1,6 +1,5 @@
 """`dsv2 plan`: which memory would hold what of a model, here or on another machine, and how fast it would run."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.released import read_config, stored_recipe
-from dsv2_local.commands.console import notice, report_console
+from dsv2_local.commands.console import json_text, notice, report_console
 from dsv2_local.errors import InputError
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.machine import measurements
@@ -52,7 +51,7 @@ def run(options: PlanOptions, as_json: bool) -> None:
     """
     plan = make_plan(_plan_request(options), _machine(options))
     if as_json:
-        sys.stdout.write(json.dumps(facts(options, plan), indent=2) + "\n")
+        sys.stdout.write(json_text(facts(options, plan), indent=2) + "\n")
     else:
         _show(options, plan)
     for note in forecast.notes(plan):

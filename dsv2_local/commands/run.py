@@ -1,6 +1,5 @@
 """`dsv2 run`: a prompt from arguments, files and standard input; stdout gets the answer and nothing else."""
 
-import json
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,6 +8,7 @@ from dsv2_local.commands.console import (
     describe_experts,
     describe_stats,
     describe_stop,
+    json_text,
     notice,
     prompt_progress,
 )
@@ -82,7 +82,7 @@ def _finish(
     llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
 ) -> None:
     if options.json:
-        _write(out, json.dumps(_as_json(llm, options, generation, chunks), ensure_ascii=False) + "\n")
+        _write(out, json_text(_as_json(llm, options, generation, chunks), ensure_ascii=False) + "\n")
     elif not options.stream:
         _write(out, generation.text)
     if not options.json and out.isatty():
