@@ -108,9 +108,13 @@ class GenerationOptions:
         float | None,
         typer.Option(help="Subtracted each time that a token occurs in the answer.", rich_help_panel=_PANEL),
     ] = None
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.", rich_help_panel=_PANEL)] = (
-        None
-    )
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The same seed repeats the answer, as far as rounding does: a reused prefix may change it.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(help="End the answer before this string; may be given several times.", rich_help_panel=_PANEL),

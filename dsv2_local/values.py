@@ -62,11 +62,10 @@ class Number:
 
     @property
     def _range(self) -> str:
+        least, most = _plainly(self.least), _plainly(self.most)
         if self.most == inf:
-            return f"{'above' if self.above else 'at least'} {self.least:,}"
-        if self.above:
-            return f"above {self.least:,} and at most {self.most:,}"
-        return f"between {self.least:,} and {self.most:,}"
+            return f"{'above' if self.above else 'at least'} {least}"
+        return f"above {least} and at most {most}" if self.above else f"between {least} and {most}"
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,10 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except Exception:  # whatever a foreign object's __repr__ raises
         return f"a {type(value).__name__}"
+
+
+def _plainly(number: float) -> str:
+    return f"{int(number):,}" if abs(number) < LARGEST_SHOWN and number == int(number) else f"{number:g}"
 
 
 def _integer(value: Any) -> int | None:

@@ -1,5 +1,6 @@
 """Fetch models from the Hugging Face hub; resuming, cache, token and endpoint are those of huggingface_hub."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
+def _is_directory(name: str) -> bool:
+    return os.path.isdir(name)  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
+
+
 def resolve(
     model: str, patterns: Sequence[str] = EVERYTHING, *, revision: str | None = None, token: str | None = None
 ) -> Path:
@@ -33,7 +38,7 @@ def resolve(
         InputError: `model` is neither a directory nor the name of a repository.
         HubError: the repository cannot be fetched.
     """
-    if Path(model).is_dir():
+    if _is_directory(model):
         return Path(model)
     if not is_repository(model):
         raise InputError(f"{model} is neither a directory nor a hub repository (owner/name)")
@@ -52,7 +57,7 @@ def resolve_converted(model: str, verifying: Progress = no_progress) -> Path:
         HubError: the repository cannot be fetched, or holds a release that must be converted first.
     """
     directory = resolve(model, DESCRIPTION)
-    if Path(model).is_dir():
+    if _is_directory(model):
         return directory
     if not is_checkpoint(directory):
         raise HubError(f"{model} is not a converted checkpoint; convert it: dsv2 quantize {model} DIRECTORY")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands import quantize
-from dsv2_local.errors import CheckpointError, ConversionError
+from dsv2_local.errors import CheckpointError, ConversionError, Dsv2Error
 from dsv2_local.kernels.layout import expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant import convert as convert_module
@@ -359,3 +359,20 @@ def test_impossible_headers_are_refused(source, tmp_path, header, named):
     with pytest.raises(CheckpointError, match=named) as caught:
         convert(source, tmp_path / "out", recipe=Recipe.BF16)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("generation_config.json", {"eos_token_id": "1"}, "eos_token_id must be a whole number"),
+        ("generation_config.json", {"eos_token_id": 199}, "but vocab_size is 199"),
+        ("tokenizer.json", {}, "tokenizer.json cannot be used"),
+    ],
+)
+def test_a_file_that_cannot_be_used_later_is_told_before_the_conversion(source, tmp_path, file, content, error):
+    (source / file).write_text(json.dumps(content))
+    with pytest.raises(Dsv2Error, match=error):
+        quantize.run(
+            str(source), tmp_path / "out", recipe=Recipe.NF4, check=False, force=False, revision=None, token=None
+        )
+    assert not list(tmp_path.glob("out*"))

@@ -3,8 +3,8 @@
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from typing import Any
 
 from rich.table import Table
@@ -23,7 +23,9 @@ from dsv2_local.offload.plan_request import RATES, Machine, Mode, PlanRequest, R
 from dsv2_local.offload.sizes import GIB, STAGING_BUFFERS
 from dsv2_local.options import one_of, size
 from dsv2_local.quant.schema import Recipe
+from dsv2_local.values import Number
 
+RATE = Number(1e-3, 1e9)  # GB/s or GFLOP/s
 BAR = 64  # width of a memory's bar in characters
 MARKS = "█▓▒░▚▖◆"  # the characters for its parts, in order
 
@@ -89,11 +91,9 @@ def _rates(text: str, others: Rates) -> Rates:
     given = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        try:
-            given[name.strip()] = float(value)
-        except ValueError:
-            given[name.strip()] = 0.0
-        if name.strip() not in RATES or not 0 < given[name.strip()] < inf:
+        with suppress(ValueError):
+            given[name.strip()] = RATE.read(float(value))
+        if name.strip() not in RATES or name.strip() not in given:
             raise InputError(f"--rates {part!r} is not NAME=NUMBER with a name of {', '.join(RATES)}")
     return replace(others, **given)
 

@@ -28,6 +28,8 @@ from dsv2_local.quant.convert import ConversionProgress, Report, convert, finish
 from dsv2_local.quant.hub import resolve
 from dsv2_local.quant.schema import Recipe, parameters
 from dsv2_local.quant.verify import verify
+from dsv2_local.runtime.sampling_params import GenerationConfig
+from dsv2_local.text.tokenizer import Tokenizer
 
 SECONDS_A_LINE = 10.0  # between two lines of progress if stderr is not a terminal
 
@@ -44,6 +46,7 @@ def run(
     """
     local = Path(src).is_dir()
     source = resolve(src, revision=revision, token=token)
+    _check_small_files(source)
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
     spread_memory(os.sched_getaffinity(0))  # over the NUMA nodes, since inference reads it from the page cache next
@@ -61,6 +64,18 @@ def run(
         with _reporting("verifying") as report:
             errors = verify(source, dst, report)
         Console().print(_error_table(errors))
+
+
+def _check_small_files(source: Path) -> None:
+    """Read what loading the result will read, so that an error in it is told before hours of work.
+
+    Raises:
+        ConfigError: config.json or generation_config.json has an impossible value.
+        CheckpointError: a file of the tokenizer does.
+    """
+    GenerationConfig.load(source, load_config(source).vocab_size)
+    if os.path.lexists(source / "tokenizer.json"):
+        Tokenizer(source)
 
 
 def _closing(dst: Path, manifest: Manifest, weights: int, seconds: float) -> str:
