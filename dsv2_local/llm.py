@@ -118,7 +118,7 @@ class LLM:
         experts: the routed experts.
         engine: runs sequences of token ids.
         threads: the CPU threads in use, with a warning if they are more than the cores.
-        notes: what makes the model slower than it could be, and what to do about it.
+        notes: what makes the model slower or its answers longer than they could be, and what to do about it.
     """
 
     def __init__(
@@ -157,8 +157,13 @@ class LLM:
         self.defaults = generation_config.params
         self._tokenizer = Tokenizer(directory) if os.path.lexists(directory / "tokenizer.json") else None
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
-        if self._tokenizer and self._tokenizer.eos_id is not None:
-            self._end_tokens |= {self._tokenizer.eos_id}
+        if self._tokenizer and (eos := self._tokenizer.eos_id) is not None:
+            if eos >= self.config.vocab_size:
+                raise CheckpointError(
+                    f"{directory}: eos_token is token {eos:,} of the tokenizer, but vocab_size is "
+                    f"{self.config.vocab_size:,}; copy the tokenizer of the model's own release"
+                )
+            self._end_tokens |= {eos}
         weights = placement.ModelWeights.of(checkpoint)
         self._placed = (
             placement.place_on_devices(weights, self.plan, list(devices), dtype, costs=costs, progress=progress)
@@ -168,6 +173,10 @@ class LLM:
         self.experts = self._placed.experts
         self._fingerprint = weights.fingerprint or ""
         self.notes = [*filter(None, [ops.gpu_notice(device)]), *forecast.notes(self.plan), *self._placed.notes]
+        if not self._end_tokens:
+            self.notes.append(
+                "no file of the model names an end token, so answers end at --max-tokens or a full context"
+            )
         self.engine = Engine(self._placed.model, request.context, request.cache_dtype, self.plan.chunk)
         self.engine.warm_up(preparing)
 

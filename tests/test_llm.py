@@ -228,6 +228,23 @@ def test_damage_is_named(directory, tmp_path, damage, named):
         dsv2_local.load(copy)
 
 
+def test_an_end_token_that_is_never_met_is_no_end_token(directory, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    assert any("names an end token" in note for note in dsv2_local.load(copy).notes)
+    assert not any("names an end token" in note for note in dsv2_local.load(directory).notes)
+    small = {"vocab_size": 100_000, "bos_token_id": 0, "eos_token_id": None}
+    (copy / "config.json").write_text(json.dumps(config | small))
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="eos_token is token 100,001 of the tokenizer, but vocab_size is 100,000"):
+        dsv2_local.load(copy)
+
+
 def change_manifest(directory: Path, **values: object) -> None:
     path = directory / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
