@@ -8,7 +8,7 @@ from collections.abc import Generator as PyGenerator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Generation(Iterator[Chunk]):
         self.stats = Stats()
         self.text = ""
         self._chunks = self._run(tokens, text)
-        self._lock = Lock()
+        self._lock = RLock()
 
     def __next__(self) -> Chunk:
         with self._lock:
@@ -246,7 +246,7 @@ class LLM:
         """Continue `prompt`: text (BOS is prepended, special tokens in it are parsed) or token ids, used unchanged.
 
         Options; None means the model's default:
-            max_tokens: maximum tokens to generate; default: until an end token or a full context.
+            max_tokens: maximum tokens to generate; default, or -1: until an end token or a full context.
             temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
                 seed: see `SamplingParams`.
             stop: a string, or several; the answer ends before the first one that appears.
@@ -292,6 +292,8 @@ class LLM:
         progress: Progress = no_progress,
         **sampling: Any,
     ) -> Generation:
+        if max_tokens == -1:  # as other programs write "no limit"
+            max_tokens = None
         if max_tokens is not None:
             max_tokens = checked("max_tokens", max_tokens, Number(1, whole=True), InputError)
         if logprobs is not None:

@@ -87,6 +87,12 @@ def test_stop_strings_across_tokens(llm):
     assert generation.stats.finish_reason == "stop"
 
 
+def test_minus_one_is_no_limit(llm):
+    generation = llm.generate([5] * 500, max_tokens=-1, temperature=0)
+    assert len([chunk for chunk in generation if chunk.token_id is not None]) == 13
+    assert generation.stats.context_used == 512
+
+
 def test_an_end_token_ends_the_answer_and_is_not_shown(llm):
     generation = llm.generate(PROMPT, temperature=0, logit_bias={100001: 1e4})
     assert "".join(chunk.text for chunk in generation) == ""
