@@ -19,6 +19,10 @@ _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
 
+class RefusedError(ValueError):
+    """A value is not of the kind that it should be; whoever knows where it stands makes a typed error of it."""
+
+
 class Value(Protocol):
     """A kind of values."""
 
@@ -26,7 +30,7 @@ class Value(Protocol):
         """The value in the type that the program uses.
 
         Raises:
-            ValueError: it is not of this kind; the text continues a sentence that begins with the value's name.
+            RefusedError: it is not of this kind; the text continues a sentence that begins with the value's name.
         """
         ...
 
@@ -50,15 +54,15 @@ class Number:
         """See `Value`; returns an int if `whole`, else a float."""
         number = _integer(value) if self.whole else _number(value)
         if number is None:
-            raise ValueError(f"must be a {'whole number' if self.whole else 'number'}, not {shown(value)}")
+            raise RefusedError(f"must be a {'whole number' if self.whole else 'number'}, not {shown(value)}")
         if not self.least <= number <= self.most or (self.above and number == self.least):
-            raise ValueError(f"must be {self._range}, not {shown(value)}")
+            raise RefusedError(f"must be {self._range}, not {shown(value)}")
         if self.whole:
             return number
         try:
             return float(number)
         except OverflowError:
-            raise ValueError(f"must be a number that a float can hold, not {shown(value)}") from None
+            raise RefusedError(f"must be a number that a float can hold, not {shown(value)}") from None
 
     @property
     def _range(self) -> str:
@@ -75,7 +79,7 @@ class Flag:
     def read(self, value: Any) -> bool:
         """See `Value`."""
         if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, not {shown(value)}")
+            raise RefusedError(f"must be true or false, not {shown(value)}")
         return value
 
 
@@ -86,7 +90,7 @@ class Text:
     def read(self, value: Any) -> str:
         """See `Value`."""
         if not isinstance(value, str):
-            raise ValueError(f"must be text, not {shown(value)}")
+            raise RefusedError(f"must be text, not {shown(value)}")
         return value
 
 
@@ -97,7 +101,7 @@ class Object:
     def read(self, value: Any) -> dict[str, Any]:
         """See `Value`."""
         if not isinstance(value, dict):
-            raise ValueError(f"must be an object, not {shown(value)}")
+            raise RefusedError(f"must be an object, not {shown(value)}")
         return value
 
 
@@ -110,7 +114,7 @@ class Numbers:
     def read(self, value: Any) -> tuple[Any, ...]:
         """See `Value`."""
         if not isinstance(value, list):
-            raise ValueError(f"must be a list, not {shown(value)}")
+            raise RefusedError(f"must be a list, not {shown(value)}")
         return tuple(self.each.read(item) for item in value)
 
 
@@ -125,7 +129,7 @@ class TokenIds:
         each = Number(0, whole=True)
         ids = [int(each.read(id)) for id in (value if isinstance(value, list | tuple) else [value])]
         if wrong := [id for id in ids if id >= self.vocabulary]:
-            raise ValueError(f"names token {shown(wrong[0])}, but vocab_size is {self.vocabulary:,}")
+            raise RefusedError(f"names token {shown(wrong[0])}, but vocab_size is {self.vocabulary:,}")
         return tuple(ids)
 
 
@@ -156,7 +160,7 @@ class Fields:
         """Check a value that belongs to this name. Raises what `get` does."""
         try:
             return kind.read(value)
-        except ValueError as reason:
+        except RefusedError as reason:
             raise self.error(f"{self.where}: {name} {reason}") from None
 
 
@@ -164,7 +168,7 @@ def checked(name: str, value: Any, kind: Value, error: type[Dsv2Error]) -> Any:
     """A value that a caller gave, of this kind. Raises `error`, with the value's name."""
     try:
         return kind.read(value)
-    except ValueError as reason:
+    except RefusedError as reason:
         raise error(f"{name} {reason}") from None
 
 

@@ -13,7 +13,7 @@ from math import floor, inf
 from pathlib import Path, PurePosixPath
 
 from dsv2_local.errors import InputError
-from dsv2_local.values import Number
+from dsv2_local.values import Number, RefusedError
 
 ROOT = Path("/")
 MAX_THREADS = 4096
@@ -105,7 +105,7 @@ def choose_threads(requested: int | None, root: Path = ROOT) -> Threads:
     if requested is not None:
         try:
             requested = int(Number(1, MAX_THREADS, whole=True).read(requested))
-        except ValueError as reason:
+        except RefusedError as reason:
             raise InputError(f"--threads {reason}; leave it out for one per physical core") from None
     affinity = os.sched_getaffinity(0)
     cores, quota = physical_cores(affinity, root), cpu_quota(root)
