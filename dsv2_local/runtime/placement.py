@@ -183,8 +183,8 @@ def _bytes_to_pin(weights: ModelWeights, plan: Plan) -> int:
 
 def _refusal(arena: PinnedArena) -> str:
     return (
-        f"the system allowed {arena.locked / 2**30:,.1f} of {arena.nbytes / 2**30:,.1f} GiB of experts to be page-locked "
-        "(ulimit -l); the others are copied at about half the speed of the PCIe link; raise memlock in "
+        f"the system allowed {arena.locked / 2**30:,.1f} of {arena.nbytes / 2**30:,.1f} GiB of experts to be "
+        "page-locked (ulimit -l); the others are copied at about half the speed of the PCIe link; raise memlock in "
         "/etc/security/limits.conf"
     )
 
