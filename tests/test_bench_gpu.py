@@ -5,21 +5,24 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv2_local import cli, llm
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import parse_config
-from dsv2_local.commands.bench import gpu_case, gpu_rates
+from dsv2_local.commands.bench import gpu_case, gpu_rates, gpu_timing
 from dsv2_local.errors import InputError, PlanError
+from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.machine import measurements
 from dsv2_local.offload import calibration
 from dsv2_local.offload.balance import Costs, Watch
+from dsv2_local.offload.offloaded_experts import OffloadedExperts
 from dsv2_local.offload.pinned import PinnedArena
 from dsv2_local.offload.plan import CONTEXT_BYTES, make_plan
 from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
@@ -28,7 +31,7 @@ from dsv2_local.offload.sizes import GIB
 from dsv2_local.offload.trace import Trace
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
-from dsv2_local.runtime import placement
+from dsv2_local.runtime import gpu_step, placement
 from dsv2_local.runtime.random_weights import Builder, build, first_layers
 from tests.models import TINY, save_random
 from tests.test_bench import quick as quick
@@ -44,16 +47,26 @@ def config(**changes: Any) -> ModelConfig:
     return parse_config({"model_type": "deepseek_v2", **TINY, "num_hidden_layers": LAYERS, **changes})
 
 
-def request(mode: Mode = Mode.HYBRID, architecture: ModelConfig | None = None, context: int = CONTEXT) -> PlanRequest:
-    return PlanRequest(architecture or config(), Recipe.NF4, context, CacheDtype.BF16, mode)
+def request(
+    mode: Mode = Mode.HYBRID,
+    architecture: ModelConfig | None = None,
+    context: int = CONTEXT,
+    cache: CacheDtype = CacheDtype.BF16,
+) -> PlanRequest:
+    return PlanRequest(architecture or config(), Recipe.NF4, context, cache, mode)
 
 
-def device(slots: int, layers: int = LAYERS) -> SimulatedDevice:
+def device(slots: int, layers: int = LAYERS, cache: CacheDtype = CacheDtype.BF16) -> SimulatedDevice:
     """A device with room for `slots` experts of the tiny model's first layers, and one byte more."""
-    plan = make_plan(request(architecture=first_layers(config(), layers)), Machine((GIB,), 1 << 40))
+    plan = make_plan(request(architecture=first_layers(config(), layers), cache=cache), Machine((GIB,), 1 << 40))
     parts = plan.gpus[0].parts
     fixed = sum(size for name, size in parts.items() if name not in ("driver", "expert slots"))
     return SimulatedDevice(capacity=fixed + slots * plan.expert_bytes + 1)
+
+
+def fp32_device(slots: int) -> SimulatedDevice:
+    """The same with the KV cache of the torch reference."""
+    return device(slots, cache=CacheDtype.FP32)
 
 
 @pytest.fixture
@@ -310,3 +323,96 @@ def test_no_thread_is_left_behind(bench, tmp_path):
     before = threading.active_count()
     bench(device(7), *options(tmp_path))
     assert threading.active_count() <= before
+
+
+class Again:
+    """A simulated graph: a replay runs the captured step again, with the functions between its graphs."""
+
+    made: ClassVar[list["Again"]] = []
+
+    def __init__(self) -> None:
+        self.fully_captured, self.replays = True, 0
+        self.made.append(self)
+
+    def capture(self, step: Callable[[], Tensor]) -> Tensor:
+        self._step, self._result = step, step()
+        return self._result
+
+    def call_between(self, *work: Callable[[], object]) -> None:
+        self.fully_captured = False
+        for each in work:
+            each()
+
+    def replay(self) -> None:
+        self.replays += 1
+        self._result.copy_(self._step())
+
+
+class Event:
+    """A simulated event of a stream that has always ended."""
+
+    def __init__(self, enable_timing: bool) -> None: ...
+    def record(self, stream: object) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: "Event") -> float:
+        return 250.0
+
+
+@pytest.fixture
+def captured(monkeypatch, reference_kernels) -> list[Again]:
+    """Steps and parts run as on a GPU with CUDA graphs, which are simulated; returns the graphs.
+
+    On the torch reference, because the native kernels do not skip negative slots.
+    """
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **given: empty(*shape, **given))
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(ops, "capturable", lambda device: True)
+    monkeypatch.setattr(gpu_case, "DTYPE", torch.float32)
+    monkeypatch.setattr(Again, "made", [])
+    for module in gpu_step, gpu_timing:
+        monkeypatch.setattr(module, "PiecewiseGraph", Again)
+    return Again.made
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "stream", "gpu"])
+def test_captured_steps_and_parts_are_measured(bench, captured, tmp_path, mode):
+    result = bench(fp32_device(32 if mode == "gpu" else 12), *options(tmp_path, "--experts", mode))
+    steps, parts = captured[: 1 + (mode == "gpu")], captured[1 + (mode == "gpu") :]
+    assert steps[-1 if mode != "gpu" else 0].replays >= 2 * (4 + gpu_timing.WARM_UP_STEPS)
+    assert len(parts) == len(result["parts"]) - 1
+    assert {graph.replays for graph in parts} == {gpu_timing.PART_REPEATS}
+    assert steps[0].fully_captured == (mode == "gpu")
+    if mode != "gpu":
+        whole = (LAYERS - 1) * PER_TOKEN * result["plan"]["expert_bytes"]
+        for run in result["decode"]:
+            assert run["link_bytes"] + run["cpu_bytes"] == pytest.approx((1 - run["hit_rate"]) * whole)
+
+
+def test_captured_steps_replay_a_trace(bench, captured, tmp_path):
+    rates = {}
+    for name, choose in {"skewed": lambda token, layer: [2, 5, 7], "even": even}.items():
+        file = write_trace(tmp_path / name, choose)
+        result = bench(fp32_device(12), *options(tmp_path, "--experts", "stream", "--trace", file))
+        rates[name] = [run["hit_rate"] for run in result["decode"]]
+    assert rates["skewed"] == [1.0, 1.0]
+    assert max(rates["even"]) < 0.9
+
+
+def test_the_replayed_choice_is_the_traces_token_by_token(bench, captured, tmp_path, monkeypatch):
+    seen: list[list[list[int]]] = []
+    start = OffloadedExperts.start
+
+    def watched(self: Any, layer: int, x: Tensor, ids: Tensor, *rest: Any) -> Any:
+        if len(ids) == 1:
+            seen.append((layer, ids[0].tolist()))
+        return start(self, layer, x, ids, *rest)
+
+    monkeypatch.setattr(OffloadedExperts, "start", watched)
+    file = write_trace(tmp_path / "trace", even)
+    bench(fp32_device(12), *options(tmp_path, "--experts", "stream", "--trace", file))
+    steps = 6 + 2 * (gpu_timing.WARM_UP_STEPS + 4)  # half the trace warms the slots, then two measurements
+    expected = [(1 + layer, even(step % 12, layer)) for step in range(steps) for layer in range(LAYERS - 1)]
+    assert seen[-len(expected) :] == expected

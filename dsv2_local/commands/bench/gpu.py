@@ -1,9 +1,10 @@
 """`dsv2 bench` on GPUs: places a model as `dsv2 run` would, and measures it beside the machine's limits."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +18,7 @@ from dsv2_local.commands.bench.replay import ReplayedRouting
 from dsv2_local.commands.bench.report import model_facts
 from dsv2_local.commands.bench.settings import BenchOptions, read_bytes, use_threads
 from dsv2_local.commands.bench.subject import Subject
-from dsv2_local.commands.bench.timing import StatusLine
+from dsv2_local.commands.bench.timing import Status
 from dsv2_local.commands.console import notice
 from dsv2_local.commands.inspect import summarise
 from dsv2_local.offload.device import Device
@@ -31,11 +32,13 @@ class Phases:
 
     Attributes:
         seconds: by phase.
+        status: shows what is being done.
     """
 
-    def __init__(self, status: StatusLine) -> None:
+    def __init__(self, status: Status, ended: Callable[[str, float], object] = lambda name, seconds: None) -> None:
+        """`ended` is called with each phase's name and seconds."""
         self.seconds: dict[str, float] = {}
-        self.status = status
+        self.status, self._ended = status, ended
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -45,9 +48,10 @@ class Phases:
             yield
         finally:
             self.seconds[name] = perf_counter() - start
+            self._ended(name, self.seconds[name])
 
 
-def run(options: BenchOptions, devices: list[Device], status: StatusLine) -> dict[str, Any]:
+def run(options: BenchOptions, devices: list[Device], status: Status) -> dict[str, Any]:
     """Measure what the options ask for on these GPUs: the object that --json prints.
 
     Raises:
@@ -61,8 +65,8 @@ def run(options: BenchOptions, devices: list[Device], status: StatusLine) -> dic
             weights = stack.enter_context(weights_of(case, checkpoint, devices[0], threads, status))
         with phases("measuring the machine"):
             machine = machine_rates(weights, devices[0], threads)
-        result = measure_case(case, weights, devices, machine, status)
-    return {**result, "phases": {**phases.seconds, **result["phases"]}}
+        result = measure_case(case, weights, devices, machine, phases)
+    return {**result, "phases": phases.seconds}
 
 
 def machine_rates(weights: ModelWeights, device: Device, threads: int) -> MachineRates:
@@ -73,13 +77,13 @@ def machine_rates(weights: ModelWeights, device: Device, threads: int) -> Machin
 
 
 def measure_case(
-    case: Case, weights: ModelWeights, devices: list[Device], machine: MachineRates, status: StatusLine
+    case: Case, weights: ModelWeights, devices: list[Device], machine: MachineRates, phases: Phases
 ) -> dict[str, Any]:
     """Place the model, measure it, and free the GPUs: the object that --json prints."""
     if weights.arena and weights.arena.refused:
         case = replace(case, plan=replace(case.plan, locked=False))
     try:
-        return _measure(case, weights, devices, machine, Phases(status))
+        return _measure(case, weights, devices, machine, phases)
     finally:
         gc.collect()
         for device in devices:
@@ -90,6 +94,7 @@ def _measure(
     case: Case, weights: ModelWeights, devices: list[Device], machine: MachineRates, phases: Phases
 ) -> dict[str, Any]:
     forget_peak()
+    before = [_gpu_memory(device, device.free)[1] for device in devices]
     free = [device.free for device in devices]
     for device in devices:
         if device.torch_device.type == "cuda":
@@ -100,10 +105,10 @@ def _measure(
         for note in placed.notes:
             notice(note)
         result = _measure_placed(case, placed, machine, phases)
-        memory = [_gpu_memory(device, before) for device, before in zip(devices, free, strict=True)]
+        memory = [_gpu_memory(device, nbytes) for device, nbytes in zip(devices, free, strict=True)]
         allocated, used = ([pair[i] for pair in memory] for i in (0, 1))
-        result["memory"] = gpu_report.memory_facts(allocated, used, peak_bytes(), case.plan)
-        return {**result, **gpu_report.cut_facts(case, result), "phases": phases.seconds}
+        result["memory"] = gpu_report.memory_facts(allocated, before, used, peak_bytes(), case.plan)
+        return {**result, **gpu_report.cut_facts(case, result)}
     finally:
         placed.close()
 
@@ -113,7 +118,7 @@ def _measure_placed(case: Case, placed: PlacedModel, machine: MachineRates, phas
     replay = ReplayedRouting(placed.model, case.trace) if case.trace else None
     engine = Engine(placed.model, plan.request.context, plan.request.cache_dtype, plan.chunk)
     with phases("warming up"):
-        engine.warm_up(lambda done, total: status(f"compiling GPU kernels: {done}/{total} steps"))
+        engine.warm_up(partial(_compiling, status))
     prefill, decode = [], []
     for tokens in case.lengths.prompts:
         with phases(f"prefill of {tokens:,} tokens, twice"):
@@ -140,6 +145,10 @@ def _measure_placed(case: Case, placed: PlacedModel, machine: MachineRates, phas
         "decode": decode,
         "parts": gpu_report.part_facts(parts, 1 / decode[0]["tok_s"], plan),
     }
+
+
+def _compiling(status: Status, done: int, total: int) -> None:
+    status(f"compiling GPU kernels: {done}/{total} steps")
 
 
 def _gpu_memory(device: Device, free: int) -> tuple[int, int]:

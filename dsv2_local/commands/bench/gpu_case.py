@@ -10,6 +10,7 @@ import torch
 from dsv2_local import llm
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.tensors import Kind
+from dsv2_local.commands.bench.gpu_rates import LEFT_BEHIND
 from dsv2_local.commands.bench.settings import (
     GPU_DECODE,
     GPU_PROMPTS,
@@ -19,13 +20,13 @@ from dsv2_local.commands.bench.settings import (
     settle_lengths,
 )
 from dsv2_local.commands.bench.subject import random_name
-from dsv2_local.commands.bench.timing import StatusLine
+from dsv2_local.commands.bench.timing import Status
 from dsv2_local.errors import InputError, PlanError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.offload.device import Device
 from dsv2_local.offload.pinned import PinnedArena
-from dsv2_local.offload.plan import Plan, make_plan
+from dsv2_local.offload.plan import CONTEXT_BYTES, Plan, make_plan
 from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
 from dsv2_local.offload.trace import Trace
 from dsv2_local.progress import Progress
@@ -83,6 +84,8 @@ def settle(options: BenchOptions, devices: Sequence[Device]) -> tuple[Case, Chec
     cache_dtype = cache_dtype_on(devices[0], recipe, DTYPE, options.cache_dtype)
     request = PlanRequest(config, recipe, lengths.cache, cache_dtype, options.experts)
     machine = llm.this_machine(devices, options.vram, options.experts)
+    spare = (device.free + CONTEXT_BYTES - LEFT_BEHIND for device in devices if device.torch_device.type == "cuda")
+    machine = replace(machine, vram=tuple(map(min, machine.vram, spare)) or machine.vram)
     if checkpoint is None:
         plan, name = plan_of_random_weights(request, machine), random_name(options.random_weights or "")
     else:
@@ -150,7 +153,7 @@ def matching_trace(trace: Trace, whole: ModelConfig, plan: Plan) -> Trace:
 
 @contextmanager
 def weights_of(
-    case: Case, checkpoint: Checkpoint | None, device: Device, threads: int, status: StatusLine
+    case: Case, checkpoint: Checkpoint | None, device: Device, threads: int, status: Status
 ) -> Iterator[ModelWeights]:
     """The case's weights. Random ones are built straight into page-locked RAM if the plan has experts in RAM."""
     if checkpoint:
@@ -164,7 +167,7 @@ def weights_of(
         yield made
 
 
-def building(status: StatusLine, done: int, total: int) -> None:
+def building(status: Status, done: int, total: int) -> None:
     status(f"building random weights: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB of experts")
 
 

@@ -17,6 +17,7 @@ from dsv2_local.offload.plan_request import Rates
 LINK_BYTES = 256 << 20  # of one copy over the PCIe link
 MEMORY_BYTES = 1 << 30  # that a pass over GPU memory reads, and that it writes
 MATRIX = 8192  # rows and columns of the GPU's matrix product
+LEFT_BEHIND = 512 << 20  # GPU memory that may stay in use when the machine was measured: cuBLAS with its kernels
 REPEATS = 10  # of each measurement on the GPU
 
 
@@ -85,8 +86,9 @@ def seconds_of(device: Device, work: Callable[[], object], repeats: int) -> floa
 
 
 def free_cached(device: Device) -> None:
-    """Return the memory of freed tensors, which torch keeps for later ones, to the GPU."""
+    """Return the memory of freed tensors, and the workspace of matrix products, which torch keeps, to the GPU."""
     if device.torch_device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

@@ -126,12 +126,20 @@ def part_facts(parts: dict[str, float], step: float, plan: Plan) -> dict[str, fl
     return {**parts, rest: step - sum(parts.values())}
 
 
-def memory_facts(allocated: list[int], used: list[int], ram_peak: int, plan: Plan) -> dict[str, Any]:
-    """Peaks of memory beside the plan: of torch's tensors on each GPU, of the whole GPU, and of this process's RAM."""
+def memory_facts(allocated: list[int], before: list[int], used: list[int], ram_peak: int, plan: Plan) -> dict[str, Any]:
+    """Peaks of memory beside the plan.
+
+    Args:
+        allocated: of each GPU: peak of torch's tensors.
+        before, used: of each GPU: bytes in use by anything, before the model was placed and after it was measured.
+        ram_peak: peak of this process's RAM.
+        plan: where the model is stored.
+    """
     driver = [gpu.parts["driver"] for gpu in plan.gpus]
     return {
         "gpu_peak_bytes": allocated,
         "gpu_planned_bytes": [gpu.used - part for gpu, part in zip(plan.gpus, driver, strict=True)],
+        "gpu_used_before_bytes": before,
         "gpu_used_bytes": used,
         "gpu_planned_with_driver_bytes": [gpu.used for gpu in plan.gpus],
         "ram_peak_bytes": ram_peak,

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv2_local.commands.bench import timing
 from dsv2_local.commands.bench.gpu_rates import seconds_of
 from dsv2_local.commands.bench.replay import ReplayedRouting
-from dsv2_local.commands.bench.timing import GREEDY, PrefillRun, StatusLine
+from dsv2_local.commands.bench.timing import GREEDY, PrefillRun, Status
 from dsv2_local.kernels import graphs, ops
 from dsv2_local.kernels.graphs import PiecewiseGraph
 from dsv2_local.offload.device import Device, typed_errors
@@ -53,7 +53,7 @@ class GpuRun:
     experts: ExpertStats | None = None
 
 
-def measure_prefill(engine: Engine, placed: PlacedModel, tokens: int, status: StatusLine) -> GpuRun:
+def measure_prefill(engine: Engine, placed: PlacedModel, tokens: int, status: Status) -> GpuRun:
     """Measure the second of two prompts of the same length: the first one compiles and tunes kernels."""
     timing.prefill(engine, tokens, status)
     before = stats(placed)
@@ -62,7 +62,7 @@ def measure_prefill(engine: Engine, placed: PlacedModel, tokens: int, status: St
 
 
 def measure_decode(
-    engine: Engine, placed: PlacedModel, context: int, steps: int, replay: ReplayedRouting | None, status: StatusLine
+    engine: Engine, placed: PlacedModel, context: int, steps: int, replay: ReplayedRouting | None, status: Status
 ) -> GpuRun:
     """Decode `steps` tokens after `context` tokens."""
     fill(engine, context)
@@ -75,7 +75,7 @@ def measure_decode(
     return GpuRun(steps, context, seconds, experts=_since(placed, before))
 
 
-def warm_up_slots(engine: Engine, replay: ReplayedRouting, tokens: int, status: StatusLine) -> None:
+def warm_up_slots(engine: Engine, replay: ReplayedRouting, tokens: int, status: Status) -> None:
     """Give the slots to the experts that a text uses: decode the first part of the trace."""
     status(f"decoding {tokens} tokens of the trace to warm the expert cache")
     for _ in range(tokens):
@@ -118,7 +118,7 @@ def _since(placed: PlacedModel, before: ExpertStats | None) -> ExpertStats | Non
 
 
 @torch.inference_mode()
-def measure_parts(engine: Engine, placed: PlacedModel, context: int, repeats: int = PART_REPEATS) -> dict[str, float]:
+def measure_parts(engine: Engine, placed: PlacedModel, context: int) -> dict[str, float]:
     """Seconds of each part of a decoded token, summed over the layers: the part's kernels alone, captured and replayed.
 
     "routed" is there only if the experts are resident: else their time is not that of kernels alone.
@@ -127,12 +127,12 @@ def measure_parts(engine: Engine, placed: PlacedModel, context: int, repeats: in
     fill(engine, context)
     engine.cache.reserve(1)
     for name, launch in _launches(engine, isinstance(placed.experts, OffloadedExperts)).items():
-        seconds[name] = _seconds_of_part(launch, placed.devices[-1], model, repeats)
+        seconds[name] = _seconds_of_part(launch, placed.devices[-1], model)
     engine.cache.clear()
     return seconds
 
 
-def _seconds_of_part(launch: Launch, device: Device, model: Transformer, repeats: int) -> float:
+def _seconds_of_part(launch: Launch, device: Device, model: Transformer) -> float:
     first = model.layers[0].device
     ops.use(first)
     launch(None)  # compiles and tunes what the steps before did not
@@ -142,7 +142,7 @@ def _seconds_of_part(launch: Launch, device: Device, model: Transformer, repeats
         graph = PiecewiseGraph()
         graph.capture(partial(launch, graph))
         run = graph.replay
-    return seconds_of(device, run, repeats)
+    return seconds_of(device, run, PART_REPEATS)
 
 
 def _launches(engine: Engine, offloaded: bool) -> dict[str, Launch]:

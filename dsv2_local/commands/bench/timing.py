@@ -34,6 +34,10 @@ GREEDY = SamplingParams(temperature=0)
 MATRIX_KERNELS = ("attention", "experts", "linear", "route", "swiglu")
 
 
+Status = Callable[[str], object]
+"""Shows what is being done."""
+
+
 class StatusLine:
     """A line on stderr, if that is a terminal, that shows what is being done and disappears at the end.
 
@@ -61,7 +65,7 @@ class PrefillRun:
     first_token_seconds: float
 
 
-def measure_prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
+def measure_prefill(engine: Engine, tokens: int, status: Status) -> PrefillRun:
     """Measure a prefill, repeated until `hardware.FILLED_SECONDS` have passed; returns the run of median time."""
     runs = [prefill(engine, tokens, status)]
     while sum(run.first_token_seconds for run in runs) < hardware.FILLED_SECONDS:
@@ -69,7 +73,7 @@ def measure_prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillR
     return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
-def prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
+def prefill(engine: Engine, tokens: int, status: Status) -> PrefillRun:
     """Prefill one prompt of random tokens from an empty cache."""
     engine.cache.clear()
     prompt = torch.randint(engine.model.config.vocab_size, (tokens,)).tolist()
@@ -79,7 +83,7 @@ def prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
     return PrefillRun(tokens, stats.prefill_seconds, perf_counter() - start)
 
 
-def _prefill_status(status: StatusLine, done: int, tokens: int) -> None:
+def _prefill_status(status: Status, done: int, tokens: int) -> None:
     status(f"prefill of {tokens:,} tokens: {done:,} done")
 
 
@@ -93,7 +97,7 @@ class DecodeRun:
     read_gb_s: float
 
 
-def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, status: StatusLine) -> DecodeRun:
+def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, status: Status) -> DecodeRun:
     """Decode in bursts, and measure the memory bandwidth between them, since on a shared machine it varies constantly.
 
     Times are summed over all steps, so that slow steps count in full; warm-up steps after each pass over memory do not.
@@ -116,7 +120,7 @@ def _warm_up(step: CpuStep, steps: int) -> None:
     step.cache.truncate(length)
 
 
-def _steps(step: CpuStep, steps: int, what: str, status: StatusLine) -> float:
+def _steps(step: CpuStep, steps: int, what: str, status: Status) -> float:
     seconds = 0.0
     for done in range(steps):
         status(f"{what}: {done}/{steps} tokens")
@@ -186,7 +190,7 @@ class Stopwatch:
         return watched
 
 
-def measure_parts(engine: Engine, context: int, steps: int, status: StatusLine) -> dict[str, float]:
+def measure_parts(engine: Engine, context: int, steps: int, status: Status) -> dict[str, float]:
     """Decode `steps` tokens; returns the seconds of each part, and of everything as "steps".
 
     A replayed step calls no Python functions that could be watched. Instead its recording is watched, with a clock that
