@@ -54,7 +54,7 @@ class Trace:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is not a routing trace; `dsv2 bench --trace {path}` writes one") from None
+            raise InputError(f"{path} is not a routing trace; `dsv2 bench --record-trace {path}` writes one") from None
         for number, line in enumerate(lines, 2):
             trace.tokens.append(_token(line, trace, f"{path}, line {number}"))
         return trace
@@ -78,7 +78,7 @@ def _token(line: str, trace: Trace, where: str) -> list[list[int]]:
 
 def hit_rate(trace: Trace, slots: int, policy: Policy) -> float:
     """Hits over uses of an expert cache that starts empty and fetches every miss that its policy admits."""
-    cache = ExpertCache(slots, policy)
+    cache = ExpertCache(slots, trace.layers, trace.experts, policy)
     for token in trace.tokens:
         for layer, chosen in enumerate(token):
             _, misses = cache.use(layer, chosen)

@@ -114,7 +114,7 @@ def test_the_optimal_cache_is_the_best_of_all_choices():
 @pytest.mark.parametrize("policy", Policy)
 def test_random_operations_never_mix_up_slots(policy):
     draw = random.Random(7)
-    cache = ExpertCache(10, policy)
+    cache = ExpertCache(10, LAYERS, EXPERTS, policy)
     pinned: set[Key] = set()
     slot_of: dict[Key, int] = {}
     for _ in range(20_000):
@@ -143,23 +143,22 @@ def test_random_operations_never_mix_up_slots(policy):
             pinned.clear()
         assert len(cache) == len(slot_of) <= 10
     assert {key: cache.peek(key) for key in slot_of} == slot_of
-    total = sum(counter.hits + counter.misses for counter in cache.counters.values())
-    assert total > 10_000
+    assert cache.total.hits + cache.total.misses > 10_000
 
 
 def test_prefill_does_not_evict_the_experts_of_a_conversation():
-    cache = ExpertCache(4)
+    cache = ExpertCache(4, 1, 12)
     for expert in range(3):
         cache.use(0, [expert])
         cache.admit((0, expert))
         cache.release()
-    before = dict(cache.counters[0].__dict__)
+    before = cache.counter(0)
     for expert in range(3, 12):
         assert cache.peek((0, expert)) is None
         admission = cache.admit((0, expert), free_only=True)
         assert (admission is not None) == (expert == 3)  # there is one free slot
     assert all(cache.peek((0, expert)) is not None for expert in range(4))
-    assert cache.counters[0].hits == before["hits"]
+    assert cache.counter(0).hits == before.hits
 
 
 def test_traces_are_saved_and_damaged_ones_refused(tmp_path):
@@ -184,7 +183,7 @@ def test_traces_are_saved_and_damaged_ones_refused(tmp_path):
 @pytest.mark.slow
 def test_bench_records_the_experts_that_the_model_chooses(tmp_path, monkeypatch):
     text, file = "A river is a large natural stream of water.", tmp_path / "nano.trace"
-    done = dsv2("bench", "--trace", file, stdin=text.encode())
+    done = dsv2("bench", "--record-trace", file, stdin=text.encode())
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
     trace = Trace.load(file)
     llm = dsv2_local.load()
@@ -203,9 +202,9 @@ def test_bench_records_the_experts_that_the_model_chooses(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trace", "none/x"], "directory does not exist"),
-        (["--trace", "x", "--random-weights", "deepseek-v2"], "the routing of --random-weights is random"),
-        (["--trace", "x", "--text", "no-such-file"], "cannot be read"),
+        (["--record-trace", "none/x"], "directory does not exist"),
+        (["--record-trace", "x", "--random-weights", "deepseek-v2"], "the routing of --random-weights is random"),
+        (["--record-trace", "x", "--text", "no-such-file"], "cannot be read"),
     ],
 )
 def test_invalid_trace_options_are_refused(options, message, tmp_path):

@@ -103,7 +103,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated():
 
 
 def test_a_gpu_that_is_too_small_is_not_used_unless_it_was_requested(expected, monkeypatch):
-    monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1000)])
+    monkeypatch.setattr(llm, "find_devices", lambda names: [SimulatedDevice(capacity=1000)])
     model = llm.load(context=512)
     assert model._placed.devices == []
     assert model.notes[-1].startswith("the GPU is not used: the model does not fit")

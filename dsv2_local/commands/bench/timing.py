@@ -29,6 +29,7 @@ from dsv2_local.runtime.sampling_params import SamplingParams
 
 WARM_UP_STEPS = 2  # at the start of each burst of decoding; not measured
 BURST = 8  # decode steps between two measurements of memory bandwidth
+FILLED_ROWS = 4096  # tokens of the KV cache that are filled at a time
 GREEDY = SamplingParams(temperature=0)
 MATRIX_KERNELS = ("attention", "experts", "linear", "route", "swiglu")
 
@@ -135,10 +136,12 @@ def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
     """Fill the KV cache with random latents of rms 1 for `tokens` tokens, the same in every layer."""
     cache.match_prefix([])
     cache.reserve(tokens)
-    latents = torch.randn(tokens, config.latent_dim)
-    for layer, block_table in zip(cache.layers, cache.block_tables, strict=True):
-        write_rows(layer, block_table, latents, config.kv_lora_rank)
-    cache.advance(tokens)
+    for start in range(0, tokens, FILLED_ROWS):
+        latents = torch.randn(min(FILLED_ROWS, tokens - start), config.latent_dim)
+        on = {device: latents.to(device) for device in {layer.device for layer in cache.layers}}
+        for layer, block_table in zip(cache.layers, cache.block_tables, strict=True):
+            write_rows(layer, block_table, on[layer.device], config.kv_lora_rank)
+        cache.advance(len(latents))
 
 
 class Stopwatch:
