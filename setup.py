@@ -62,5 +62,15 @@ setup(
             optional=True,
         )
         for variant, flags in VARIANTS.items()
+    ]
+    + [
+        Extension(
+            "dsv2_local.kernels.cuda._native",
+            sorted(str(path) for path in Path("kernels/cuda").glob("*.cpp")),
+            depends=["kernels/cuda/driver.hpp"],
+            extra_compile_args=FLAGS,
+            language="c++",
+            optional=True,
+        )
     ],
 )

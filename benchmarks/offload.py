@@ -27,7 +27,7 @@ from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.offload import offloaded_experts
 from dsv2_local.offload.balance import Costs, divide
 from dsv2_local.offload.device import Event
-from dsv2_local.offload.expert_cache import Policy
+from dsv2_local.offload.expert_cache import ExpertCache
 from dsv2_local.offload.expert_slots import ExpertSlots
 from dsv2_local.offload.offloaded_experts import DeviceExperts, OffloadedExperts
 from dsv2_local.offload.plan_request import Mode
@@ -154,7 +154,7 @@ class NullDevice(SimulatedDevice):
 def overhead(records: dict[int, Tensor], slots: int) -> dict[str, float]:
     """Microseconds of Python per decoded layer, without kernels and copies; the best of `REPEATS` rounds."""
     costs = Costs(LAYOUT.nbytes / GB, LAYOUT.nbytes / GB, 0.0)
-    expert_slots = ExpertSlots(NullDevice(), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    expert_slots = ExpertSlots(NullDevice(), LAYOUT, ExpertCache(slots, LAYERS, EXPERTS), EXPERTS)
     experts = OffloadedExperts([DeviceExperts(expert_slots, LAYOUT, records, Mode.HYBRID, costs)])
     x, weights, tokens = torch.zeros(1, LAYOUT.hidden_size), torch.ones(1, PER_TOKEN), choices()
     best = inf
@@ -192,7 +192,7 @@ def show(result: dict[str, Any]) -> None:
 def simulated_experts(records: dict[int, Tensor], mode: Mode, link: float, cpu: float, slots: int) -> OffloadedExperts:
     """Experts on a simulated device, all of whose slots are free."""
     costs = Costs(LAYOUT.nbytes / (link * GB), LAYOUT.nbytes / (cpu * GB), 0.0)
-    expert_slots = ExpertSlots(SimulatedDevice(link=link), LAYOUT, slots, EXPERTS, Policy.LRFU)
+    expert_slots = ExpertSlots(SimulatedDevice(link=link), LAYOUT, ExpertCache(slots, LAYERS, EXPERTS), EXPERTS)
     return OffloadedExperts([DeviceExperts(expert_slots, LAYOUT, records, mode, costs)])
 
 

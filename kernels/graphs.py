@@ -1,29 +1,36 @@
 """CUDA graph capture of a decode step on GPUs, so that a few graph launches replace hundreds of kernel launches.
 
-Some work of a step must run in Python, because it waits for values from the GPU or moves experts. It runs between
-graphs (a piecewise graph): code with such work receives the capture and registers a function that each replay calls.
+Some work of a step must run on the host, because it waits for values from the GPU or moves experts. It runs between
+graphs (a piecewise graph): code with such work receives the capture and registers functions that each replay calls.
+Graphs and native functions between two functions of Python are replayed by one native call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from dsv2_local.kernels import cuda
+from dsv2_local.kernels.cuda import NativeCall, NativeReplay
+
 
 class PiecewiseGraph:
-    """One step as a list of CUDA graphs and of Python functions between them, in order.
+    """One step as a list of CUDA graphs and of functions between them, in order.
 
     Tensors that a step creates are allocated in the graphs' own memory pool. A replay reads and writes the tensors of
     the captured run.
 
     Attributes:
-        fully_captured: whether no Python work runs between graphs, so that a replay never waits for the device.
+        fully_captured: whether nothing runs between graphs, so that a replay never waits for the device.
     """
 
     def __init__(self) -> None:
-        self._parts: list[Callable[[], object]] = []
+        self._parts: list[_Captured | Callable[[], object]] = []
+        self._replay: list[Callable[[], object]] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pools: dict[int, Any] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
@@ -46,13 +53,14 @@ class PiecewiseGraph:
             raise
         finally:
             torch.cuda.set_stream(before)
+        self._replay = _joined(self._parts)
         return result
 
-    def call_between(self, work: Callable[[], object]) -> None:
-        """Call `work` at this point of every replay: after launching what is captured so far, before the rest."""
+    def call_between(self, *work: Callable[[], object]) -> None:
+        """Call functions at this point of every replay: after launching what is captured so far, before the rest."""
         self.fully_captured = False
         self._end_graph()
-        self._parts.append(work)
+        self._parts.extend(work)
         self._begin_graph()
 
     def copy_to(self, x: Tensor, device: torch.device) -> Tensor:
@@ -66,7 +74,7 @@ class PiecewiseGraph:
 
     def replay(self) -> None:
         """Run the step again: launch its graphs on the current streams and call the functions between them."""
-        for part in self._parts:
+        for part in self._replay:
             part()
 
     def _begin_graph(self) -> None:
@@ -82,7 +90,31 @@ class PiecewiseGraph:
         graph = self._graph
         assert graph is not None
         graph.capture_end()
-        self._parts.append(graph.replay)
+        self._parts.append(_Captured(graph, torch.cuda.current_device()))
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A captured graph and the number of its device."""
+
+    graph: torch.cuda.CUDAGraph
+    device: int
+
+    def launch(self) -> Callable[[], object]:
+        """A native call that launches the graph, or torch's own function."""
+        return cuda.launch(self.graph, self.device) or self.graph.replay
+
+
+def _joined(parts: Sequence[_Captured | Callable[[], object]]) -> list[Callable[[], object]]:
+    """Functions that replay the parts; if some are native calls, consecutive ones and graphs become one function."""
+    if not any(isinstance(part, NativeCall) for part in parts):
+        return [part.graph.replay if isinstance(part, _Captured) else part for part in parts]
+    joined: list[Callable[[], object]] = []
+    calls = (part.launch() if isinstance(part, _Captured) else part for part in parts)
+    for device, group in groupby(calls, key=lambda call: call.device if isinstance(call, NativeCall) else None):
+        run = list(group)
+        joined.extend(run if device is None else [NativeReplay(cast(list[NativeCall], run))])
+    return joined
 
 
 def to_device(x: Tensor, device: torch.device, capture: PiecewiseGraph | None) -> Tensor:

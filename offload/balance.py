@@ -23,6 +23,8 @@ class Costs:
     """To compute the expert on the CPU for one token."""
     token: float
     """To compute it for each further token."""
+    start: float = 0.0
+    """To start the CPU's threads and to bring the outputs of one layer to the GPU, whatever the number of experts."""
 
     def host(self, tokens: float) -> float:
         """Seconds to compute the expert on the CPU for this many tokens."""
@@ -36,10 +38,10 @@ def divide(counts: Sequence[int], costs: Costs) -> int:
     copies is chosen.
     """
     host_seconds = sum(map(costs.host, counts))
-    best, fetched = host_seconds, 0
+    best, fetched = host_seconds + (costs.start if counts else 0.0), 0
     for number, count in enumerate(counts, 1):
         host_seconds -= costs.host(count)
-        longer = max(number * costs.fetch, host_seconds)
+        longer = max(number * costs.fetch, costs.start + host_seconds if number < len(counts) else 0.0)
         if longer < best:
             best, fetched = longer, number
     return fetched
@@ -63,7 +65,8 @@ def streaming_pays(
     missed = round(chosen * (1 - resident))
     count = max(1, round(tokens * per_token / chosen))
     fetched = divide([count] * missed, costs) if shared else missed
-    split = max(fetched * costs.fetch, (missed - fetched) * costs.host(count))
+    on_host = missed - fetched
+    split = max(fetched * costs.fetch, costs.start + on_host * costs.host(count) if on_host else 0.0)
     return experts * (1 - resident) * costs.fetch <= OVERLAP_GAIN * split
 
 

@@ -17,7 +17,8 @@ from dsv2_local.offload.device import Device
 from dsv2_local.offload.expert_slots import ExpertSlots
 
 SECONDS = 1.0  # duration of each measurement
-MANY = 32  # tokens per expert in the second measurement of the CPU
+SEVERAL = 4  # experts of one call in the second measurement of the CPU
+MANY = 32  # tokens per expert in the third
 AHEAD = 4  # copies that are queued at any time
 
 
@@ -39,39 +40,45 @@ def keep(costs: Costs, device: Device, layout: ExpertLayout) -> None:
 
 
 def measure(slots: ExpertSlots, layout: ExpertLayout, records: dict[int, Tensor], seconds: float = SECONDS) -> Costs:
-    """Copy experts to a staging buffer while the CPU computes others, first for one token each, then for `MANY`.
+    """Copy experts to a staging buffer while the CPU computes others.
+
+    The CPU computes one expert for one token, then `SEVERAL` in one call, which shows what a call costs besides, then
+    one for `MANY` tokens.
 
     Args:
         slots: owner of the staging buffers; its cache slots are not touched.
         layout: layout of one expert's record.
         records: uint8 [E, layout.nbytes] in RAM, by layer.
-        seconds: duration of each of the two measurements.
+        seconds: duration of each of the three measurements.
     """
     keys = [(layer, expert) for layer in records for expert in range(len(records[layer]))]
     target, fetches = slots.records[-1], list[float]()
     pending = [slots.device.copy([target], [records[layer][expert]]) for layer, expert in keys[:AHEAD]]
-    host_times, computed = {1: [0.0, 0], MANY: [0.0, 0]}, 0  # by tokens: seconds and experts
-    for tokens in host_times:
-        x = torch.randn(tokens, layout.hidden_size)
-        rows = torch.arange(tokens)
-        until = perf_counter() + seconds
-        while perf_counter() < until:
+    several = min(SEVERAL, min(map(len, records.values())))
+    means, computed = [], 0
+    for experts, tokens in ((1, 1), (several, 1), (1, MANY)):
+        x, pairs = torch.randn(tokens, layout.hidden_size), experts * tokens
+        rows, out = torch.arange(tokens).repeat(experts), torch.empty(pairs, layout.hidden_size)
+        until, times = perf_counter() + seconds, list[float]()
+        while not times or perf_counter() < until:
             while pending[0].done:
                 fetches.append(pending.pop(0).seconds)
                 layer, expert = keys[(computed + len(fetches)) % len(keys)]
                 pending.append(slots.device.copy([target], [records[layer][expert]]))
-            # From the other end of the list, so that the expert is not in the CPU's caches because of a copy.
+            # From the other end of the list, so that the experts are not in the CPU's caches because of a copy.
             layer, expert = keys[-1 - computed % len(keys)]
+            chosen = (expert + torch.arange(experts)) % len(records[layer])
             start = perf_counter()
-            ops.expert_outputs(x, records[layer], layout, rows, torch.full_like(rows, expert), torch.empty_like(x))
-            host_times[tokens][0] += perf_counter() - start
-            host_times[tokens][1] += 1
-            computed += 1
+            ops.expert_outputs(x, records[layer], layout, rows, chosen.repeat_interleave(tokens), out)
+            times.append(perf_counter() - start)
+            computed += experts
+        means.append(sum(times) / len(times))
     for event in pending:
         event.wait()
         fetches.append(event.seconds)
-    one, many = (spent / count for spent, count in host_times.values())
-    return Costs(sum(fetches) / len(fetches), one, max(1e-9, many - one) / (MANY - 1))
+    one, more, many = means
+    read = min(one, max(more - one, 0.0) / (several - 1)) if several > 1 else one
+    return Costs(sum(fetches) / len(fetches), max(read, 1e-9), max(1e-9, many - one) / (MANY - 1), one - read)
 
 
 def _keys(device: Device, layout: ExpertLayout) -> dict[str, str]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import DeviceMemoryError
-from dsv2_local.offload.device import Event, typed_errors
+from dsv2_local.kernels import cuda
+from dsv2_local.offload.device import Event, NativeHandles, typed_errors
 
 REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
@@ -76,6 +77,17 @@ class CudaDevice:
     def synchronize(self) -> None:
         with typed_errors():
             torch.cuda.current_stream(self.torch_device).synchronize()
+
+    def native_handles(self) -> NativeHandles | None:
+        driver, number = cuda.driver(), self.torch_device.index
+        if driver is None:
+            return None
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(self._copies):
+            event = CudaEvent()
+            for timed in (event.start, event.end):
+                timed.record()  # torch creates an event when it is first recorded
+            handles = self._copies.cuda_stream, event.start.cuda_event, event.end.cuda_event
+            return NativeHandles(driver, number, cuda.context(number), *handles, event)
 
     def close(self) -> None:
         torch.cuda.synchronize(self.torch_device)

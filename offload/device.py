@@ -7,12 +7,36 @@ without one.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsv2_local.errors import DeviceError
+from dsv2_local.kernels.cuda import Driver
+
+
+@dataclass(frozen=True)
+class NativeHandles:
+    """A CUDA device as native code sees it (`kernels.cuda`).
+
+    Attributes:
+        driver: the functions of the driver.
+        device: number of the device.
+        context: its CUDA context.
+        copies: the stream of its copies.
+        copy_start, copy_end: two events with timing.
+        keep: objects that must live as long as the handles.
+    """
+
+    driver: Driver
+    device: int
+    context: int
+    copies: int
+    copy_start: int
+    copy_end: int
+    keep: object = None
 
 
 class Event(Protocol):
@@ -96,6 +120,10 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all work on the device, queued by `compute` or by the caller itself."""
+        ...
+
+    def native_handles(self) -> NativeHandles | None:
+        """What native code needs to copy to the device; None if it cannot."""
         ...
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv2_local.errors import DeviceError
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.offload.device import Device, Event
-from dsv2_local.offload.expert_cache import ExpertCache, Key, Policy
+from dsv2_local.offload.expert_cache import ExpertCache, Key
 from dsv2_local.offload.sizes import STAGING_BUFFERS
 
 
@@ -26,15 +26,14 @@ class ExpertSlots:
         fetch_seconds: duration of the copies that are known to be done.
     """
 
-    def __init__(self, device: Device, layout: ExpertLayout, slots: int, buffer: int, policy: Policy) -> None:
+    def __init__(self, device: Device, layout: ExpertLayout, cache: ExpertCache, buffer: int) -> None:
         """Allocate the records.
 
         Raises:
             DeviceMemoryError: the device has less memory than they need.
         """
-        self.device, self.buffer, self._nbytes = device, buffer, layout.nbytes
-        self.cache = ExpertCache(slots, policy)
-        records = slots + STAGING_BUFFERS * buffer
+        self.device, self.cache, self.buffer, self._nbytes = device, cache, buffer, layout.nbytes
+        records = cache.slots + STAGING_BUFFERS * buffer
         self.records = device.allocate(records * layout.nbytes).view(records, layout.nbytes)
         self._record = list(self.records)  # views made once, since a decoded token uses hundreds
         self.fetched, self.fetch_seconds = 0, 0.0
@@ -43,7 +42,6 @@ class ExpertSlots:
         self._arrivals: dict[int, Event] = {}  # by index: the copy of a record, until it is known to be done
         self._copies: dict[Event, int] = {}  # copies not yet known to be done, and their bytes
         self._readers: dict[int, Event] = {}  # by index: the last work that reads a record
-        self._keys: dict[int, Key] = {}  # by slot: the expert that was last admitted to it
 
     def fetch(self, layer: int, source: Tensor, experts: Sequence[int], free_only: bool) -> dict[int, int]:
         """Start copying experts that have no slot, and return the index of each one's record.
@@ -62,7 +60,6 @@ class ExpertSlots:
         for expert in experts:
             if admission := self.cache.admit((layer, expert), free_only):
                 indices[expert] = admission.slot
-                self._keys[admission.slot] = (layer, expert)
             else:
                 indices[expert] = staging
                 staging += 1
@@ -82,10 +79,8 @@ class ExpertSlots:
         # In reverse, so that the most valuable expert is the most recently used.
         for layer, expert in reversed(list(islice(keys, self.cache.slots - len(self.cache)))):
             self.fetch(layer, records[layer], [expert], free_only=True)
-        for event in self._copies:
-            event.wait()
+        self.finish_copies()
         self.cache.release()
-        self.settle()
 
     def compute(self, work: Callable[[], None], reads: Collection[int] = (), after: Sequence[Event] = ()) -> Event:
         """Queue work that reads the records at these indices, to run after their copies and the events in `after`."""
@@ -109,11 +104,22 @@ class ExpertSlots:
             del self._arrivals[index]
         return nbytes, seconds
 
+    def finish_copies(self) -> None:
+        """Wait for all copies in progress, and forget them and the work that read their targets before."""
+        for event in self._copies:
+            event.wait()
+        self.settle()
+        self._readers.clear()
+
+    def count_fetched(self, experts: int, seconds: float) -> None:
+        """Count copies that native code made."""
+        self.fetched += experts * self._nbytes
+        self.fetch_seconds += seconds
+
     def drop_failed(self) -> None:
         """Wait for all copies and work in progress, and evict the experts whose copies failed."""
         for index in [index for index, event in self._arrivals.items() if _failed(event)]:
-            key = self._keys.get(index)
-            if key and self.cache.peek(key) == index:
+            if index < self.cache.slots and (key := self.cache.holder(index)):
                 self.cache.evict(key)
         for event in {*self._copies, *self._readers.values()}:
             if _failed(event):

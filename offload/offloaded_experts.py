@@ -20,12 +20,14 @@ from dsv2_local.errors import DeviceError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.graphs import PiecewiseGraph
+from dsv2_local.offload import native_placing
 from dsv2_local.offload.balance import Costs, Watch, divide, streaming_pays
 from dsv2_local.offload.device import Event
 from dsv2_local.offload.dispatch import Dispatch, Ints
 from dsv2_local.offload.expert_slots import ExpertSlots
 from dsv2_local.offload.graph_experts import GraphBuffers, GraphExperts
 from dsv2_local.offload.layer_stream import LayerStream
+from dsv2_local.offload.native_placing import NativePlacing
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.sizes import PAIRS_AT_ONCE, STAGING_BUFFERS
 
@@ -118,19 +120,32 @@ class DeviceExperts:
         self.slots, self.layout, self.records, self.mode, self.costs = slots, layout, records, mode, costs
         self.graph_buffers = graph_buffers
         self._device = slots.device
+        self.native = self._native_placing()
         self._stream = LayerStream(slots, records)
         self._stats = ExpertStats()
         self._failures = 0
+        self._native_step = False  # whether native code ran a step since this last waited for the device
         self.corrected = False
         self._fetch_watch, self._host_watch = Watch(), Watch()
 
+    def _native_placing(self) -> NativePlacing | None:
+        """Native code for captured steps, if there is any for this device and these experts."""
+        handles = self._device.native_handles() if self.graph_buffers else None
+        if not self.graph_buffers or not handles:
+            return None
+        if not native_placing.usable(self.layout, self.graph_buffers.ids.shape[1]):
+            return None
+        buffers = self.graph_buffers.for_native_code()
+        return NativePlacing(self.slots, self.layout, handles, buffers, self.mode is Mode.STREAM)
+
     @property
     def stats(self) -> ExpertStats:
-        counters = self.slots.cache.counters.values()
+        self._count_native()
+        total = self.slots.cache.total
         return replace(
             self._stats,
-            hits=sum(counter.hits for counter in counters),
-            misses=sum(counter.misses for counter in counters),
+            hits=total.hits,
+            misses=total.misses,
             fetched_bytes=self.slots.fetched,
             fetch_seconds=self.slots.fetch_seconds,
         )
@@ -143,6 +158,9 @@ class DeviceExperts:
         if not streams and ids.numel() > PAIRS_AT_ONCE:
             parts = [torch.split(whole, PAIRS_AT_ONCE // ids.shape[1]) for whole in (x, ids, weights)]
             return lambda: torch.cat([self.start(layer, *part)() for part in zip(*parts, strict=True)])
+        if self._native_step:  # its last graphs may still be reading what copies would overwrite
+            self._device.synchronize()
+            self._native_step = False
         self.slots.cache.release()
         try:
             finish = (self._start_streamed if streams else self._start_split)(layer, x, ids, weights)
@@ -193,7 +211,7 @@ class DeviceExperts:
         counts = Counter(chosen.ravel().tolist())
         hits, misses = self.slots.cache.use(layer, sorted(counts))
         fetched, on_host = self._divide(layer, misses, counts)
-        batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), self.slots.buffer)]
+        batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), max(1, self.slots.buffer))]
         dispatch = Dispatch(chosen, counts, [sorted(hits), *batches, on_host])
         step, out = _Step.of(x, ids, weights, dispatch), torch.empty(chosen.size, x.shape[1], device=x.device)
         indices = [self._fetch(layer, batch) for batch in batches[:STAGING_BUFFERS]]
@@ -243,6 +261,26 @@ class DeviceExperts:
 
         return finish
 
+    def begin_step(self) -> None:
+        """See `graph_experts.ExpertPlacer`."""
+        assert self.native is not None
+        self._native_step = True
+        self._stream.reset()
+        self.slots.finish_copies()
+        self._count_native()
+        self._correct_costs()
+        self.native.set_costs(self.costs)
+
+    def _count_native(self) -> None:
+        """Add what native code did to the counters, and record how long it took."""
+        done = self.native.take_done() if self.native else None
+        if done and done.fetched:
+            self.slots.count_fetched(done.fetched, done.fetch_seconds)
+            self._fetch_watch.observe(done.fetch_expected, done.fetch_seconds)
+        if done and done.on_host:
+            self._count(done.on_host, done.host_seconds)
+            self._host_watch.observe(done.host_expected, done.host_seconds)
+
     def place(self, layer: int, experts: list[int]) -> tuple[dict[int, int], dict[int, int], list[int]]:
         """See `graph_experts.ExpertPlacer`."""
         self._stream.reset()
@@ -251,7 +289,7 @@ class DeviceExperts:
         hits, misses = self.slots.cache.use(layer, sorted(experts))
         fetched, on_host = self._divide(layer, misses, dict.fromkeys(experts, 1))
         indices: dict[int, int] = {}
-        for start in range(0, len(fetched), self.slots.buffer):
+        for start in range(0, len(fetched), max(1, self.slots.buffer)):
             indices |= self._fetch(layer, fetched[start : start + self.slots.buffer])
         return hits, indices, on_host
 
@@ -262,12 +300,14 @@ class DeviceExperts:
         seconds = perf_counter() - start
         counts = Counter(experts.tolist()).values()
         self._count(len(counts), seconds)
-        self._host_watch.observe(sum(map(self.costs.host, counts)), seconds)
+        self._host_watch.observe(self.costs.start + sum(map(self.costs.host, counts)), seconds)
 
     def _divide(self, layer: int, misses: list[int], counts: Mapping[int, int]) -> tuple[list[int], list[int]]:
         """Split missing experts into those to copy and those for the CPU, both in ascending order."""
         if self.mode is Mode.STREAM:
             return misses, []
+        if self.mode is Mode.CPU:
+            return [], misses
         worth = self.slots.cache.worth
         misses.sort(key=lambda expert: (counts[expert], worth((layer, expert))), reverse=True)
         fetched = divide([counts[expert] for expert in misses], self.costs)
@@ -312,14 +352,18 @@ class DeviceExperts:
         self._stats.host_seconds += seconds
 
     def _observe(self) -> None:
-        """Record how long finished copies took, and correct the costs if they are off."""
+        """Record how long finished copies took, and correct the costs if they are off by much."""
         nbytes, seconds = self.slots.settle()
         if nbytes:
             self._fetch_watch.observe(nbytes / self.layout.nbytes * self.costs.fetch, seconds)
+        self._correct_costs()
+
+    def _correct_costs(self) -> None:
         fetch, host = self._fetch_watch.correction(), self._host_watch.correction()
         if fetch or host:
             self.corrected, costs = True, self.costs
-            self.costs = Costs(costs.fetch * (fetch or 1), costs.read * (host or 1), costs.token * (host or 1))
+            on_host = (seconds * (host or 1) for seconds in (costs.read, costs.token, costs.start))
+            self.costs = Costs(costs.fetch * (fetch or 1), *on_host)
 
 
 class OffloadedExperts:

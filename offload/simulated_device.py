@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import DeviceError, DeviceMemoryError
-from dsv2_local.offload.device import Event
+from dsv2_local.offload.device import Event, NativeHandles
 from dsv2_local.offload.sizes import GB
 
 POISON = 0xFF
@@ -126,6 +126,9 @@ class SimulatedDevice:
 
     def synchronize(self) -> None:
         self.compute(lambda: None).wait()
+
+    def native_handles(self) -> NativeHandles | None:
+        return None
 
     def close(self) -> None:
         for queue in self._queues.values():

@@ -78,7 +78,7 @@ def _token(line: str, trace: Trace, where: str) -> list[list[int]]:
 
 def hit_rate(trace: Trace, slots: int, policy: Policy) -> float:
     """Hits over uses of an expert cache that starts empty and fetches every miss that its policy admits."""
-    cache = ExpertCache(slots, policy)
+    cache = ExpertCache(slots, trace.layers, trace.experts, policy)
     for token in trace.tokens:
         for layer, chosen in enumerate(token):
             _, misses = cache.use(layer, chosen)

@@ -1,4 +1,4 @@
-"""The computations of the benchmarks themselves: statistics, filler texts, caches, and the cases of a GPU."""
+"""What the benchmarks compute themselves: statistics, filler texts, caches, models of transformers, cases of a GPU."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from dsv2_local.runtime.random_weights import build
 from tests.models import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import against_transformers
 import cache_error
 import cache_perplexity
 import needle
@@ -101,6 +102,62 @@ def test_perplexity_is_over_tokens_and_its_error_over_conversations():
     worse = cache_perplexity.compare("", [log_probs, log_probs], [log_probs - 0.01, log_probs - 0.03])
     assert worse.difference == pytest.approx(100 * math.expm1(0.02))
     assert worse.se == pytest.approx(100 * 0.01)  # 0.01 and 0.03: deviation 0.01 * sqrt(2), over sqrt(2)
+
+
+@pytest.fixture(scope="module")
+def peers():
+    """The model of transformers with its experts as they come, in nf4, and as modules: logits, and formats by name."""
+    pytest.importorskip("accelerate")
+    model = against_transformers.from_pretrained(against_transformers.TINY)
+    ids, logits, formats = torch.arange(8)[None], {}, {}
+    changes = {"bf16-experts": lambda _: None, "nf4-fused": against_transformers.fuse}
+    for name, change in {**changes, "nf4-modules": against_transformers.separate}.items():
+        change(model)
+        formats[name] = against_transformers.formats_of(model)
+        for implementation in ("grouped_mm", "batched_mm"):  # which transformers takes for prompts, and to decode
+            model.set_experts_implementation(implementation)
+            with torch.no_grad():
+                logits[name, implementation] = model(ids).logits.float()
+    return logits, formats
+
+
+def test_loading_in_4_bits_leaves_the_experts_of_transformers_in_bf16(peers):
+    experts = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    formats = peers[1]
+    assert experts <= {*formats["bf16-experts"]["bfloat16"]}
+    assert {"mlp.gate_proj", "mlp.shared_experts.up_proj", "self_attn.q_proj"} <= {*formats["bf16-experts"]["nf4"]}
+    assert experts <= {*formats["nf4-fused"]["nf4"]}
+    assert {"mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj"} <= {*formats["nf4-modules"]["nf4"]}
+    for formats_of_program in formats.values():
+        assert {"embed_tokens", "lm_head"} <= {*formats_of_program["bfloat16"]}
+
+
+def test_experts_in_nf4_compute_the_same_fused_and_as_modules(peers):
+    def error(got, wanted):
+        return float((got - wanted).norm() / wanted.norm())
+
+    wanted = peers[0]["nf4-fused", "grouped_mm"]
+    assert error(peers[0]["nf4-fused", "batched_mm"], wanted) < 0.01  # rounding to bf16
+    assert error(peers[0]["nf4-modules", "grouped_mm"], wanted) < 0.01
+    assert 0.01 < error(peers[0]["bf16-experts", "grouped_mm"], wanted) < 0.2  # quantisation, too
+
+
+def test_the_comparison_with_transformers_begins_no_figure_too_late():
+    looks = iter([False, False, False, True])
+    *_, result = against_transformers.results(["dsv2"], True, lambda: next(looks))
+    program = result["programs"]["dsv2"]
+    assert not program["complete"]
+    assert {"prefill_4_tok_s", "prefill_16_tok_s"} == {key for key in program if key.endswith("_tok_s")}
+    assert "error" not in program
+
+
+def test_the_comparison_with_transformers_measures_all_programs():
+    pytest.importorskip("accelerate")
+    *_, result = against_transformers.results(against_transformers.NAMES, True, lambda: False)
+    assert [*result["programs"]] == [*against_transformers.NAMES]
+    for program in result["programs"].values():
+        assert program["complete"]
+        assert len([key for key in program if key.endswith("_tok_s")]) == 4
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_the_optimal_cache_is_the_best_of_all_choices():
 @pytest.mark.parametrize("policy", Policy)
 def test_random_operations_never_mix_up_slots(policy):
     draw = random.Random(7)
-    cache = ExpertCache(10, policy)
+    cache = ExpertCache(10, LAYERS, EXPERTS, policy)
     pinned: set[Key] = set()
     slot_of: dict[Key, int] = {}
     for _ in range(20_000):
@@ -143,23 +143,22 @@ def test_random_operations_never_mix_up_slots(policy):
             pinned.clear()
         assert len(cache) == len(slot_of) <= 10
     assert {key: cache.peek(key) for key in slot_of} == slot_of
-    total = sum(counter.hits + counter.misses for counter in cache.counters.values())
-    assert total > 10_000
+    assert cache.total.hits + cache.total.misses > 10_000
 
 
 def test_prefill_does_not_evict_the_experts_of_a_conversation():
-    cache = ExpertCache(4)
+    cache = ExpertCache(4, 1, 12)
     for expert in range(3):
         cache.use(0, [expert])
         cache.admit((0, expert))
         cache.release()
-    before = dict(cache.counters[0].__dict__)
+    before = cache.counter(0)
     for expert in range(3, 12):
         assert cache.peek((0, expert)) is None
         admission = cache.admit((0, expert), free_only=True)
         assert (admission is not None) == (expert == 3)  # there is one free slot
     assert all(cache.peek((0, expert)) is not None for expert in range(4))
-    assert cache.counters[0].hits == before["hits"]
+    assert cache.counter(0).hits == before.hits
 
 
 def test_traces_are_saved_and_damaged_ones_refused(tmp_path):

@@ -20,8 +20,9 @@ STREAMS = "synchronize", "current_stream", "set_stream", "current_device", "grap
 class ImmediateGraph(PiecewiseGraph):
     """Captures nothing: the calls between graphs run at once, in the order of a replay."""
 
-    def call_between(self, work: Any) -> None:
-        work()
+    def call_between(self, *work: Any) -> None:
+        for call in work:
+            call()
 
 
 @pytest.mark.parametrize("buffer", [2, 5])
@@ -33,7 +34,7 @@ def test_every_expert_is_computed_once_wherever_it_is_stored(records, mode, slot
     with kernels(cpu.REFERENCE):
         experts = offloaded(records, rng, mode, slots, buffer)
         (device,) = experts.devices
-        device.graph_buffers = GraphBuffers(device.slots.device, LAYOUT.hidden_size, PER_TOKEN, torch.float32)
+        device.graph_buffers = GraphBuffers(device.slots.device, LAYOUT.hidden_size, PER_TOKEN)
         for turn in range(60):
             layer = rng.choice(list(records))
             x, ids, weights = step(1, rng)

@@ -8,6 +8,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from dsv2_local.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 BUILT = ("__pycache__", "*.so", "*.egg-info", "build", "dist", ".*cache", ".hypothesis", ".venv", ".git")
@@ -76,3 +79,19 @@ def test_an_sdist_installs_and_its_tests_run(tree, tmp_path):
     tests = ["tests/test_config.py", "tests/test_schema.py", "tests/test_floors.py", "tests/test_block_pool.py"]
     pytest_alone = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
     assert " passed" in call([*pytest_alone, "-k", "not million and not help", *tests], unpacked, PYTHONPATH="")
+
+
+def test_the_gpu_extra_brings_the_kernels_for_gpus(tree, tmp_path):
+    prepare = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel({str(tmp_path)!r})"
+    call([sys.executable, "-c", prepare], tree)
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    lines = metadata.read_text(encoding="utf-8").splitlines()
+    needed = [Requirement(line.removeprefix("Requires-Dist: ")) for line in lines if line.startswith("Requires-Dist: ")]
+
+    def brought(extra: str, system: str) -> set[str]:
+        installed = {"extra": extra, "sys_platform": system}
+        return {each.name for each in needed if each.marker and each.marker.evaluate(installed)}
+
+    assert brought("gpu", "linux") == {cpu.TRITON, cpu.BITSANDBYTES}
+    assert not brought("gpu", "win32")
+    assert brought("test", "linux") > {cpu.TRITON, cpu.BITSANDBYTES}

@@ -14,7 +14,7 @@ from dsv2_local.kernels import cpu, ops
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import expert_matrices
 from dsv2_local.offload.balance import Costs
-from dsv2_local.offload.expert_cache import Policy
+from dsv2_local.offload.expert_cache import ExpertCache, Policy
 from dsv2_local.offload.expert_slots import ExpertSlots
 from dsv2_local.offload.offloaded_experts import DeviceExperts, OffloadedExperts
 from dsv2_local.offload.plan_request import Mode
@@ -63,7 +63,8 @@ def offloaded(
     device_experts = []
     for number in range(devices):
         own = {layer: records[layer] for layer in records if cut[number] <= layer < cut[number + 1]}
-        expert_slots = ExpertSlots(SimulatedDevice(number, hook=hook, link=link), LAYOUT, slots, buffer, policy)
+        cache = ExpertCache(slots, LAYERS, EXPERTS, policy)
+        expert_slots = ExpertSlots(SimulatedDevice(number, hook=hook, link=link), LAYOUT, cache, buffer)
         device_experts.append(DeviceExperts(expert_slots, LAYOUT, own, mode, costs))
     return OffloadedExperts(device_experts)
 

@@ -15,6 +15,7 @@ tl = pytest.importorskip("triton.language")
 
 from dsv2_local.kernels.triton.dequantize import GATHER, level_table, unpack  # noqa: E402 - may be missing
 from dsv2_local.kernels.triton.experts import group_pairs  # noqa: E402
+from dsv2_local.kernels.triton.linear import _STREAM_CONFIGS, _configs_to_try  # noqa: E402
 from tests import triton_checks as check  # noqa: E402
 
 import triton  # noqa: E402 isort: skip
@@ -84,6 +85,15 @@ def test_every_way_of_looking_up_a_level_is_exact(lookup):
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_swiglu(format, tokens):
     check.swiglu(DEVICE, FP32, format, 100, 44, tokens)
+
+
+@pytest.mark.parametrize(("nf4", "pair", "blocks"), [(True, True, 32), (False, False, 32), (False, True, 16)])
+def test_short_prompts_take_a_configuration_that_fits_in_registers(nf4, pair, blocks):
+    """What `tools/compile_triton.py` shows: with 32 blocks, int8 pairs need 3 KB of local memory per thread."""
+    given = {"rows": 2816, "cols": 2048, "COUNT": 1, "BT": 4, "NF4": nf4, "slots": None}
+    given["up_words"] = torch.empty(0) if pair else None
+    (config,) = _configs_to_try(_STREAM_CONFIGS, given)
+    assert config.kwargs == {"BG": 1, "KB": blocks}
 
 
 @pytest.mark.parametrize("format", [*FORMATS, Format.BF16])

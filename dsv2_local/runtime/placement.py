@@ -14,7 +14,7 @@ from dsv2_local.kernels.layout import Matrix
 from dsv2_local.offload import calibration, warm_experts
 from dsv2_local.offload.balance import Costs
 from dsv2_local.offload.device import Device
-from dsv2_local.offload.expert_cache import Policy
+from dsv2_local.offload.expert_cache import ExpertCache, Policy
 from dsv2_local.offload.expert_slots import ExpertSlots
 from dsv2_local.offload.graph_experts import GraphBuffers
 from dsv2_local.offload.offloaded_experts import DeviceExperts, OffloadedExperts
@@ -27,6 +27,7 @@ from dsv2_local.progress import Progress, no_progress
 from dsv2_local.quant.checkpoint import MANIFEST, Checkpoint
 from dsv2_local.runtime.model import Transformer, Weights
 
+ON_CPU = Costs(fetch=1e9, read=1.0, token=1.0)  # seconds: no expert is copied to a GPU
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -128,7 +129,7 @@ def place_on_devices(
     arena = weights.arena or _pinned(weights, plan, devices[0], progress)
     notes = [_refusal(arena)] if arena.refused else []
     placed = [
-        _place_experts(weights, plan, share, device, arena.records, dtype, policy, costs)
+        _place_experts(weights, plan, share, device, arena.records, policy, costs)
         for share, device in zip(plan.gpus, devices, strict=True)
     ]
     experts = OffloadedExperts(placed)
@@ -195,29 +196,30 @@ def _place_experts(
     share: MemoryShare,
     device: Device,
     records: dict[int, Tensor],
-    dtype: torch.dtype,
     policy: Policy,
     costs: Costs | None,
 ) -> DeviceExperts:
     """Set up the experts of one device's layers; its slots start with the warm experts."""
     config, layout = weights.config, weights.layout
     own = {layer: records[layer] for layer in records if layer in range(*share.layers)}
-    slots = ExpertSlots(device, layout, share.slots, plan.staging_experts, policy)
+    cache = ExpertCache(share.slots, config.num_hidden_layers, config.n_routed_experts, policy)
+    slots = ExpertSlots(device, layout, cache, plan.staging_experts)
     if not plan.offloads:
-        return DeviceExperts(slots, layout, own, Mode.CPU, Costs(1.0, 1.0, 1.0))
+        buffers = _graph_buffers(weights, plan, device)
+        return DeviceExperts(slots, layout, own, Mode.CPU, ON_CPU, buffers)
     slots.fill(own, warm_experts.load(weights.fingerprint, list(own), config.n_routed_experts))
     costs = costs or calibration.costs(slots, layout, own)
-    return DeviceExperts(slots, layout, own, plan.mode, costs, _graph_buffers(weights, plan, device, dtype))
+    return DeviceExperts(slots, layout, own, plan.mode, costs, _graph_buffers(weights, plan, device))
 
 
-def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device, dtype: torch.dtype) -> GraphBuffers | None:
+def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device) -> GraphBuffers | None:
     """The buffers with which experts run inside CUDA graphs; None if they cannot (no Triton, bf16, little staging)."""
     config, format = weights.config, weights.layout.format
-    fits = config.num_experts_per_tok <= STAGING_BUFFERS * plan.staging_experts
+    fits = not plan.offloads or config.num_experts_per_tok <= STAGING_BUFFERS * plan.staging_experts
     # The bf16 kernels cannot skip experts that have no slot, as a captured step must.
     if not ops.capturable(device.torch_device) or format is Format.BF16 or not fits:
         return None
-    return GraphBuffers(device, config.hidden_size, config.num_experts_per_tok, dtype)
+    return GraphBuffers(device, config.hidden_size, config.num_experts_per_tok)
 
 
 def _keep_learned(weights: ModelWeights, plan: Plan, placed: list[DeviceExperts]) -> None:

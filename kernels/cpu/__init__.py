@@ -36,6 +36,7 @@ VARIANTS = {
 REFERENCE, TRITON, BITSANDBYTES = "reference", "triton", "bitsandbytes"
 VARIABLE = "DSV2_KERNELS"
 
+SPIN_BESIDE_GPU = 2000  # microseconds
 FORMATS = {Format.NF4: 0, Format.INT8: 1}
 CACHES = {torch.bfloat16: 0, torch.uint8: 1}  # `LatentDtype` in latents.hpp
 
@@ -65,6 +66,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "recordable": (_I,),
     "replay": (_P, _I, _P),
     "set_threads": (c_int32, POINTER(c_int32)),
+    "set_spin": (_I,),
     "read": (_P, _I),
 }
 _RESULTS: dict[str, Any] = {"recordable": c_char_p, "read": c_uint64}
@@ -110,6 +112,14 @@ class Kernels:
         self._functions[name](*arguments)
         if recording := self._active.recording:
             recording.add(name, _SIGNATURES[name], arguments)
+
+    def address(self, name: str) -> int:
+        """Address of a function of api.hpp, named without "dsv2_"."""
+        return ctypes.cast(self._functions[name], c_void_p).value or 0
+
+    def stay_awake(self) -> None:
+        """Let idle threads spin for up to two milliseconds, when the GPU computes between any two calls."""
+        self._call("set_spin", SPIN_BESIDE_GPU)
 
     def recording(self) -> Recording:
         """A new recording, to be entered while a step runs."""

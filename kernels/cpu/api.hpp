@@ -72,6 +72,8 @@ API void dsv2_replay(const dsv2::Call* calls, int64_t count, double* seconds);
 // Replace the thread pool by one of `count` threads, the caller among them; thread i > 0 is pinned to cpus[i] unless
 // `cpus` is null.
 API void dsv2_set_threads(int32_t count, const int32_t* cpus);
+// See set_spin in pool.hpp.
+API void dsv2_set_spin(int64_t microseconds);
 // Read all bytes once with all threads, which measures memory bandwidth. Returns the sum of the 64-bit words, so that
 // the compiler cannot drop the reads.
 API uint64_t dsv2_read(const uint8_t* data, int64_t nbytes);

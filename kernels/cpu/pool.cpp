@@ -19,7 +19,7 @@ namespace dsv2 {
 namespace {
 
 // How long an idle worker spins before it sleeps: longer than the pause between two kernels of a decode step.
-constexpr auto SPIN = std::chrono::microseconds(200);
+std::atomic<int64_t> spin_microseconds{200};
 
 // The state of a parallel call in one word, so that a claim cannot hit a later call than the one that was read: the
 // number of the call (16 bits), its items (24 bits) and the next item to be claimed (24 bits).
@@ -91,7 +91,7 @@ class Pool {
         while (!stopping_.load(std::memory_order_acquire)) {
             while (work_on()) {
             }
-            const auto until = std::chrono::steady_clock::now() + SPIN;
+            const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_microseconds.load(std::memory_order_relaxed));
             while (!available() && std::chrono::steady_clock::now() < until)
                 for (int i = 0; i < 20; i++) pause();
             if (!available()) sleep();
@@ -150,6 +150,7 @@ Pool& pool() {
 }  // namespace
 
 void set_threads(int count, const int32_t* cpus) { pool().resize(count, cpus); }
+void set_spin(int64_t microseconds) { spin_microseconds.store(microseconds, std::memory_order_relaxed); }
 void run(int64_t items, Claim claim, void (*fn)(const void*, int64_t, int64_t), const void* context) {
     pool().run(items, claim, fn, context);
 }
@@ -159,3 +160,4 @@ void run(int64_t items, Claim claim, void (*fn)(const void*, int64_t, int64_t), 
 #include "api.hpp"
 
 API void dsv2_set_threads(int32_t count, const int32_t* cpus) { dsv2::set_threads(count, cpus); }
+API void dsv2_set_spin(int64_t microseconds) { dsv2::set_spin(microseconds); }

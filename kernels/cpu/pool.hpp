@@ -13,6 +13,9 @@ namespace dsv2 {
 // null.
 void set_threads(int count, const int32_t* cpus);
 
+// Let an idle thread spin this long before it sleeps.
+void set_spin(int64_t microseconds);
+
 // How much a thread claims at once: all of its even share of the remaining items, or a quarter of it. Memory is read
 // fastest in few long runs; when arithmetic limits the speed and items differ, small claims let all threads finish
 // together.

@@ -106,6 +106,28 @@ def test_answers_with_offloaded_experts_are_those_of_the_reference(expected, mod
             assert (figures.hits > 0) == (slots > 0)
 
 
+@pytest.mark.parametrize("slots", [0, 7, 40])
+@pytest.mark.parametrize("mode", [Mode.HYBRID, Mode.STREAM, Mode.CPU])
+def test_logits_with_experts_placed_by_native_code_are_those_of_the_gpu(mode, slots):
+    """Up to the rounding of the CPU's kernels; between two prompts, so that prefill and native steps take turns."""
+    tokens, found = list(range(100, 130)), []
+    for placed in (Mode.GPU, mode):
+        with loaded(placed, slots) as model:
+            engine = model.engine
+            if placed is not Mode.GPU:
+                (device,) = model.experts.devices
+                assert device.native is not None
+                engine.warm_up()
+            logits = [engine.step.run(token).clone() for token in tokens]
+            engine.model.forward(torch.arange(200), engine.cache)
+            logits += [engine.step.run(token).clone() for token in tokens]
+            found.append(torch.stack(logits))
+            if placed is not Mode.GPU:
+                assert model.experts.stats.host_experts > 0 or mode is Mode.STREAM
+                assert (model.experts.stats.fetched_bytes > 0) == (mode is not Mode.CPU)
+    assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
+
+
 def test_streamed_experts_change_no_bit():
     logits = []
     for mode, slots in ((Mode.GPU, 0), (Mode.STREAM, 0), (Mode.STREAM, 20)):
