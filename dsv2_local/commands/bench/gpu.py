@@ -21,7 +21,9 @@ from dsv2_local.commands.bench.subject import Subject
 from dsv2_local.commands.bench.timing import Status
 from dsv2_local.commands.console import notice
 from dsv2_local.commands.inspect import summarise
-from dsv2_local.offload.device import Device
+from dsv2_local.kernels import ops
+from dsv2_local.offload import forecast
+from dsv2_local.offload.device import Device, typed_errors
 from dsv2_local.runtime import placement
 from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.placement import ModelWeights, PlacedModel
@@ -56,11 +58,11 @@ def run(options: BenchOptions, devices: list[Device], status: Status) -> dict[st
 
     Raises:
         InputError, PlanError, CheckpointError: see `gpu_case.settle`.
-        DeviceMemoryError: another program took GPU memory after the plan was made.
+        DeviceError: a kernel failed, or another program took GPU memory after the plan was made.
     """
     case, checkpoint = settle(options, devices)
     threads, phases = use_threads(options.threads, case.recipe), Phases(status)
-    with ExitStack() as stack:
+    with ExitStack() as stack, typed_errors():
         with phases("building"):
             weights = stack.enter_context(weights_of(case, checkpoint, devices[0], threads, status))
         with phases("measuring the machine"):
@@ -102,7 +104,8 @@ def _measure(
     with phases("placing"):
         placed = placement.place_on_devices(weights, case.plan, devices, case.dtype)
     try:
-        for note in placed.notes:
+        planned = [] if weights.arena else forecast.notes(case.plan)
+        for note in filter(None, [ops.gpu_notice(devices[0].torch_device), *planned, *placed.notes]):
             notice(note)
         result = _measure_placed(case, placed, machine, phases)
         memory = [_gpu_memory(device, nbytes) for device, nbytes in zip(devices, free, strict=True)]

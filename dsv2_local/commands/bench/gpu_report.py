@@ -158,7 +158,7 @@ def cut_facts(case: Case, result: dict[str, Any]) -> dict[str, Any]:
     moe, more = len(case.config.moe_layers), len(case.whole.moe_layers) - len(case.config.moe_layers)
     parts, step = result["parts"], 1 / result["decode"][0]["tok_s"]
     dense = parts.get("dense", 0.0) + parts["attention"] * (here - moe) / here
-    seconds = step + (step - parts["head"] - dense) / max(1, moe) * more
+    seconds = step + max(0.0, step - parts["head"] - dense) / max(1, moe) * more
     return {
         "layers": here,
         "total_layers": everywhere,
