@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -54,9 +55,15 @@ class PinnedArena:
 
     @staticmethod
     def allocate(nbytes: int) -> Tensor:
-        """New memory that starts at a page boundary, in huge pages if the system has them: uint8 [nbytes]."""
-        memory = mmap.mmap(-1, nbytes)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        """New memory that starts at a page boundary, in huge pages if the system has them: uint8 [nbytes].
+
+        Processes that are forked do not inherit it: the kernel would copy locked pages for them.
+        """
+        # Private: shared memory, Python's default, rarely gets huge pages, and small pages take much longer to lock.
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+            with suppress(OSError):  # a kernel without it
+                memory.madvise(advice)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def lock(self, layer: int, records: Tensor) -> None:

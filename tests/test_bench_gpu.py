@@ -1,6 +1,7 @@
 """`dsv2 bench` on simulated devices. No test depends on a time, since the machine may be busy."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -290,6 +291,19 @@ def test_records_built_in_the_arena_are_locked_in_place_and_equal_those_of_one_t
     assert (done[0], done[-1]) == ((0, arena.nbytes), (arena.nbytes, arena.nbytes))
     arena.close()
     assert (locked, arena.locked) == ([], 0)
+
+
+def test_memory_to_lock_is_private_and_not_copied_for_forked_processes():
+    memory = PinnedArena.allocate(4 << 20)
+    flags, inside = None, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= memory.data_ptr() < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert flags is not None
+    assert "dc" in flags  # do not copy when forking
+    assert "sh" not in flags  # shared
 
 
 def test_a_refusal_to_lock_leaves_the_records_where_they_are(bench, tmp_path, monkeypatch):
