@@ -212,10 +212,16 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
 
 
 def expert_outputs(
-    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+    x: Tensor,
+    records: Tensor,
+    layout: ExpertLayout,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    distinct: int | None = None,
 ) -> None:
     """The outputs of token-expert pairs; see `reference.expert_outputs`."""
-    _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out)
+    _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out, distinct)
 
 
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:

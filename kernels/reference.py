@@ -101,6 +101,7 @@ def expert_outputs(
     tokens: Tensor,
     slots: Tensor,
     out: Tensor,
+    distinct: int | None = None,
     linear: Linear = linear,
 ) -> None:
     """The outputs of n token-expert pairs: out[i] = the expert in records[slots[i]], applied to x[tokens[i]].
@@ -111,6 +112,8 @@ def expert_outputs(
         tokens, slots: int64 [n]. Pairs with a negative slot are skipped, except in the native kernels, which do not
             accept them.
         out: fp32 [n, D], written to.
+        distinct: how many slots occur among the pairs at most, if that is known; kernels choose their shape by it, and
+            it changes no result.
     """
     for slot in torch.unique(slots[slots >= 0]).tolist():
         (pairs,) = (slots == slot).nonzero(as_tuple=True)

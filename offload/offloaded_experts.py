@@ -241,9 +241,17 @@ class DeviceExperts:
         """Start a step of many tokens: all experts of the layer pass through the staging buffers, group by group."""
         self._observe()
         groups = self._stream.enter(layer)
+        # Copied now, so that the wait for them does not include what the caller queues next.
+        ids_in_ram = self._device.page_locked(ids.shape, ids.dtype)
+
+        def copy() -> None:
+            ids_in_ram.copy_(ids, non_blocking=True)
+
+        copied = self.slots.compute(copy)
 
         def finish() -> Tensor:
-            chosen = ids.cpu().numpy()
+            copied.wait()
+            chosen = ids_in_ram.numpy()
             counts = dict(enumerate(np.bincount(chosen.ravel()).tolist()))
             dispatch = Dispatch(chosen, counts, groups)
             step = _Step.of(x, ids, weights, dispatch)
@@ -321,7 +329,7 @@ class DeviceExperts:
         tokens, slots = step.pairs(part, indices)
         x, records, layout, target = step.x, self.slots.records, self.layout, out[part]
         return self.slots.compute(
-            lambda: ops.expert_outputs(x, records, layout, tokens, slots, target), reads=indices.values()
+            lambda: ops.expert_outputs(x, records, layout, tokens, slots, target, len(indices)), reads=indices.values()
         )
 
     def _queue_addition(
@@ -333,7 +341,7 @@ class DeviceExperts:
 
         def work() -> None:
             out = torch.empty(len(tokens), x.shape[1], device=x.device)
-            ops.expert_outputs(x, records, layout, tokens, slots, out)
+            ops.expert_outputs(x, records, layout, tokens, slots, out, len(indices))
             rows_of_out = torch.where((rows >= part.start) & (rows < part.stop), rows - part.start, -1)
             ops.combine(out, rows_of_out, step.ids, step.weights, y)
 

@@ -108,11 +108,13 @@ def test_experts_in_bf16(tokens):
     check.experts(DEVICE, BF16, Format.NF4, 100, 44, tokens, 5)
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(("pairs", "count", "block"), [(1, 1, 16), (200, 7, 16), (33, 90, 16), (64, 2, 64)])
-def test_grouped_pairs(pairs, count, block):
+def test_grouped_pairs(pairs, count, block, known):
     """Every pair is in exactly one piece, that of its slot; no piece is larger than a block."""
     slots = torch.randint(0, count, (pairs,)) // 2
-    order, pieces = group_pairs(slots, count, block)
+    distinct = len(slots.unique()) if known else min(pairs, count)
+    order, pieces = group_pairs(slots, count, block, distinct)
     found = [(slot, int(order[place])) for slot, first, last in pieces.tolist() for place in range(first, last)]
     assert sorted(found) == sorted((slot, pair) for pair, slot in enumerate(slots.tolist()))
     assert (pieces[:, 2] - pieces[:, 1]).max() <= block

@@ -153,7 +153,14 @@ class Kernels:
         return _output(y, x)
 
     def expert_outputs(
-        self, x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+        self,
+        x: Tensor,
+        records: Tensor,
+        layout: ExpertLayout,
+        tokens: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        distinct: int | None = None,
     ) -> None:
         x_ = _input(x)
         self._call(

@@ -19,7 +19,13 @@ COPIED_EXPERTS = 8  # unquantised experts that are copied at a time
 
 
 def expert_outputs(
-    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+    x: Tensor,
+    records: Tensor,
+    layout: ExpertLayout,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    distinct: int | None = None,
 ) -> None:
     """The outputs of token-expert pairs; see `reference.expert_outputs`. `slots` is read on the device."""
     n, x = len(tokens), contiguous(x)
@@ -35,19 +41,21 @@ def expert_outputs(
         launch_stream(x, hidden, gate, up, n, tokens=tokens, **shape)
         launch_stream(hidden, out, down, None, n, **shape)
         return
-    block = token_block(n // min(n, len(records)))
-    order, pieces = group_pairs(slots, len(records), block)
+    distinct = min(n, len(records), distinct or n)
+    block = token_block(n // distinct)
+    order, pieces = group_pairs(slots, len(records), block, distinct)
     shape = {"n": n, "pieces": pieces, "SPLIT": 1, "BT": block, "COUNT": 1}
     launch_tile(x, hidden, gate, up, len(pieces), sources=tokens[order], **shape)
     launch_tile(hidden, out, down, None, len(pieces), targets=order, **shape)
 
 
-def group_pairs(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
+def group_pairs(slots: Tensor, count: int, block: int, distinct: int) -> tuple[Tensor, Tensor]:
     """Sort pairs by slot and cut the pairs of each slot into pieces, on the device and without waiting for it.
 
     Args:
         slots: int64 [n], the slot of each pair, below `count`.
         block: pairs per piece; the last piece of a slot may have fewer.
+        distinct: how many slots occur at most.
 
     Returns:
         order: int64 [n], the pairs sorted by slot.
@@ -59,7 +67,7 @@ def group_pairs(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
     starts = torch.searchsorted(in_order, torch.arange(count + 1, device=slots.device))  # [S + 1]
     sizes = starts.diff()
     ends = ((sizes + block - 1) // block).cumsum(0)  # pieces of all slots up to this one
-    item = torch.arange(triton.cdiv(n, block) + min(n, count), device=slots.device)
+    item = torch.arange(triton.cdiv(n, block) + distinct, device=slots.device)
     slot = torch.searchsorted(ends, item, right=True).clamp_(max=count - 1)
     last_block = ends[slot] - item  # 1 for a slot's last piece, larger before it, smaller past the last slot
     size = sizes[slot]
