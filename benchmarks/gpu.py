@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 SPARE = 6 * GIB  # RAM that the largest model leaves free, besides what its plan counts
-SLACK = GIB // 2  # GPU memory that plans of the whole card leave free, since they count neither kernels nor rounding
 TINY = {
     "model_type": "deepseek_v2", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
     "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 32,
@@ -146,7 +145,7 @@ class Run:
                 event.wait()
                 return event
 
-        return SynchronousDevice(capacity=GIB) if self._args.interpret else CudaDevice(0)
+        return SynchronousDevice(capacity=2 * GIB) if self._args.interpret else CudaDevice(0)
 
     def measure(self) -> None:
         if self._args.tiny:
@@ -272,7 +271,7 @@ class Run:
             parts = streamed.gpus[0].parts
             vram = sum(parts.values()) - parts["expert slots"] // 2
         elif not self._args.tiny:
-            vram = min(vram - SLACK, wanted.vram or vram)
+            vram = min(vram, wanted.vram or vram)
         plan = plan_of_random_weights(request, replace(machine, vram=(vram,)))
         return Case(wanted.shape, whole, plan, Lengths(*lengths(wanted, self._args.tiny)), self._dtype())
 

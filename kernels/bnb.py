@@ -25,6 +25,7 @@ from dsv2_local.kernels.reference import (
     embedding,
     rms_norm,
     route,
+    to_host,
     top_candidates,
     write_latents,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "rms_norm",
     "route",
     "swiglu",
+    "to_host",
     "top_candidates",
     "write_latents",
 ]  # fmt: skip

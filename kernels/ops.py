@@ -40,6 +40,7 @@ __all__ = [
     "set_threads",
     "slow_notice",
     "swiglu",
+    "to_host",
     "top_candidates",
     "use",
     "variant",
@@ -222,6 +223,11 @@ def expert_outputs(
 ) -> None:
     """The outputs of token-expert pairs; see `reference.expert_outputs`."""
     _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out, distinct)
+
+
+def to_host(x: Tensor, ids: Tensor, host_x: Tensor, host_ids: Tensor) -> None:
+    """Write the input of one token's experts to page-locked RAM; see `reference.to_host`."""
+    _kernels(x).to_host(x, ids, host_x, host_ids)
 
 
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:

@@ -120,6 +120,15 @@ def expert_outputs(
         out[pairs] = swiglu(x[tokens[pairs]], *expert_matrices(layout, records[slot]), linear).float()
 
 
+def to_host(x: Tensor, ids: Tensor, host_x: Tensor, host_ids: Tensor) -> None:
+    """Write one token's x [1, D] and ids (int64 [1, K]) to page-locked RAM, x as fp32.
+
+    They are there once the work that is queued on the device so far is done.
+    """
+    host_x.copy_(x.float(), non_blocking=True)
+    host_ids.copy_(ids, non_blocking=True)
+
+
 def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
     """Add up the outputs of experts: y[t] += weights[t, k] · outputs[rows[t, k]] for all k, in ascending ids[t, k].
 

@@ -229,7 +229,7 @@ class DeviceExperts:
 
             def add_up() -> None:
                 if on_host:
-                    out[part].copy_(host_out)
+                    out[part].copy_(host_out, non_blocking=True)
                 ops.combine(out, step.rows, ids, weights, y)
 
             self._device.join(self.slots.compute(add_up, after=queued))
@@ -350,7 +350,7 @@ class DeviceExperts:
     def _host_outputs(self, layer: int, x: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute the last group of pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]."""
         part = dispatch.parts[-1]
-        out = torch.empty(part.stop - part.start, x.shape[1])
+        out = self._device.page_locked((part.stop - part.start, x.shape[1]), torch.float32)
         tokens, experts = torch.from_numpy(dispatch.tokens[part]), torch.from_numpy(dispatch.experts[part])
         self.compute_on_host(layer, x, tokens, experts, out)
         return out
@@ -420,4 +420,5 @@ class OffloadedExperts:
 
 def _to(like: Tensor, array: Ints) -> Tensor:
     tensor = torch.from_numpy(array)
-    return tensor if like.is_cpu else tensor.to(like.device)
+    # From page-locked memory, since a copy from other memory waits for all work that is queued on the device.
+    return tensor if like.is_cpu else tensor.pin_memory().to(like.device, non_blocking=True)

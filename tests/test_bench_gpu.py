@@ -59,7 +59,7 @@ def request(
 
 def device(slots: int, layers: int = LAYERS, cache: CacheDtype = CacheDtype.BF16) -> SimulatedDevice:
     """A device with room for `slots` experts of the tiny model's first layers, and one byte more."""
-    plan = make_plan(request(architecture=first_layers(config(), layers), cache=cache), Machine((GIB,), 1 << 40))
+    plan = make_plan(request(architecture=first_layers(config(), layers), cache=cache), Machine((2 * GIB,), 1 << 40))
     parts = plan.gpus[0].parts
     fixed = sum(size for name, size in parts.items() if name not in ("driver", "expert slots"))
     return SimulatedDevice(capacity=fixed + slots * plan.expert_bytes + 1)
@@ -264,7 +264,7 @@ def test_experts_that_do_not_fit_in_ram_are_refused_with_the_layers_that_fit():
         gpu_case.plan_of_random_weights(replace(fits, config=first_layers(whole, layers + 1)), machine)
     with pytest.raises(InputError, match="free memory"):
         gpu_case.plan_of_random_weights(
-            replace(fits, config=first_layers(whole, 2)), replace(machine, vram=(4 * GIB,), ram=2 * GIB)
+            replace(fits, config=first_layers(whole, 2)), replace(machine, vram=(4 * GIB,), ram=4 * GIB)
         )
 
 

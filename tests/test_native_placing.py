@@ -87,7 +87,7 @@ def device_experts(
 ) -> DeviceExperts:
     buffer = 0 if mode is Mode.CPU else PER_TOKEN
     placed = ExpertSlots(device, LAYOUT, ExpertCache(slots, LAYERS, EXPERTS, policy), buffer)
-    buffers = GraphBuffers(device, LAYOUT.hidden_size, PER_TOKEN)
+    buffers = GraphBuffers(device, LAYOUT.hidden_size, PER_TOKEN, torch.float32)
     return DeviceExperts(placed, LAYOUT, records, mode, costs, buffers)
 
 

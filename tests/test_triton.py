@@ -121,6 +121,11 @@ def test_grouped_pairs(pairs, count, block, known):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_input_of_experts_reaches_ram(dtype):
+    check.sent_to_host(DEVICE, dtype, 1100, 6)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_combine(dtype):
     check.combined(DEVICE, dtype, 5, 100)
 
@@ -156,7 +161,7 @@ def test_latents_are_written_in_8_bits(C):
 
 
 def test_attention_by_groups_of_heads(monkeypatch):
-    monkeypatch.setattr(sys.modules["dsv2_local.kernels.triton.attention"], "WORKSPACE", 20_000)
+    monkeypatch.setattr(sys.modules["dsv2_local.kernels.triton.attention"], "REBUILT_NUMBERS", 20_000)
     check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 2, 20, absorb=False)
 
 

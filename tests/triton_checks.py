@@ -86,6 +86,21 @@ def experts(
     assert off(hinted, out) < TOLERANCE[dtype]
 
 
+def sent_to_host(device: str, dtype: torch.dtype, hidden: int, chosen: int) -> None:
+    """Every number and every id is written, and nothing past them."""
+    x, ids = torch.randn(1, hidden).to(dtype), torch.randint(160, (1, chosen))
+    host_x, host_ids = torch.full((1, hidden + 8), torch.nan), torch.full((1, chosen + 2), -1)
+    if device != "cpu":
+        host_x, host_ids = host_x.pin_memory(), host_ids.pin_memory()
+    triton.to_host(x.to(device), ids.to(device), host_x, host_ids)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    assert torch.equal(host_x[:, :hidden], x.float())
+    assert torch.equal(host_ids[:, :chosen], ids)
+    assert host_x[:, hidden:].isnan().all()
+    assert (host_ids[:, chosen:] == -1).all()
+
+
 def combined(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
     """One call, and several calls by ascending expert id, which must give the same bits; negative rows add nothing."""
     outputs, weights = torch.randn(9, hidden).to(dtype), torch.randn(tokens, 4)

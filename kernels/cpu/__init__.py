@@ -96,6 +96,7 @@ class Kernels:
     """One variant of the library, loaded, with its thread pool; the kernels are explained in `kernels.reference`."""
 
     CACHES = tuple(CACHES)
+    to_host = staticmethod(reference.to_host)
     top_candidates = staticmethod(reference.top_candidates)  # only tests call it: on the CPU, samplers use all logits
 
     def __init__(self, variant: str, path: Path) -> None:

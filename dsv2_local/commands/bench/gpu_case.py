@@ -10,7 +10,6 @@ import torch
 from dsv2_local import llm
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.tensors import Kind
-from dsv2_local.commands.bench.gpu_rates import LEFT_BEHIND
 from dsv2_local.commands.bench.settings import (
     GPU_DECODE,
     GPU_PROMPTS,
@@ -26,7 +25,7 @@ from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.offload.device import Device
 from dsv2_local.offload.pinned import PinnedArena
-from dsv2_local.offload.plan import CONTEXT_BYTES, Plan, make_plan
+from dsv2_local.offload.plan import Plan, make_plan
 from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
 from dsv2_local.offload.trace import Trace
 from dsv2_local.progress import Progress
@@ -84,8 +83,6 @@ def settle(options: BenchOptions, devices: Sequence[Device]) -> tuple[Case, Chec
     cache_dtype = cache_dtype_on(devices[0], recipe, DTYPE, options.cache_dtype)
     request = PlanRequest(config, recipe, lengths.cache, cache_dtype, options.experts)
     machine = llm.this_machine(devices, options.vram, options.experts)
-    spare = (device.free + CONTEXT_BYTES - LEFT_BEHIND for device in devices if device.torch_device.type == "cuda")
-    machine = replace(machine, vram=tuple(map(min, machine.vram, spare)) or machine.vram)
     if checkpoint is None:
         plan, name = plan_of_random_weights(request, machine), random_name(options.random_weights or "")
     else:

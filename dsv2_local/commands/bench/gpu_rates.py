@@ -17,7 +17,6 @@ from dsv2_local.offload.plan_request import Rates
 LINK_BYTES = 256 << 20  # of one copy over the PCIe link
 MEMORY_BYTES = 1 << 30  # that a pass over GPU memory reads, and that it writes
 MATRIX = 8192  # rows and columns of the GPU's matrix product
-LEFT_BEHIND = 512 << 20  # GPU memory that may stay in use when the machine was measured: cuBLAS with its kernels
 REPEATS = 10  # of each measurement on the GPU
 
 

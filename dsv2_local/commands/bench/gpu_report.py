@@ -135,7 +135,7 @@ def memory_facts(allocated: list[int], before: list[int], used: list[int], ram_p
         ram_peak: peak of this process's RAM.
         plan: where the model is stored.
     """
-    driver = [gpu.parts["driver"] for gpu in plan.gpus]
+    driver = [gpu.parts["driver"] + gpu.parts["kernels"] for gpu in plan.gpus]
     return {
         "gpu_peak_bytes": allocated,
         "gpu_planned_bytes": [gpu.used - part for gpu, part in zip(plan.gpus, driver, strict=True)],
