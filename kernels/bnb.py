@@ -43,6 +43,7 @@ __all__ = [
     "rearranged",
     "rms_norm",
     "route",
+    "sorted_expert_outputs",
     "swiglu",
     "to_host",
     "top_candidates",
@@ -87,3 +88,4 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 swiglu = partial(reference.swiglu, linear=linear)
 experts = partial(reference.experts, linear=linear)
 expert_outputs = partial(reference.expert_outputs, linear=linear)
+sorted_expert_outputs = partial(reference.sorted_expert_outputs, linear=linear)

@@ -91,12 +91,6 @@ def device_experts(
     return DeviceExperts(placed, LAYOUT, records, mode, costs, buffers)
 
 
-@pytest.fixture(autouse=True)
-def _threads_may_sleep(monkeypatch):
-    """Threads that spin beside a GPU would take time from other tests."""
-    monkeypatch.setattr(cpu.Kernels, "stay_awake", lambda self: None)
-
-
 @pytest.fixture
 def on_reference(monkeypatch):
     """The device computes with the reference, which skips negative slots; native code still uses the CPU's kernels."""

@@ -84,6 +84,11 @@ def experts(
     hinted = torch.full_like(out, torch.nan)
     triton.expert_outputs(x.to(device), records.to(device), layout, *moved, hinted, len(ids.unique()))
     assert off(hinted, out) < TOLERANCE[dtype]
+    order = ids.flatten().argsort(stable=True)
+    runs = list(zip(*(part.tolist() for part in ids.flatten()[order].unique(return_counts=True)), strict=True))
+    in_order = torch.full_like(out, torch.nan)
+    triton.sorted_expert_outputs(x.to(device), records.to(device), layout, (order // chosen).to(device), runs, in_order)
+    assert off(in_order, out[order.to(device)]) < TOLERANCE[dtype]
 
 
 def sent_to_host(device: str, dtype: torch.dtype, hidden: int, chosen: int) -> None:
@@ -115,6 +120,11 @@ def combined(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
         triton.combine(moved[0], some.to(device), *moved[2:], turns)
     assert off(whole, exact) < 1e-6
     assert torch.equal(whole, turns)
+    part = torch.where((rows >= 3) & (rows < 7), rows, -1)
+    expected, ours = y.to(device, copy=True), y.to(device, copy=True)
+    triton.combine(moved[0], part.to(device), *moved[2:], expected)
+    triton.combine(moved[0][3:7], *moved[1:], ours, 3)
+    assert torch.equal(ours, expected)
 
 
 def attention(

@@ -137,6 +137,8 @@ def call_rows() -> None:
         )  # fmt: skip
         kernels.route(x, torch.zeros(160, 2048), config)
     kernels.top_candidates(torch.zeros(1, 102_400), torch.zeros(2))
+    chosen = torch.zeros(1, 6, dtype=torch.int64)
+    kernels.to_host(activations(1, 2048), chosen, torch.zeros(1, 2048), torch.zeros_like(chosen))
 
 
 def main() -> None:
