@@ -45,6 +45,11 @@ Model = Annotated[
     ),
 ]
 Experts = Annotated[str, typer.Option(help="Where routed experts are computed: auto, gpu, hybrid, stream or cpu.")]
+DeviceNames = Annotated[
+    str,
+    typer.Option(help="cpu, cuda (all GPUs), cuda:0,cuda:1 and so on, or auto: GPUs if suitable, else the CPU."),
+]
+Vram = Annotated[str | None, typer.Option(help="Maximum memory to use on each GPU: 8GiB, or 8GiB,24GiB for two GPUs.")]
 CacheType = Annotated[
     str, typer.Option("--cache-type", help="Type of the KV cache: bf16, or int8 in 57 % of the bytes.")
 ]
@@ -66,14 +71,9 @@ class LoadOptions:
     dtype: Annotated[
         str, typer.Option(help="Activations: float32, bfloat16, or auto: float32 on the CPU, bfloat16 on GPUs.")
     ] = "auto"
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda (all GPUs), cuda:0,cuda:1 and so on, or auto: GPUs if suitable, else the CPU."),
-    ] = "auto"
+    device: DeviceNames = "auto"
     experts: Experts = "auto"
-    vram: Annotated[
-        str | None, typer.Option(help="Maximum memory to use on each GPU: 8GiB, or 8GiB,24GiB for two GPUs.")
-    ] = None
+    vram: Vram = None
     cache_type: CacheType = "bf16"
     threads: Threads = None
 
@@ -337,11 +337,19 @@ def bench(
         typer.Option(help="Measure random weights: deepseek-v2, deepseek-v2-lite or a config.json."),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Measure only so many layers, and extrapolate.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Prompt lengths in tokens. Default: 128,512.")] = None,
-    decode: Annotated[int, typer.Option(help="Tokens to decode at each context length.")] = 32,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens. Default: 128,512 on the CPU, 512,4096 on GPUs.")
+    ] = None,
+    decode: Annotated[
+        int | None,
+        typer.Option(help="Tokens to decode at each context length. Default: 32 on the CPU, 64 on GPUs."),
+    ] = None,
     context: Annotated[
         str | None, typer.Option(help="Context lengths at which to decode, in tokens. Default: 0,4096,32768.")
     ] = None,
+    device: DeviceNames = "auto",
+    experts: Experts = "auto",
+    vram: Vram = None,
     cache_type: CacheType = "bf16",
     threads: Threads = None,
     recipe: Annotated[
@@ -350,15 +358,21 @@ def bench(
     as_json: AsJson = False,
     trace: Annotated[
         Path | None,
+        typer.Option(help="Offloaded experts: decode with the routing of this trace, so that hits are a real text's."),
+    ] = None,
+    record_trace: Annotated[
+        Path | None,
         typer.Option(help="Instead of measuring, write the experts that each token of a text uses to this file."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="With --trace: file with the text. Default: standard input.")
+        Path | None, typer.Option(help="With --record-trace: file with the text. Default: standard input.")
     ] = None,
 ) -> None:
     """Measure how fast this machine runs a model, or would run one that is not downloaded."""
     from dsv2_local.commands import bench
+    from dsv2_local.commands.loading import vram_limits
     from dsv2_local.llm import CACHE_DTYPES
+    from dsv2_local.offload.plan_request import Mode
     from dsv2_local.quant.schema import Recipe
 
     source = invocation.get_parameter_source("model")
@@ -366,9 +380,12 @@ def bench(
         model = None  # $DSV2_MODEL is only a default
     chosen = None if recipe is None else one_of("--recipe", recipe, Recipe)
     cache_dtype = one_of("--cache-type", cache_type, CACHE_DTYPES)
-    options = bench.BenchOptions(model, random_weights, layers, prompt, decode, context, threads, chosen, cache_dtype)
-    if trace is not None:
-        bench.trace(options, trace, text)
+    options = bench.BenchOptions(
+        model, random_weights, layers, prompt, decode, context, threads, chosen, cache_dtype,
+        device, one_of("--experts", experts, Mode), vram_limits(vram), trace,
+    )  # fmt: skip
+    if record_trace is not None:
+        bench.record_trace(options, record_trace, text)
         return
     with _closed_pipe_is_no_error():
         bench.run(options, as_json)

@@ -190,7 +190,7 @@ def dsv2(tiny: bool) -> Iterator[tuple[Generate, dict[str, list[str]]]]:
     model = build(config, Recipe.NF4, threads=os.cpu_count() or 1)
     weights = ModelWeights(config, model.weights, model.layout, model.records)
     ops.set_threads(None, model.layout.format)
-    device: Device = CudaDevice(0) if gpu else SimulatedDevice(capacity=1 << 30)
+    device: Device = CudaDevice(0) if gpu else SimulatedDevice(capacity=2 << 30)
     context = TINY_PROMPTS[-1] + TINY_DECODED + 1 if tiny else PROMPTS[-1] + DECODED + 1
     request = PlanRequest(config, Recipe.NF4, context, CacheDtype.BF16 if gpu else CacheDtype.FP32, Mode.GPU)
     plan = make_plan(request, Machine((device.free + CONTEXT_BYTES,), memory_available(), available=True))

@@ -1,6 +1,6 @@
 """Hit rates of expert cache policies on a routing trace, by number of slots, as a table and a plot.
 
-    dsv2 bench -m MODEL --trace model.trace < text.txt
+    dsv2 bench -m MODEL --record-trace model.trace < text.txt
     python benchmarks/expert_cache.py model.trace [--slots 12,24,48] [--png plot.png]
 
 "even" is the hit rate of even routing with any policy, slots over experts; "best" is the optimal cache, which knows
@@ -69,7 +69,7 @@ def draw(trace: Trace, slots: list[int], curves: dict[str, list[float]], file: P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", type=Path, help="routing trace written by `dsv2 bench --trace`")
+    parser.add_argument("trace", type=Path, help="routing trace written by `dsv2 bench --record-trace`")
     parser.add_argument("--slots", help="numbers of slots, separated by commas (default: 5 to 90 %% of all experts)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the plot to this file too")
     args = parser.parse_args()

@@ -1,30 +1,40 @@
-"""GPU speed: the kernels, V2-Lite's shape with all experts in GPU memory, and both models' shapes with experts in RAM.
+"""GPU speed of the 236B model's shape and of V2-Lite's: expert offloading in every mode, and experts all on the GPU.
 
-    python benchmarks/gpu.py [--json FILE]
+    python benchmarks/gpu.py [--json FILE] [--only lite-gpu,236b-24g-hybrid] [--layers 30] [--seconds 240] [--kernels]
     python benchmarks/gpu.py --interpret --tiny    # tests this program without a GPU; its times mean nothing
 
-Weights are random. Each case with experts in RAM runs in every mode and is printed beside the plan's prediction.
+Weights are random; each shape is built once, in page-locked RAM, and placed for each of its cases. Every case is what
+`dsv2 bench` measures. The file is written after every case, so that an interruption loses only the current one.
 Without a GPU, devices are simulated (`offload/simulated_device.py`) and Triton's interpreter runs the kernels.
 """
 
 import argparse
+import gc
+import importlib.metadata
 import json
 import os
+import platform
+import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv2_local.architectures.config import ModelConfig
+    from dsv2_local.commands.bench.gpu_case import Case
+    from dsv2_local.commands.bench.gpu_rates import MachineRates
     from dsv2_local.offload.device import Device, Event
-    from dsv2_local.offload.plan import Plan
-    from dsv2_local.offload.plan_request import Mode
+    from dsv2_local.offload.plan_request import Machine, PlanRequest
     from dsv2_local.runtime.placement import ModelWeights
 
 GIB = 1 << 30
+SPARE = 6 * GIB  # RAM that the largest model leaves free, besides what its plan counts
 TINY = {
     "model_type": "deepseek_v2", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
     "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 32,
@@ -33,174 +43,322 @@ TINY = {
     "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 128, "rope_theta": 10000, "eos_token_id": 1,
 }  # fmt: skip
-LARGE_LAYERS = 9  # layers of the 236B model: 17 GB, which takes little time to generate
-LARGE_SLOTS = 0.1  # fraction of its experts that have a slot
-ANSWER = 64  # tokens
-LONG, LONG_PROMPT = "long", 131_072
-Limit = int | float | str | None
-"""Limit of GPU memory: bytes, a fraction of the experts in slots, no limit, or `LONG`: 131,072 tokens within 24 GiB."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A case to measure.
+
+    Attributes:
+        name: its name for --only.
+        shape: the released model that has this shape.
+        mode: where the routed experts are computed.
+        vram: limit of GPU memory in bytes; None: all of the card's.
+        prompts, contexts, decode: tokens, as `dsv2 bench` takes them.
+    """
+
+    name: str
+    shape: str
+    mode: str
+    vram: int | None
+    prompts: tuple[int, ...] = (512, 4096)
+    contexts: tuple[int, ...] = (0, 4096, 32768)
+    decode: int = 64
+
+
+# The modes that differ in decoding alone are measured at one length, since a minute of a GPU is expensive; the CPU
+# would take minutes for long prompts of the 236B model.
+CASES = (
+    Wanted("236b-24g-hybrid", "deepseek-v2", "hybrid", 24 * GIB, (512, 4096, 8192), decode=32),
+    Wanted("236b-24g-stream", "deepseek-v2", "stream", 24 * GIB, (4096,), (4096,), 32),
+    Wanted("236b-24g-cpu", "deepseek-v2", "cpu", 24 * GIB, (128,), (4096,), 32),
+    Wanted("236b-hybrid", "deepseek-v2", "hybrid", None, (512, 4096, 8192), decode=32),
+    Wanted("236b-stream", "deepseek-v2", "stream", None, (4096,), (4096,), 32),
+    Wanted("lite-8g-hybrid", "deepseek-v2-lite", "hybrid", 8 * GIB),
+    Wanted("lite-8g-stream", "deepseek-v2-lite", "stream", 8 * GIB, (4096,), (4096,)),
+    Wanted("lite-8g-cpu", "deepseek-v2-lite", "cpu", 8 * GIB, (512,), (4096,)),
+    Wanted("lite-gpu", "deepseek-v2-lite", "gpu", None),
+)
+MORE_CASES = (  # only if --only names them
+    Wanted("lite-long", "deepseek-v2-lite", "gpu", 24 * GIB, (131_072,), (131_072,)),
+    Wanted("lite-4g-hybrid", "deepseek-v2-lite", "hybrid", 4 * GIB, (4096,), (4096,)),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, after every case")
+    names = ", ".join(case.name for case in (*CASES, *MORE_CASES))
+    parser.add_argument("--only", metavar="NAME,…", help=f"measure these cases: {names}")
+    parser.add_argument("--layers", type=int, help="layers of the 236B shape (default: as many as fit in RAM)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="skip cases that would start after this")
+    parser.add_argument("--kernels", action="store_true", help="measure the kernels first (benchmarks/gpu_kernels.py)")
     parser.add_argument("--interpret", action="store_true", help="run without a GPU, in Triton's interpreter")
     parser.add_argument("--tiny", action="store_true", help="use small shapes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args()
     if args.interpret:
         os.environ |= {"TRITON_INTERPRET": "1", "DSV2_KERNELS": "triton"}  # before the kernels are imported
-    start = time.perf_counter()
-    for result in results(args.interpret, args.tiny):
-        result["seconds"] = time.perf_counter() - start
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
-    show(result)
+    run = Run(args)
+    run.measure()
+    if run.result["failed"]:
+        sys.exit(f"failed: {', '.join(run.result['failed'])}")
 
 
-def results(interpret: bool, tiny: bool) -> Iterator[dict[str, Any]]:
-    """All results so far as plain values, after every measurement."""
-    import gpu_kernels
-
-    from dsv2_local.architectures import released
-    from dsv2_local.architectures.families import parse_config
-    from dsv2_local.runtime.random_weights import first_layers
-
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "kernels": gpu_kernels.measure("cpu" if interpret else "cuda", tiny),
-        "models": [],
-    }
-    yield result
-    lite = parse_config(TINY) if tiny else released.read_config("deepseek-v2-lite")
-    models = [("V2-Lite", lite, [None, LONG, 8 * GIB, 4 * GIB, 3 * GIB])]
-    if not tiny:
-        large = first_layers(released.read_config("deepseek-v2"), LARGE_LAYERS)
-        models.append((f"236B, {LARGE_LAYERS} layers", large, [LARGE_SLOTS]))
-    for model in models:
-        for measured in cases(*model, interpret, tiny):
-            result["models"].append(measured)
-            yield result
+def chosen(only: str | None) -> tuple[Wanted, ...]:
+    """The cases that --only names, in their usual order; by default those of `CASES`."""
+    if only is None:
+        return CASES
+    known = {case.name: case for case in (*CASES, *MORE_CASES)}
+    if unknown := [name for name in only.split(",") if name not in known]:
+        sys.exit(f"--only: {unknown[0]!r} is none of {', '.join(known)}")
+    return tuple(case for name, case in known.items() if name in only.split(","))
 
 
-def cases(
-    name: str, config: "ModelConfig", limits: list["Limit"], interpret: bool, tiny: bool
-) -> Iterator[dict[str, Any]]:
-    """Measure a model's shape within each limit of GPU memory, in each mode."""
-    from dsv2_local.kernels import ops
-    from dsv2_local.offload.plan_request import Mode
-    from dsv2_local.quant.schema import Recipe
-    from dsv2_local.runtime.placement import ModelWeights
-    from dsv2_local.runtime.random_weights import build
+class Run:
+    """One run of the program.
 
-    random_model = build(config, Recipe.NF4, threads=os.cpu_count() or 1)
-    weights = ModelWeights(config, random_model.weights, random_model.layout, random_model.records)
-    ops.set_threads(None, random_model.layout.format)
-    for limit in limits:
-        for mode in (Mode.GPU,) if limit in (None, LONG) else (Mode.HYBRID, Mode.STREAM, Mode.CPU):
-            yield {"model": name, "mode": str(mode), **case(weights, mode, limit, interpret, tiny)}
+    Attributes:
+        result: all results so far as plain values.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args, self._start, self._cases = args, time.perf_counter(), chosen(args.only)
+        self.result: dict[str, Any] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": self.device().kind,
+            "commit": commit(),
+            "software": {name: version(name) for name in ("torch", "triton", "bitsandbytes")}
+            | {"python": platform.python_version()},
+            "cases": [], "skipped": [], "failed": [], "phases": {},
+        }  # fmt: skip
+
+    def device(self) -> "Device":
+        """The GPU, or a new simulated device."""
+        from dsv2_local.offload.cuda_device import CudaDevice
+        from dsv2_local.offload.simulated_device import SimulatedDevice
+
+        class SynchronousDevice(SimulatedDevice):
+            """Finishes work before `compute` returns, because Triton's interpreter supports one thread at a time."""
+
+            def compute(self, work: Callable[[], None], after: Sequence["Event"] = ()) -> "Event":
+                event = super().compute(work, after)
+                event.wait()
+                return event
+
+        return SynchronousDevice(capacity=2 * GIB) if self._args.interpret else CudaDevice(0)
+
+    def measure(self) -> None:
+        if self._args.tiny:
+            shorten()
+        if self._args.kernels:
+            import gpu_kernels
+
+            with self._phase("kernels"):
+                self.result["kernels"] = gpu_kernels.measure("cpu" if self._args.interpret else "cuda", self._args.tiny)
+            gpu_kernels.show(self.result["kernels"])
+            self._save()
+        for shape, cases in groupby(self._cases, key=lambda case: case.shape):
+            self._measure_shape(shape, list(cases))
+        self._save()
+        show(self.result)
+
+    def _measure_shape(self, shape: str, cases: list[Wanted]) -> None:
+        """Build a shape once, and measure all of its cases."""
+        from dsv2_local.commands.bench import gpu, gpu_case, settings
+        from dsv2_local.quant.schema import Recipe
+        from dsv2_local.runtime.random_weights import Builder
+
+        if self._late():
+            self.result["skipped"] += [case.name for case in cases]
+            return
+        threads, lender = settings.use_threads(None, Recipe.NF4), self.device()
+        whole, config, machine = self._settled(shape, cases, lender)
+
+        def building(done: int, total: int) -> None:
+            self._note(f"{shape}: building, {done / 1e9:,.0f} of {total / 1e9:,.0f} GB") if done in (0, total) else None
+
+        with (
+            self._phase(f"{shape}: all"),
+            Builder(config, Recipe.NF4, threads=threads) as builder,
+            gpu_case.random_weights(builder, lender, building, in_ram=True) as weights,
+        ):
+            with self._phase(f"{shape}: measuring the machine"):
+                rates = gpu.machine_rates(weights, lender, threads)
+            self._note(f"{rates}, page-locked {weights.arena.locked / 1e9:,.1f} GB" if weights.arena else f"{rates}")
+            for case in cases:
+                if self._late():
+                    self.result["skipped"].append(case.name)
+                    continue
+                self._measure_case(case, whole, config, machine, weights, rates)
+                self._save()
+        lender.close()
+
+    def _settled(
+        self, shape: str, cases: list[Wanted], device: "Device"
+    ) -> tuple["ModelConfig", "ModelConfig", "Machine"]:
+        """The whole architecture, its layers to measure, and the machine with what is free now."""
+        from dsv2_local import llm
+        from dsv2_local.architectures import released
+        from dsv2_local.architectures.families import parse_config
+        from dsv2_local.commands.bench import gpu_case
+        from dsv2_local.runtime.random_weights import first_layers
+
+        whole = parse_config(TINY) if self._args.tiny else released.read_config(shape)
+        machine = llm.this_machine([device], None)
+        machine = replace(machine, ram=machine.ram - (0 if self._args.tiny else SPARE), lockable=None)
+        largest = shape == "deepseek-v2" and not self._args.tiny
+        layers = self._args.layers if largest else None
+        if layers is None:
+            layers = gpu_case.layers_that_fit(self._request(whole, cases[0], device), machine)
+        self._note(f"{shape}: {layers} of {whole.num_hidden_layers} layers")
+        return whole, first_layers(whole, layers), machine
+
+    def _request(self, config: "ModelConfig", case: Wanted, device: "Device") -> "PlanRequest":
+        from dsv2_local.commands.bench import gpu_case
+        from dsv2_local.commands.bench.settings import Lengths
+        from dsv2_local.kernels.format import CacheDtype
+        from dsv2_local.offload.plan_request import Mode, PlanRequest
+        from dsv2_local.quant.schema import Recipe
+
+        cache = gpu_case.cache_dtype_on(device, Recipe.NF4, self._dtype(), CacheDtype.BF16)
+        # The cases of a shape have the same KV cache, so that their slots can be compared.
+        alike = [case, *(other for other in CASES if other.shape == case.shape)]
+        context = max(Lengths(*lengths(each, self._args.tiny)).cache for each in alike)
+        return PlanRequest(config, Recipe.NF4, context, cache, Mode(case.mode))
+
+    def _dtype(self) -> Any:
+        import torch
+
+        return torch.float32 if self._args.interpret else torch.bfloat16
+
+    def _measure_case(
+        self,
+        wanted: Wanted,
+        whole: "ModelConfig",
+        config: "ModelConfig",
+        machine: "Machine",
+        weights: "ModelWeights",
+        rates: "MachineRates",
+    ) -> None:
+        """Measure a case; one that fails is noted, and the next one gets its turn."""
+        from dsv2_local.commands.bench import gpu, gpu_rates
+
+        gc.collect()  # the tensors of a case that failed
+        device = self.device()
+        gpu_rates.free_cached(device)
+        phases = gpu.Phases(lambda text: None, self._ended(wanted.name))
+        try:
+            case = self._case(wanted, whole, config, machine, device)
+            measured = gpu.measure_case(case, weights, [device], rates, phases)
+            self.result["cases"].append({"case": wanted.name, **measured, "phases": phases.seconds})
+        except Exception as error:  # the machine is there for a short time only
+            traceback.print_exc()
+            self.result["failed"].append(wanted.name)
+            self._note(f"{wanted.name} failed: {error}")
+
+    def _case(
+        self, wanted: Wanted, whole: "ModelConfig", config: "ModelConfig", machine: "Machine", device: "Device"
+    ) -> "Case":
+        """Plan the case on what was free before its shape was built."""
+        from dsv2_local.commands.bench.gpu_case import Case, plan_of_random_weights
+        from dsv2_local.commands.bench.settings import Lengths
+        from dsv2_local.offload.plan import CONTEXT_BYTES, make_plan
+        from dsv2_local.offload.plan_request import Mode
+
+        request, vram = self._request(config, wanted, device), device.free + CONTEXT_BYTES
+        if wanted.vram and self._args.tiny:  # room for half of the experts
+            streamed = make_plan(replace(request, experts=Mode.STREAM), replace(machine, vram=(1 << 50,)))
+            parts = streamed.gpus[0].parts
+            vram = sum(parts.values()) - parts["expert slots"] // 2
+        elif not self._args.tiny:
+            vram = min(vram, wanted.vram or vram)
+        plan = plan_of_random_weights(request, replace(machine, vram=(vram,)))
+        return Case(wanted.shape, whole, plan, Lengths(*lengths(wanted, self._args.tiny)), self._dtype())
+
+    def _late(self) -> bool:
+        return time.perf_counter() - self._start > self._args.seconds
+
+    def _note(self, text: str) -> None:
+        print(f"{time.perf_counter() - self._start:7.1f} s  {text}", flush=True)
+
+    def _ended(self, case: str) -> Callable[[str, float], object]:
+        return lambda phase, seconds: self._note(f"{case}: {phase} took {seconds:.1f} s")
+
+    def _phase(self, name: str) -> Any:
+        from dsv2_local.commands.bench.gpu import Phases
+
+        def ended(phase: str, seconds: float) -> None:
+            self.result["phases"][phase] = seconds
+            self._note(f"{phase} took {seconds:.1f} s")
+
+        return Phases(lambda text: None, ended)(name)
+
+    def _save(self) -> None:
+        self.result["seconds"] = time.perf_counter() - self._start
+        if self._args.json:
+            new = self._args.json.with_suffix(".new")
+            new.write_text(json.dumps(self.result, indent=1) + "\n")
+            new.replace(self._args.json)
 
 
-def case(weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool) -> dict[str, Any]:
-    """Load the model, measure prefill and decode, and release the device."""
-    import torch
-
-    from dsv2_local.offload.forecast import forecast
-    from dsv2_local.offload.offloaded_experts import OffloadedExperts
-    from dsv2_local.runtime import placement
-    from dsv2_local.runtime.engine import Engine, Request, Stats
-    from dsv2_local.runtime.sampling_params import SamplingParams
-
-    device, plan = planned(weights, mode, limit, interpret, tiny)
-    placed = placement.place_on_devices(weights, plan, [device], torch.float32 if interpret else torch.bfloat16)
-    engine = Engine(placed.model, plan.request.context, plan.request.cache_dtype, plan.chunk)
-    vocab = weights.config.vocab_size
-    prompts, answer = ((4,), 2) if tiny else ((16, engine.context - ANSWER), ANSWER)
-    start = time.perf_counter()
-    engine.warm_up()
-    warm_up = time.perf_counter() - start
-    greedy, runs = SamplingParams(temperature=0), []
-    for prompt in prompts:  # the first run fills the slots and is not reported
-        stats = Stats()
-        engine.cache.clear()
-        request = Request(torch.randint(vocab, (prompt,)).tolist(), greedy, max_tokens=answer)
-        steps = engine.generate(request, stats)
-        next(steps)
-        start = time.perf_counter()
-        for _ in steps:
-            pass
-        wall = time.perf_counter() - start
-        runs.append(stats)
-    measured: dict[str, Any] = {
-        "slots": plan.slots, "experts": plan.experts, "prompt": prompts[-1], "prefill_tok_s": runs[-1].prefill_tok_s,
-        "decode_tok_s": (answer - 1) / wall, "predicted_tok_s": forecast(plan).decode_tok_s,
-        "warm_up_seconds": warm_up, "planned_bytes": plan.gpus[0].used - plan.gpus[0].parts["driver"],
-    }  # fmt: skip
-    if not interpret:
-        measured["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if isinstance(placed.experts, OffloadedExperts):
-        experts = placed.experts.stats
-        measured |= {"hit_rate": experts.hit_rate, "fetched_bytes": experts.fetched_bytes, "retries": experts.retries}
-        measured["link_gb_s"] = experts.fetched_bytes / experts.fetch_seconds / 1e9 if experts.fetch_seconds else 0.0
-    placed.close()
-    del placed, engine
-    if not interpret:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    return measured
+def lengths(case: Wanted, tiny: bool) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Prompts, contexts and tokens to decode."""
+    return ((4,), (9,), 2) if tiny else (case.prompts, case.contexts, case.decode)
 
 
-def planned(
-    weights: "ModelWeights", mode: "Mode", limit: "Limit", interpret: bool, tiny: bool
-) -> tuple["Device", "Plan"]:
-    """A device, and the plan of the model within the limit on the device's memory."""
-    from dsv2_local.kernels.format import CacheDtype
-    from dsv2_local.machine.resources import memory_available
-    from dsv2_local.offload.cuda_device import CudaDevice
-    from dsv2_local.offload.plan import CONTEXT_BYTES, make_plan
-    from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
-    from dsv2_local.offload.simulated_device import SimulatedDevice
-    from dsv2_local.quant.schema import Recipe
+def shorten() -> None:
+    """Make the measurements of the machine and of single parts short."""
+    from dsv2_local.commands.bench import gpu_rates, gpu_timing, hardware, settings
 
-    long = limit == LONG
-    limit = 24 * GIB if isinstance(limit, str) else limit
-    context = 16 if tiny else LONG_PROMPT + ANSWER if long else 4096 + ANSWER
-    request = PlanRequest(weights.config, Recipe.NF4, context, CacheDtype.FP32 if interpret else CacheDtype.BF16, mode)
+    settings.READ_BYTES = gpu_rates.LINK_BYTES = gpu_rates.MEMORY_BYTES = 1 << 20
+    settings.last_level_cache_bytes = lambda: 0  # type: ignore[attr-defined, assignment]
+    hardware.FILLED_SECONDS, hardware.MATMUL_SIZE, gpu_rates.MATRIX = 0.0, 64, 64
+    gpu_timing.PART_REPEATS = gpu_timing.WARM_UP_STEPS = 1
 
-    class SynchronousDevice(SimulatedDevice):
-        """Finishes all work before `compute` returns, because Triton's interpreter supports one thread at a time."""
 
-        def compute(self, work: Callable[[], None], after: Sequence["Event"] = ()) -> "Event":
-            event = super().compute(work, after)
-            event.wait()
-            return event
+def commit() -> str | None:
+    """The commit of this checkout; None if it is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
-    device: Device = SynchronousDevice(capacity=GIB) if interpret else CudaDevice(0)
-    vram = device.free + CONTEXT_BYTES
-    if isinstance(limit, float) or (tiny and limit):
-        whole = make_plan(replace(request, experts=Mode.STREAM), Machine((1 << 50,), 1 << 50))
-        share = limit if isinstance(limit, float) else 0.5
-        slots = int(whole.experts * share) * whole.expert_bytes
-        vram = min(vram, whole.gpus[0].used - whole.gpus[0].parts["expert slots"] + slots)
-    elif limit:
-        vram = min(vram, int(limit))
-    return device, make_plan(request, Machine((vram,), memory_available(), available=True))
+
+def version(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def show(result: dict[str, Any]) -> None:
-    import gpu_kernels
     from rich.console import Console
     from rich.table import Table
 
-    gpu_kernels.show(result["kernels"])
-    table = Table("model", "mode", "prompt", "slots", "hits", "prefill tok/s", "decode tok/s", "predicted", "link GB/s")
-    for run in result["models"]:
-        hits, link = (f"{run['hit_rate']:.0%}", f"{run['link_gb_s']:.1f}") if "hit_rate" in run else ("", "")
-        table.add_row(
-            run["model"], run["mode"], f"{run['prompt']:,}", f"{run['slots']:,}/{run['experts']:,}", hits,
-            f"{run['prefill_tok_s']:,.1f}", f"{run['decode_tok_s']:,.1f}", f"{run['predicted_tok_s']:,.1f}", link,
-        )  # fmt: skip
+    table = Table("case", "slots", "context", "tok/s", "hits", "of bound", "forecast", "link", "CPU")
+    for case in result["cases"]:
+        for row in rows(case):
+            table.add_row(*row)
     Console(highlight=False, width=120).print(table)
-    print(f"{result['kernels']['device']}, {result['date']}, {result['seconds']:.0f} s in all")
+    for name in ("skipped", "failed"):
+        if result[name]:
+            print(f"{name}: {', '.join(result[name])}")
+    print(f"{result['device']}, {result['date']}, commit {result['commit']}, {result.get('seconds', 0.0):.0f} s in all")
+
+
+def rows(case: dict[str, Any]) -> Iterator[list[str]]:
+    """The rows of one case: prefill by tokens, then decoding by context."""
+    slots = f"{case['plan']['slots']:,}/{case['plan']['experts']:,}"
+    for name, runs in (("prefill", case["prefill"]), ("decode at", case["decode"])):
+        for run in runs:
+            moved = [f"{run[key] / 1e6:,.1f} MB" if key in run else "" for key in ("link_bytes", "cpu_bytes")]
+            yield [
+                case["case"], slots, f"{name} {run.get('context', run.get('tokens')):,}", f"{run['tok_s']:,.1f}",
+                f"{run['hit_rate']:.0%}" if "hit_rate" in run else "", f"{run['bound_fraction']:.0%} {run['bound']}",
+                f"{run['predicted_tok_s']:,.1f}", *moved,
+            ]  # fmt: skip
 
 
 if __name__ == "__main__":

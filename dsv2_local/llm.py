@@ -147,7 +147,7 @@ class LLM:
             ops.cache_dtype(kv_b, dtype, cache_dtype, device),
             experts,
         )
-        self.plan = _plan(request, devices, vram)
+        self.plan = plan_for(request, this_machine(devices, vram, experts))
         self.threads = ops.set_threads(threads, checkpoint.expert_layout.format)
         self.name = "dsv2-nano" if directory == bundled_model() else directory.resolve().name
         self.directory = directory
@@ -349,7 +349,7 @@ def load(
     if checked("dtype", dtype, Text(), InputError) not in ("auto", *DTYPES):
         raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
     mode, latents = one_of("experts", experts, Mode), one_of("cache type", cache_dtype, CACHE_DTYPES)
-    devices = _devices(checked("device", device, Text(), InputError))
+    devices = find_devices(checked("device", device, Text(), InputError))
     if vram is not None:
         vram = [checked("vram", size, Number(0, whole=True), InputError) for size in _listed("vram", vram)]
     directory = bundled_model() if model is None else hub.resolve_converted(str(model), verifying)
@@ -373,7 +373,7 @@ def load(
     return loaded
 
 
-def _devices(names: str) -> list[Device]:
+def find_devices(names: str) -> list[Device]:
     """The GPUs that `names` asks for; for "auto" all GPUs if they are suitable, else none.
 
     Raises:
@@ -413,15 +413,14 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "nano"
 
 
-def _plan(request: PlanRequest, devices: Sequence[Device], vram: Sequence[int] | None) -> Plan:
-    """Plan the memory of this machine for a converted checkpoint.
+def this_machine(devices: Sequence[Device], vram: Sequence[int] | None, experts: Mode = Mode.AUTO) -> Machine:
+    """What this machine has free for a model on these GPUs; `vram` limits the memory to use on each.
 
     Raises:
         InputError: an option needs a GPU and there is none, or `vram` is not one size per GPU.
-        PlanError: the model does not fit; only with remedies that apply to a checkpoint as it is.
     """
-    if not devices and request.experts not in (Mode.AUTO, Mode.CPU):
-        raise InputError(f"--experts {request.experts} needs a GPU (--device cuda); on the CPU leave it out")
+    if not devices and experts not in (Mode.AUTO, Mode.CPU):
+        raise InputError(f"--experts {experts} needs a GPU (--device cuda); on the CPU leave it out")
     if not devices and vram is not None:
         raise InputError("--vram needs a GPU (--device cuda)")
     limits = list(vram) if vram is not None else [device.free + CONTEXT_BYTES for device in devices]
@@ -430,7 +429,15 @@ def _plan(request: PlanRequest, devices: Sequence[Device], vram: Sequence[int] |
     # The CUDA contexts exist already, so that their memory is no longer free; the plan counts it again.
     free = tuple(min(limit, device.free + CONTEXT_BYTES) for limit, device in zip(limits, devices, strict=True))
     rates = replace(Rates(), **measurements.load(RATES))
-    machine = Machine(free, memory_available(), lockable_memory(), available=True, rates=rates)
+    return Machine(free, memory_available(), lockable_memory(), available=True, rates=rates)
+
+
+def plan_for(request: PlanRequest, machine: Machine) -> Plan:
+    """Plan the memory of this machine for a model that exists as it is.
+
+    Raises:
+        PlanError: the model does not fit; only with remedies that apply to it.
+    """
     try:
         return make_plan(request, machine)
     except PlanError as error:

@@ -25,6 +25,7 @@ from dsv2_local.kernels.reference import (
     embedding,
     rms_norm,
     route,
+    to_host,
     top_candidates,
     write_latents,
 )
@@ -42,7 +43,9 @@ __all__ = [
     "rearranged",
     "rms_norm",
     "route",
+    "sorted_expert_outputs",
     "swiglu",
+    "to_host",
     "top_candidates",
     "write_latents",
 ]  # fmt: skip
@@ -85,3 +88,4 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 swiglu = partial(reference.swiglu, linear=linear)
 experts = partial(reference.experts, linear=linear)
 expert_outputs = partial(reference.expert_outputs, linear=linear)
+sorted_expert_outputs = partial(reference.sorted_expert_outputs, linear=linear)

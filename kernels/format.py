@@ -11,6 +11,8 @@ from dsv2_local.architectures.config import ModelConfig
 ROWS = 8  # rows of a matrix that are interleaved in a tile
 BLOCK = 64  # columns of a matrix, or numbers of a latent, that share a scale
 CACHE_BLOCK = 64  # tokens per block of the KV cache
+# On GPUs materialised attention rebuilds keys and values of as many heads at a time as stay below this many numbers.
+REBUILT_NUMBERS = 1 << 27
 
 
 class Format(StrEnum):

@@ -5,7 +5,7 @@ supports the weight format; otherwise the PyTorch reference. $DSV2_KERNELS overr
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -39,7 +39,9 @@ __all__ = [
     "route",
     "set_threads",
     "slow_notice",
+    "sorted_expert_outputs",
     "swiglu",
+    "to_host",
     "top_candidates",
     "use",
     "variant",
@@ -173,6 +175,12 @@ def quantize(weight: Tensor, format: Format, reference: Callable[[Tensor], Matri
     return matrix
 
 
+def stay_awake() -> None:
+    """Let idle threads of the CPU kernels spin for longer, when the GPU computes between any two of their calls."""
+    if native := cpu.kernels():
+        native.stay_awake()
+
+
 def read(data: Tensor) -> None:
     """Read contiguous `data` once with all CPU threads and discard it, to measure the memory's bandwidth."""
     if native := cpu.kernels():
@@ -212,15 +220,33 @@ def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weigh
 
 
 def expert_outputs(
-    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+    x: Tensor,
+    records: Tensor,
+    layout: ExpertLayout,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    distinct: int | None = None,
 ) -> None:
     """The outputs of token-expert pairs; see `reference.expert_outputs`."""
-    _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out)
+    _kernels(x, layout.format).expert_outputs(x, records, layout, tokens, slots, out, distinct)
 
 
-def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
+def sorted_expert_outputs(
+    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, runs: Sequence[tuple[int, int]], out: Tensor
+) -> None:
+    """The outputs of token-expert pairs that are sorted by slot; see `reference.sorted_expert_outputs`."""
+    _kernels(x, layout.format).sorted_expert_outputs(x, records, layout, tokens, runs, out)
+
+
+def to_host(x: Tensor, ids: Tensor, host_x: Tensor, host_ids: Tensor) -> None:
+    """Write the input of one token's experts to page-locked RAM; see `reference.to_host`."""
+    _kernels(x).to_host(x, ids, host_x, host_ids)
+
+
+def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor, first: int | None = None) -> None:
     """Add up the outputs of experts with their weights; see `reference.combine`."""
-    _kernels(y).combine(outputs, rows, ids, weights, y)
+    _kernels(y).combine(outputs, rows, ids, weights, y, first)
 
 
 def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

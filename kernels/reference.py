@@ -8,7 +8,8 @@ Activations are float32 or bfloat16 (never float16, in which DeepSeek-V2 overflo
 Functions with a `linear` parameter use it for products with weights, so that `kernels.bnb` can replace that alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ def expert_outputs(
     tokens: Tensor,
     slots: Tensor,
     out: Tensor,
+    distinct: int | None = None,
     linear: Linear = linear,
 ) -> None:
     """The outputs of n token-expert pairs: out[i] = the expert in records[slots[i]], applied to x[tokens[i]].
@@ -111,13 +113,47 @@ def expert_outputs(
         tokens, slots: int64 [n]. Pairs with a negative slot are skipped, except in the native kernels, which do not
             accept them.
         out: fp32 [n, D], written to.
+        distinct: how many slots occur among the pairs at most, if that is known; kernels choose their shape by it, and
+            it changes no result.
     """
     for slot in torch.unique(slots[slots >= 0]).tolist():
         (pairs,) = (slots == slot).nonzero(as_tuple=True)
         out[pairs] = swiglu(x[tokens[pairs]], *expert_matrices(layout, records[slot]), linear).float()
 
 
-def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
+def sorted_expert_outputs(
+    x: Tensor,
+    records: Tensor,
+    layout: ExpertLayout,
+    tokens: Tensor,
+    runs: Sequence[tuple[int, int]],
+    out: Tensor,
+    linear: Linear = linear,
+) -> None:
+    """`expert_outputs` of pairs that are sorted by slot, whose number in each slot the host knows.
+
+    Args:
+        x: [T, D].
+        records: uint8 [slots, layout.nbytes], one record per slot.
+        tokens: int64 [n], the token of each pair.
+        runs: (slot, number of pairs) of successive pairs; the numbers add up to n.
+        out: fp32 [n, D], written to.
+    """
+    for (slot, count), end in zip(runs, accumulate(count for _, count in runs), strict=True):
+        part = slice(end - count, end)
+        out[part] = swiglu(x[tokens[part]], *expert_matrices(layout, records[slot]), linear).float()
+
+
+def to_host(x: Tensor, ids: Tensor, host_x: Tensor, host_ids: Tensor) -> None:
+    """Write one token's x [1, D] and ids (int64 [1, K]) to page-locked RAM, x as fp32.
+
+    They are there once the work that is queued on the device so far is done.
+    """
+    host_x.copy_(x.float(), non_blocking=True)
+    host_ids.copy_(ids, non_blocking=True)
+
+
+def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor, first: int | None = None) -> None:
     """Add up the outputs of experts: y[t] += weights[t, k] · outputs[rows[t, k]] for all k, in ascending ids[t, k].
 
     The terms are added in the order of the experts' ids, whichever device computed them. So the sum can be split into
@@ -127,11 +163,19 @@ def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tens
         outputs: fp32 [n, D].
         rows: int64 [T, K]; negative rows are skipped. ids: int64 [T, K]; weights: float32 [T, K].
         y: fp32 [T, D], updated in place.
+        first: the row that outputs[0] is; rows before it and after the last of `outputs` are skipped. None: all rows
+            are rows of `outputs`.
     """
+    rows = rows if first is None else part_of_rows(rows, first, len(outputs))
     order = ids.argsort(dim=1, stable=True)
     for row, weight in zip(rows.gather(1, order).T, weights.gather(1, order).T, strict=True):
         (tokens,) = (row >= 0).nonzero(as_tuple=True)
         y[tokens] += outputs[row[tokens]] * weight[tokens, None]
+
+
+def part_of_rows(rows: Tensor, first: int, count: int) -> Tensor:
+    """The rows relative to `first`; -1 for those that are not among the `count` rows from there on."""
+    return torch.where((rows >= first) & (rows < first + count), rows - first, -1)
 
 
 def route(x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ token. So the experts with the most tokens are copied, as many as let both sides
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A streamed layer is copied while the layer before it computes, a gain that the time of the copies does not show.
-OVERLAP_GAIN = 1.1
+# A streamed layer is copied while the layer before it computes, a gain that the time of the copies does not show. And a
+# layer shared with the CPU takes twice as long as its costs say: the host sorts pairs, brings outputs to the GPU and
+# queues many small pieces of work (docs/log.md).
+OVERLAP_GAIN, SHARED_GAIN = 1.1, 2.0
 # Measured times are averaged over about this many samples; costs that are off by more than `TOLERANCE` are corrected.
 MEMORY, TOLERANCE = 32, 0.25
 
@@ -67,7 +69,8 @@ def streaming_pays(
     fetched = divide([count] * missed, costs) if shared else missed
     on_host = missed - fetched
     split = max(fetched * costs.fetch, costs.start + on_host * costs.host(count) if on_host else 0.0)
-    return experts * (1 - resident) * costs.fetch <= OVERLAP_GAIN * split
+    gain = SHARED_GAIN if shared else OVERLAP_GAIN
+    return experts * (1 - resident) * costs.fetch <= gain * split
 
 
 class Watch:

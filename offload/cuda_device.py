@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import DeviceMemoryError
-from dsv2_local.kernels import cuda
+from dsv2_local.kernels import cuda, ops
 from dsv2_local.offload.device import Event, NativeHandles, typed_errors
 
 REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
@@ -39,6 +39,7 @@ class CudaDevice:
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
         self.name, self.kind = f"GPU {index}", torch.cuda.get_device_name(index)
+        ops.stay_awake()
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
 
     @property

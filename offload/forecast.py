@@ -6,8 +6,13 @@ from dsv2_local.offload.plan import CPU_CHUNK, Plan
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.sizes import GB, GIB, sizes_of
 
-# Fraction of a memory's bandwidth that kernels reach: measured on the CPU (docs/log.md), a target on the GPU.
-CPU_EFFICIENCY, GPU_EFFICIENCY, LINK_EFFICIENCY = 0.85, 0.8, 0.9
+# Fraction of a rate that kernels reach, measured (docs/log.md): of RAM by a model on the CPU and by the CPU's share of
+# offloaded experts, of GPU memory and of the link in decoding, of the GPU's matrix products in prefill.
+CPU_EFFICIENCY, SHARE_EFFICIENCY, GPU_EFFICIENCY, LINK_EFFICIENCY, PREFILL_EFFICIENCY = 0.85, 0.95, 0.5, 0.9, 0.21
+# Seconds of a decode step on a GPU that do not depend on bytes: for the step, for each layer (kernels that wait for one
+# another), and for each layer of offloaded experts (the GPU and the host wait for each other).
+STEP_SECONDS, LAYER_SECONDS, OFFLOAD_SECONDS = 250e-6, 45e-6, 50e-6
+LAUNCH_SECONDS = 3e-3  # that the host takes to launch a layer's kernels in prefill
 # Fraction of the PCIe link's speed if RAM is not page-locked: every copy passes through a buffer of the driver.
 UNLOCKED = 0.5
 
@@ -75,11 +80,13 @@ def _gpu_forecast(plan: Plan) -> Forecast:
     missed = (1 - hits) * sizes.experts_per_token
     from_disk = plan.disk_experts / max(1, plan.experts)
     link = rates.link * LINK_EFFICIENCY * (1 if plan.locked else UNLOCKED)
-    cpu = 0.0 if mode is Mode.STREAM else rates.ram * CPU_EFFICIENCY
+    cpu = 0.0 if mode is Mode.STREAM else rates.ram * SHARE_EFFICIENCY
     both = min(rates.ram, cpu + (0.0 if mode is Mode.CPU else link))
     on_gpus = sum(sizes.layers) + sizes.head + hits * sizes.experts_per_token
+    layers, waiting = len(sizes.layers), 0 if plan.resident else len(plan.request.config.moe_layers)
     seconds = {
         "GPU memory": on_gpus / (rates.vram * GB * GPU_EFFICIENCY),
+        "GPU latency": STEP_SECONDS + layers * LAYER_SECONDS + waiting * OFFLOAD_SECONDS,
         "RAM and link": (1 - from_disk) * missed / (both * GB),
         "disk": from_disk * missed / (rates.disk * GB),
     }
@@ -88,7 +95,8 @@ def _gpu_forecast(plan: Plan) -> Forecast:
     flops = tokens * sizes.flops
     prefill = max(
         # If the CPU computes the experts, it does most of the work.
-        flops / ((rates.cpu_gflops if mode is Mode.CPU else rates.gpu_gflops) * GB),
+        flops / ((rates.cpu_gflops if mode is Mode.CPU else rates.gpu_gflops * PREFILL_EFFICIENCY) * GB),
+        layers * LAUNCH_SECONDS,
         streamed / (link * GB),
         plan.disk_experts * sizes.expert / (rates.disk * GB),
     )

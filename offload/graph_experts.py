@@ -33,8 +33,8 @@ class GraphBuffers:
         host_outputs: fp32 [K, D] in page-locked RAM: outputs of the CPU.
     """
 
-    def __init__(self, device: Device, hidden_size: int, experts_per_token: int) -> None:
-        """Allocate the tensors for one token."""
+    def __init__(self, device: Device, hidden_size: int, experts_per_token: int, dtype: torch.dtype) -> None:
+        """Allocate the tensors for one token with activations in `dtype`."""
         K, D = experts_per_token, hidden_size
         self._sent = torch.full((3, K), -1, dtype=torch.int64, device=device.torch_device)
         self.slots, self.rows = self._sent[:2], self._sent[2:]
@@ -43,6 +43,8 @@ class GraphBuffers:
         self.host_slots = device.page_locked((3, K), torch.int64)
         self.ids, self.x = device.page_locked((1, K), torch.int64), device.page_locked((1, D), torch.float32)
         self.host_outputs = device.page_locked((K, D), torch.float32)
+        x = torch.zeros(1, D, dtype=dtype, device=device.torch_device)
+        ops.to_host(x, self.tokens[None], self.x, self.ids)  # compiles the kernel, which a capture cannot
 
     def send(self) -> None:
         """Copy `host_slots` to the device."""
@@ -94,8 +96,7 @@ class GraphExperts:
     def capture_hits(self, capture: PiecewiseGraph) -> None:
         """Capture the computation of the cached experts."""
         buffers = self._buffers
-        buffers.ids.copy_(self._ids, non_blocking=True)
-        buffers.x.copy_(self._x.float(), non_blocking=True)
+        ops.to_host(self._x, self._ids, buffers.x, buffers.ids)
         if self._native is None:
             capture.call_between(self._place)
         elif self._layer == min(self._placer.records):

@@ -97,7 +97,6 @@ class NativePlacing:
         """Collect the addresses; `stream_all`: copy every missing expert, and compute none on the CPU."""
         kernels = cpu.kernels()
         assert kernels is not None
-        kernels.stay_awake()
         self._keep: Any = slots, handles, buffers
         self._device = handles.device
         self._state = _Experts(

@@ -30,6 +30,7 @@ from dsv2_local.offload.layer_stream import LayerStream
 from dsv2_local.offload.native_placing import NativePlacing
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.sizes import PAIRS_AT_ONCE, STAGING_BUFFERS
+from dsv2_local.offload.sorted_pairs import SortedPairs, runs_of
 
 FAILURES = 8  # consecutive layers that may fail on a device and be computed on the CPU; one more raises the error
 
@@ -88,6 +89,29 @@ class _Step:
         """Token and record index of the pairs in this range: int64 [n], on the device."""
         records = [indices[expert] for expert in self.dispatch.experts[part].tolist()]
         return _to(self.x, self.dispatch.tokens[part]), _to(self.x, np.array(records, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """Pairs of a streamed layer, from position `first` in `pairs` on, whose outputs are added to y (fp32 [T, D]).
+
+    `runs`: (index of the expert's record, number of pairs) of successive experts.
+    """
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    pairs: SortedPairs
+    first: int
+    runs: list[tuple[int, int]]
+    y: Tensor
+
+    def compute(self, records: Tensor, layout: ExpertLayout) -> None:
+        x, n = self.x, sum(count for _, count in self.runs)
+        out = torch.empty(n, x.shape[1], device=x.device)
+        tokens = self.pairs.tokens[self.first : self.first + n]
+        ops.sorted_expert_outputs(x, records, layout, tokens, self.runs, out)
+        ops.combine(out, self.pairs.rows, self.ids, self.weights, self.y, self.first)
 
 
 class DeviceExperts:
@@ -229,7 +253,7 @@ class DeviceExperts:
 
             def add_up() -> None:
                 if on_host:
-                    out[part].copy_(host_out)
+                    out[part].copy_(host_out, non_blocking=True)
                 ops.combine(out, step.rows, ids, weights, y)
 
             self._device.join(self.slots.compute(add_up, after=queued))
@@ -240,20 +264,16 @@ class DeviceExperts:
     def _start_streamed(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
         """Start a step of many tokens: all experts of the layer pass through the staging buffers, group by group."""
         self._observe()
-        groups = self._stream.enter(layer)
+        groups, pairs = self._stream.enter(layer), SortedPairs(self.slots, ids, len(self.records[layer]))
 
         def finish() -> Tensor:
-            chosen = ids.cpu().numpy()
-            counts = dict(enumerate(np.bincount(chosen.ravel()).tolist()))
-            dispatch = Dispatch(chosen, counts, groups)
-            step = _Step.of(x, ids, weights, dispatch)
+            counts, first, last = pairs.counts(), 0, list[Event]()
             y = torch.zeros(x.shape, device=x.device)
-            last: list[Event] = []
-            for number in range(len(groups)):
-                indices, whole = self._stream.take(), dispatch.parts[number]
-                for start in range(whole.start, whole.stop, PAIRS_AT_ONCE):
-                    part = slice(start, min(start + PAIRS_AT_ONCE, whole.stop))
-                    last = [self._queue_addition(step, part, indices, y, last)]
+            for group in groups:
+                indices = self._stream.take()
+                for runs in runs_of([(indices[expert], counts[expert]) for expert in group], PAIRS_AT_ONCE):
+                    last = [self._queue_addition(_Addition(x, ids, weights, pairs, first, runs, y), last)]
+                    first += sum(count for _, count in runs)
                 self._stream.advance()
             self._device.join(last[0])
             self._stats.streamed_layers += 1
@@ -321,28 +341,18 @@ class DeviceExperts:
         tokens, slots = step.pairs(part, indices)
         x, records, layout, target = step.x, self.slots.records, self.layout, out[part]
         return self.slots.compute(
-            lambda: ops.expert_outputs(x, records, layout, tokens, slots, target), reads=indices.values()
+            lambda: ops.expert_outputs(x, records, layout, tokens, slots, target, len(indices)), reads=indices.values()
         )
 
-    def _queue_addition(
-        self, step: _Step, part: slice, indices: dict[int, int], y: Tensor, after: Sequence[Event]
-    ) -> Event:
-        """Queue the computation of some pairs on the device and their addition to `y`, after the events in `after`."""
-        tokens, slots = step.pairs(part, indices)
-        x, rows, records, layout = step.x, step.rows, self.slots.records, self.layout
-
-        def work() -> None:
-            out = torch.empty(len(tokens), x.shape[1], device=x.device)
-            ops.expert_outputs(x, records, layout, tokens, slots, out)
-            rows_of_out = torch.where((rows >= part.start) & (rows < part.stop), rows - part.start, -1)
-            ops.combine(out, rows_of_out, step.ids, step.weights, y)
-
-        return self.slots.compute(work, reads=indices.values(), after=after)
+    def _queue_addition(self, addition: "_Addition", after: Sequence[Event]) -> Event:
+        records, layout = self.slots.records, self.layout
+        reads = [slot for slot, _ in addition.runs]
+        return self.slots.compute(lambda: addition.compute(records, layout), reads=reads, after=after)
 
     def _host_outputs(self, layer: int, x: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute the last group of pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]."""
         part = dispatch.parts[-1]
-        out = torch.empty(part.stop - part.start, x.shape[1])
+        out = self._device.page_locked((part.stop - part.start, x.shape[1]), torch.float32)
         tokens, experts = torch.from_numpy(dispatch.tokens[part]), torch.from_numpy(dispatch.experts[part])
         self.compute_on_host(layer, x, tokens, experts, out)
         return out
@@ -412,4 +422,5 @@ class OffloadedExperts:
 
 def _to(like: Tensor, array: Ints) -> Tensor:
     tensor = torch.from_numpy(array)
-    return tensor if like.is_cpu else tensor.to(like.device)
+    # From page-locked memory, since a copy from other memory waits for all work that is queued on the device.
+    return tensor if like.is_cpu else tensor.pin_memory().to(like.device, non_blocking=True)

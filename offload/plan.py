@@ -15,8 +15,9 @@ from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
 from dsv2_local.offload.sizes import GIB, MIB, Sizes, sizes_of
 from dsv2_local.quant.schema import Recipe
 
-# RAM of Python with torch, the same with CUDA's libraries, and device memory of a CUDA context.
-PROCESS_BYTES, CUDA_PROCESS_BYTES, CONTEXT_BYTES = 256 * MIB, GIB, 600 * MIB
+# RAM of Python with torch, and the same with CUDA's libraries. Device memory of a CUDA context, and of what tensors do
+# not show: compiled kernels, the workspace of cuBLAS, and gaps that torch's allocator cannot fill.
+PROCESS_BYTES, CUDA_PROCESS_BYTES, CONTEXT_BYTES, MODULE_BYTES = 256 * MIB, 2150 * MIB, 600 * MIB, 600 * MIB
 # RAM left to the operating system: this fraction of the machine's RAM, but at least this many bytes; or this fraction
 # of the RAM that is free now.
 SYSTEM_SHARE, SYSTEM_BYTES, SPARE_SHARE = 0.04, GIB, 0.02
@@ -191,6 +192,7 @@ def _gpu_shares(
     for gpu, (capacity, (first, end)) in enumerate(zip(vram, split, strict=True)):
         parts = {
             "driver": CONTEXT_BYTES,
+            "kernels": MODULE_BYTES,
             "dense weights": sum(sizes.layers[first:end]) + (sizes.head if end == len(sizes.layers) else 0),
             "KV cache": sizes.latent_cache(end - first),
             "workspace": sizes.workspace("gpu", STREAM_CHUNK if staged else GPU_CHUNK, staged),

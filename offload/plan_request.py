@@ -34,7 +34,7 @@ class Rates:
     vram: float = 900.0
     disk: float = 3.0
     cpu_gflops: float = 600.0
-    gpu_gflops: float = 60_000.0
+    gpu_gflops: float = 150_000.0
 
 
 RATES = tuple(rate.name for rate in fields(Rates))

@@ -5,7 +5,7 @@ from functools import cached_property, lru_cache
 from math import prod
 
 from dsv2_local.architectures.tensors import Kind, TensorSpec
-from dsv2_local.kernels.format import CACHE_BLOCK, blocks_for
+from dsv2_local.kernels.format import CACHE_BLOCK, REBUILT_NUMBERS, blocks_for
 from dsv2_local.offload.plan_request import PlanRequest
 from dsv2_local.quant.schema import active_weights, dense_files, expert_layout, stored_bytes
 
@@ -13,9 +13,9 @@ GB, GIB, MIB = 10**9, 1 << 30, 1 << 20
 
 STAGING_BUFFERS = 3
 STAGING_BYTES = 320 * MIB  # maximum of one buffer: large enough for copies at the full speed of the PCIe link
-PAIRS_AT_ONCE = 4096  # token-expert pairs whose outputs are in memory at a time if experts are offloaded
-KEY_BLOCK = 4096  # cached positions whose keys and values are rebuilt at a time
-ACTIVATION_BYTES = {"cpu": 4, "gpu": 2}
+PAIRS_AT_ONCE = 8192  # token-expert pairs whose outputs are in memory at a time if experts are offloaded
+KEY_BLOCK = 4096  # cached positions whose keys and values the CPU rebuilds at a time
+GPU_ACTIVATION_BYTES = 2
 GRAPH_BYTES = 32 * MIB  # workspace of the CUDA graphs of decode steps
 
 
@@ -71,22 +71,36 @@ class Sizes:
         return layers * tokens * self.request.cache_dtype.bytes_per_token_and_layer(self.request.config)
 
     def workspace(self, where: str, chunk: int, staged: bool = False) -> int:
-        """Peak of a step: activations of a chunk, keys and values of `KEY_BLOCK` positions, and logits.
+        """Peak of a step beside weights and KV cache: activations of a chunk, rebuilt keys and values, and logits.
 
         Args:
             where: "cpu" or "gpu".
             chunk: tokens per prefill step.
             staged: whether experts are offloaded, so that outputs of single experts are stored too.
         """
-        c, size = self.request.config, ACTIVATION_BYTES[where]
-        tokens, positions = min(chunk, self.request.context), min(KEY_BLOCK, self.request.context)
-        heads = c.num_attention_heads
+        tokens = min(chunk, self.request.context)
+        return self._on_gpu(tokens, staged) if where == "gpu" else self._on_cpu(tokens)
+
+    def _on_cpu(self, tokens: int) -> int:
+        c, positions = self.request.config, min(KEY_BLOCK, self.request.context)
         hidden = 6 * tokens * c.hidden_size
-        attention = (tokens + positions) * heads * (c.qk_head_dim + c.v_head_dim)
+        attention = (tokens + positions) * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
         experts = 2 * tokens * max(c.num_experts_per_tok * c.moe_intermediate_size, c.intermediate_size)
-        outputs = 4 * PAIRS_AT_ONCE * c.hidden_size if staged else 0
-        graphs = GRAPH_BYTES if where == "gpu" else 0
-        return size * (hidden + attention + experts) + outputs + graphs + 4 * c.vocab_size
+        return 4 * (hidden + attention + experts + c.vocab_size)
+
+    def _on_gpu(self, tokens: int, staged: bool) -> int:
+        """The larger of what attention and what an MLP holds at its peak."""
+        c, heads, size = self.request.config, self.request.config.num_attention_heads, GPU_ACTIVATION_BYTES
+        head_numbers = c.qk_nope_head_dim + c.v_head_dim  # that are rebuilt for a position
+        rebuilt = min(REBUILT_NUMBERS, self.request.context * heads * head_numbers)
+        up_projections = heads * c.kv_lora_rank * head_numbers  # of latents, dequantised
+        queries = tokens * heads * (c.qk_head_dim + c.v_head_dim)
+        attention = size * (2 * tokens * c.hidden_size + queries + rebuilt + up_projections)
+        pairs = min(tokens * c.num_experts_per_tok, PAIRS_AT_ONCE if staged else 1 << 62)
+        outputs = pairs * (4 * c.hidden_size + size * c.moe_intermediate_size)
+        inner = size * tokens * c.intermediate_size
+        mlp = size * 6 * tokens * c.hidden_size + max(inner, outputs)
+        return max(attention, mlp) + GRAPH_BYTES + 4 * c.vocab_size
 
     @property
     def staging_experts(self) -> int:

@@ -54,7 +54,7 @@ class Trace:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is not a routing trace; `dsv2 bench --trace {path}` writes one") from None
+            raise InputError(f"{path} is not a routing trace; `dsv2 bench --record-trace {path}` writes one") from None
         for number, line in enumerate(lines, 2):
             trace.tokens.append(_token(line, trace, f"{path}, line {number}"))
         return trace

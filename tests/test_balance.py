@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dsv2_local.offload.balance import MEMORY, Costs, Watch, divide, streaming_pays
 from dsv2_local.offload.dispatch import Dispatch
+from dsv2_local.offload.sorted_pairs import runs_of
 
 SECONDS = st.floats(1e-6, 1.0)
 COSTS = st.builds(Costs, SECONDS, SECONDS, st.floats(0.0, 1.0))
@@ -88,3 +89,14 @@ def test_dispatch_sorts_pairs_and_finds_them_again(seed, tokens, per_token, grou
     for token in range(tokens):
         assert dispatch.experts[dispatch.rows[token]].tolist() == ids[token].tolist()
         assert (dispatch.tokens[dispatch.rows[token]] == token).all()
+
+
+@given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 50))
+def test_runs_are_divided_in_order_and_none_is_empty(counts, most):
+    lists = runs_of(enumerate(counts), most)
+    sizes = [sum(count for _, count in runs) for runs in lists]
+    assert all(0 < size <= most for size in sizes)
+    assert all(size == most for size in sizes[:-1])
+    pairs = [index for runs in lists for index, count in runs for _ in range(count)]
+    assert pairs == [index for index, count in enumerate(counts) for _ in range(count)]
+    assert all(count > 0 for runs in lists for _, count in runs)

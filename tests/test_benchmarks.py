@@ -1,9 +1,13 @@
-"""The computations of the benchmarks themselves: statistics, filler texts, caches, and the models of transformers."""
+"""What the benchmarks compute themselves: statistics, filler texts, caches, models of transformers, cases of a GPU."""
 
+import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +26,8 @@ import against_transformers
 import cache_error
 import cache_perplexity
 import needle
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_only_whole_words_count_as_the_answer():
@@ -152,3 +158,29 @@ def test_the_comparison_with_transformers_measures_all_programs():
     for program in result["programs"].values():
         assert program["complete"]
         assert len([key for key in program if key.endswith("_tok_s")]) == 4
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_measures_the_cases_that_are_asked_for_and_skips_late_ones(tmp_path):
+    """In Triton's interpreter, on simulated devices."""
+    file, script = tmp_path / "gpu.json", ROOT / "benchmarks/gpu.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+
+    def run(*options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+        command = [sys.executable, script, "--interpret", "--tiny", "--json", file, *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+        return done, json.loads(file.read_text()) if file.exists() else {}
+
+    done, result = run("--only", "236b-24g-hybrid,236b-24g-cpu")
+    assert done.returncode == 0, done.stderr
+    assert [case["case"] for case in result["cases"]] == ["236b-24g-hybrid", "236b-24g-cpu"]
+    assert [(case["plan"]["mode"], case["plan"]["slots"]) for case in result["cases"]] == [("hybrid", 2), ("cpu", 0)]
+    assert all(case["phases"].keys() >= {"placing", "warming up", "parts of a token"} for case in result["cases"])
+    assert result["software"]["torch"] == torch.__version__
+    assert "236b-24g-cpu: placing took" in done.stdout
+    done, _ = run("--seconds", "0")
+    assert done.returncode == 0, done.stderr
+    assert "skipped: 236b-24g-hybrid, 236b-24g-stream" in done.stdout
+    done, _ = run("--only", "huge")
+    assert done.returncode == 1
+    assert "'huge' is none of 236b-24g-hybrid" in done.stderr

@@ -158,7 +158,7 @@ def test_a_notice_names_the_kernels_that_replace_triton(without):
 
 
 def test_a_model_on_gpus_has_the_notice_once(monkeypatch):
-    monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1 << 30)])
+    monkeypatch.setattr(llm, "find_devices", lambda names: [SimulatedDevice(capacity=2 << 30)])
     monkeypatch.setattr(ops, "gpu_notice", lambda device: f"slow on {device}")
     with dsv2_local.load(device="cuda") as model:
         assert model.notes.count("slow on cpu") == 1

@@ -183,7 +183,7 @@ def test_traces_are_saved_and_damaged_ones_refused(tmp_path):
 @pytest.mark.slow
 def test_bench_records_the_experts_that_the_model_chooses(tmp_path, monkeypatch):
     text, file = "A river is a large natural stream of water.", tmp_path / "nano.trace"
-    done = dsv2("bench", "--trace", file, stdin=text.encode())
+    done = dsv2("bench", "--record-trace", file, stdin=text.encode())
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
     trace = Trace.load(file)
     llm = dsv2_local.load()
@@ -202,9 +202,9 @@ def test_bench_records_the_experts_that_the_model_chooses(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trace", "none/x"], "directory does not exist"),
-        (["--trace", "x", "--random-weights", "deepseek-v2"], "the routing of --random-weights is random"),
-        (["--trace", "x", "--text", "no-such-file"], "cannot be read"),
+        (["--record-trace", "none/x"], "directory does not exist"),
+        (["--record-trace", "x", "--random-weights", "deepseek-v2"], "the routing of --random-weights is random"),
+        (["--record-trace", "x", "--text", "no-such-file"], "cannot be read"),
     ],
 )
 def test_invalid_trace_options_are_refused(options, message, tmp_path):

@@ -34,7 +34,7 @@ def test_every_expert_is_computed_once_wherever_it_is_stored(records, mode, slot
     with kernels(cpu.REFERENCE):
         experts = offloaded(records, rng, mode, slots, buffer)
         (device,) = experts.devices
-        device.graph_buffers = GraphBuffers(device.slots.device, LAYOUT.hidden_size, PER_TOKEN)
+        device.graph_buffers = GraphBuffers(device.slots.device, LAYOUT.hidden_size, PER_TOKEN, torch.float32)
         for turn in range(60):
             layer = rng.choice(list(records))
             x, ids, weights = step(1, rng)

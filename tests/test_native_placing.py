@@ -87,14 +87,8 @@ def device_experts(
 ) -> DeviceExperts:
     buffer = 0 if mode is Mode.CPU else PER_TOKEN
     placed = ExpertSlots(device, LAYOUT, ExpertCache(slots, LAYERS, EXPERTS, policy), buffer)
-    buffers = GraphBuffers(device, LAYOUT.hidden_size, PER_TOKEN)
+    buffers = GraphBuffers(device, LAYOUT.hidden_size, PER_TOKEN, torch.float32)
     return DeviceExperts(placed, LAYOUT, records, mode, costs, buffers)
-
-
-@pytest.fixture(autouse=True)
-def _threads_may_sleep(monkeypatch):
-    """Threads that spin beside a GPU would take time from other tests."""
-    monkeypatch.setattr(cpu.Kernels, "stay_awake", lambda self: None)
 
 
 @pytest.fixture

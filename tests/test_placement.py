@@ -36,7 +36,7 @@ def _home(tmp_path, monkeypatch):
 def devices(slots: int, number: int = 1, hook: Callable[[str], None] = lambda step: None) -> list[SimulatedDevice]:
     """Devices with the memory that nano needs for `slots` experts on each, and one byte more."""
     request = replace(llm.load(context=512).plan.request, experts=Mode.STREAM)
-    plan = make_plan(request, Machine((1 << 30,) * number, 1 << 40))
+    plan = make_plan(request, Machine((2 << 30,) * number, 1 << 40))
     fixed = [
         sum(size for name, size in gpu.parts.items() if name not in ("driver", "expert slots")) for gpu in plan.gpus
     ]
@@ -72,12 +72,12 @@ def test_the_same_tokens_wherever_experts_are_stored(expected, monkeypatch, mode
             model.engine.cache.clear()
             assert answer(model) == expected
         for device, gpu in zip(model._placed.devices, model.plan.gpus, strict=True):
-            parts = {name: size for name, size in gpu.parts.items() if name not in ("driver", "workspace")}
+            parts = {name: size for name, size in gpu.parts.items() if name not in ("driver", "kernels", "workspace")}
             assert device.allocated == sum(parts.values()), gpu
         if mode in (Mode.HYBRID, Mode.STREAM):
             assert isinstance(model.experts, OffloadedExperts)
             stats = model.experts.stats
-            assert (stats.streamed_layers > 0) == (mode is Mode.STREAM)
+            assert stats.streamed_layers > 0
             assert (stats.hits > 0) == (slots > 0)
             assert (stats.host_experts > 0) == (mode is Mode.HYBRID)
             assert stats.retries == 0
@@ -87,14 +87,14 @@ def test_the_same_tokens_wherever_experts_are_stored(expected, monkeypatch, mode
 
 
 def test_a_model_that_fits_needs_no_expert_cache(expected):
-    with loaded(Mode.GPU, on=[SimulatedDevice(capacity=1 << 30)]) as model:
+    with loaded(Mode.GPU, on=[SimulatedDevice(capacity=2 << 30)]) as model:
         assert answer(model) == expected
         assert not isinstance(model.experts, OffloadedExperts)
         assert "all in GPU memory" in describe_experts(model)[0]
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated():
-    (gpu,) = make_plan(replace(llm.load(context=512).plan.request, experts=Mode.GPU), Machine((1 << 30,), 1 << 40)).gpus
+    (gpu,) = make_plan(replace(llm.load(context=512).plan.request, experts=Mode.GPU), Machine((2 << 30,), 1 << 40)).gpus
     device = SimulatedDevice(capacity=gpu.used - gpu.parts["driver"] - 1)
     with pytest.raises(PlanError) as error:
         loaded(Mode.GPU, on=[device])
@@ -103,7 +103,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated():
 
 
 def test_a_gpu_that_is_too_small_is_not_used_unless_it_was_requested(expected, monkeypatch):
-    monkeypatch.setattr(llm, "_devices", lambda names: [SimulatedDevice(capacity=1000)])
+    monkeypatch.setattr(llm, "find_devices", lambda names: [SimulatedDevice(capacity=1000)])
     model = llm.load(context=512)
     assert model._placed.devices == []
     assert model.notes[-1].startswith("the GPU is not used: the model does not fit")

@@ -15,6 +15,7 @@ tl = pytest.importorskip("triton.language")
 
 from dsv2_local.kernels.triton.dequantize import GATHER, level_table, unpack  # noqa: E402 - may be missing
 from dsv2_local.kernels.triton.experts import group_pairs  # noqa: E402
+from dsv2_local.kernels.triton.linear import _STREAM_CONFIGS, _configs_to_try  # noqa: E402
 from tests import triton_checks as check  # noqa: E402
 
 import triton  # noqa: E402 isort: skip
@@ -86,6 +87,15 @@ def test_swiglu(format, tokens):
     check.swiglu(DEVICE, FP32, format, 100, 44, tokens)
 
 
+@pytest.mark.parametrize(("nf4", "pair", "blocks"), [(True, True, 32), (False, False, 32), (False, True, 16)])
+def test_short_prompts_take_a_configuration_that_fits_in_registers(nf4, pair, blocks):
+    """What `tools/compile_triton.py` shows: with 32 blocks, int8 pairs need 3 KB of local memory per thread."""
+    given = {"rows": 2816, "cols": 2048, "COUNT": 1, "BT": 4, "NF4": nf4, "slots": None}
+    given["up_words"] = torch.empty(0) if pair else None
+    (config,) = _configs_to_try(_STREAM_CONFIGS, given)
+    assert config.kwargs == {"BG": 1, "KB": blocks}
+
+
 @pytest.mark.parametrize("format", [*FORMATS, Format.BF16])
 @pytest.mark.parametrize("tokens", [1, 25])
 def test_experts(format, tokens):
@@ -98,14 +108,21 @@ def test_experts_in_bf16(tokens):
     check.experts(DEVICE, BF16, Format.NF4, 100, 44, tokens, 5)
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(("pairs", "count", "block"), [(1, 1, 16), (200, 7, 16), (33, 90, 16), (64, 2, 64)])
-def test_grouped_pairs(pairs, count, block):
+def test_grouped_pairs(pairs, count, block, known):
     """Every pair is in exactly one piece, that of its slot; no piece is larger than a block."""
     slots = torch.randint(0, count, (pairs,)) // 2
-    order, pieces = group_pairs(slots, count, block)
+    distinct = len(slots.unique()) if known else min(pairs, count)
+    order, pieces = group_pairs(slots, count, block, distinct)
     found = [(slot, int(order[place])) for slot, first, last in pieces.tolist() for place in range(first, last)]
     assert sorted(found) == sorted((slot, pair) for pair, slot in enumerate(slots.tolist()))
     assert (pieces[:, 2] - pieces[:, 1]).max() <= block
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_input_of_experts_reaches_ram(dtype):
+    check.sent_to_host(DEVICE, dtype, 1100, 6)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -144,7 +161,7 @@ def test_latents_are_written_in_8_bits(C):
 
 
 def test_attention_by_groups_of_heads(monkeypatch):
-    monkeypatch.setattr(sys.modules["dsv2_local.kernels.triton.attention"], "WORKSPACE", 20_000)
+    monkeypatch.setattr(sys.modules["dsv2_local.kernels.triton.attention"], "REBUILT_NUMBERS", 20_000)
     check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 2, 20, absorb=False)
 
 

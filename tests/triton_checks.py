@@ -81,6 +81,29 @@ def experts(
     triton.expert_outputs(x.to(device), records.to(device), layout, *moved, out)
     triton.combine(out, *(part.to(device) for part in (pairs.view(tokens, chosen), ids, weights)), y)
     assert dtype != torch.float32 or torch.equal(ours, y)  # the same bits, wherever experts are placed
+    hinted = torch.full_like(out, torch.nan)
+    triton.expert_outputs(x.to(device), records.to(device), layout, *moved, hinted, len(ids.unique()))
+    assert off(hinted, out) < TOLERANCE[dtype]
+    order = ids.flatten().argsort(stable=True)
+    runs = list(zip(*(part.tolist() for part in ids.flatten()[order].unique(return_counts=True)), strict=True))
+    in_order = torch.full_like(out, torch.nan)
+    triton.sorted_expert_outputs(x.to(device), records.to(device), layout, (order // chosen).to(device), runs, in_order)
+    assert off(in_order, out[order.to(device)]) < TOLERANCE[dtype]
+
+
+def sent_to_host(device: str, dtype: torch.dtype, hidden: int, chosen: int) -> None:
+    """Every number and every id is written, and nothing past them."""
+    x, ids = torch.randn(1, hidden).to(dtype), torch.randint(160, (1, chosen))
+    host_x, host_ids = torch.full((1, hidden + 8), torch.nan), torch.full((1, chosen + 2), -1)
+    if device != "cpu":
+        host_x, host_ids = host_x.pin_memory(), host_ids.pin_memory()
+    triton.to_host(x.to(device), ids.to(device), host_x, host_ids)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    assert torch.equal(host_x[:, :hidden], x.float())
+    assert torch.equal(host_ids[:, :chosen], ids)
+    assert host_x[:, hidden:].isnan().all()
+    assert (host_ids[:, chosen:] == -1).all()
 
 
 def combined(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
@@ -97,6 +120,11 @@ def combined(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
         triton.combine(moved[0], some.to(device), *moved[2:], turns)
     assert off(whole, exact) < 1e-6
     assert torch.equal(whole, turns)
+    part = torch.where((rows >= 3) & (rows < 7), rows, -1)
+    expected, ours = y.to(device, copy=True), y.to(device, copy=True)
+    triton.combine(moved[0], part.to(device), *moved[2:], expected)
+    triton.combine(moved[0][3:7], *moved[1:], ours, 3)
+    assert torch.equal(ours, expected)
 
 
 def attention(

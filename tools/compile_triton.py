@@ -3,7 +3,8 @@
     python tools/compile_triton.py [--capability 80] [--quick]
 
 Prints one line per kernel and configuration: registers per thread, bytes spilled to local memory, shared memory. With
---quick, only some shapes and the first configuration of each kernel are compiled. Fails if a kernel does not compile.
+--quick, only some shapes and the first configuration of each kernel are compiled. Fails if a kernel does not compile,
+or needs more shared memory than a GPU of that capability has.
 """
 
 import argparse
@@ -50,8 +51,11 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def compile_instead_of_launching(quick: bool) -> None:
-    """Patch Triton so that a launch only compiles and prints; autotuned kernels do so for all their configurations."""
+def compile_instead_of_launching(quick: bool, shared_memory: int) -> None:
+    """Patch Triton so that a launch only compiles and prints; autotuned kernels do so for all their configurations.
+
+    A kernel that needs more than `shared_memory` bytes ends the program.
+    """
     launch, reported = JITFunction.run, set()
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -64,6 +68,10 @@ def compile_instead_of_launching(quick: bool) -> None:
                 f"{self.__name__:14} {registers:3} registers, {spilled:4} B spilled, {meta.shared / 1024:5.1f} KiB "
                 f"shared, {meta.num_warps} warps, {meta.num_stages} stages, {shape}"
             )
+            if meta.shared > shared_memory:
+                sys.exit(
+                    f"{self.__name__} needs more shared memory than the {shared_memory / 1024:.0f} KiB of this GPU"
+                )
         return kernel
 
     def run_all(self: Autotuner, *args: Any, **kwargs: Any) -> None:
@@ -129,6 +137,8 @@ def call_rows() -> None:
         )  # fmt: skip
         kernels.route(x, torch.zeros(160, 2048), config)
     kernels.top_candidates(torch.zeros(1, 102_400), torch.zeros(2))
+    chosen = torch.zeros(1, 6, dtype=torch.int64)
+    kernels.to_host(activations(1, 2048), chosen, torch.zeros(1, 2048), torch.zeros_like(chosen))
 
 
 def main() -> None:
@@ -137,7 +147,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     triton.runtime.driver.set_active(NoGpu(given.capability))
-    compile_instead_of_launching(given.quick)
+    compile_instead_of_launching(given.quick, GPUS[given.capability][1])
     launch = {"PDL": True, "launch_pdl": True} if given.capability >= 90 else {"PDL": False}
     for module in ("linear", "experts", "rows", "top_candidates", "latents", "attention"):
         part: Any = sys.modules[f"dsv2_local.kernels.triton.{module}"]

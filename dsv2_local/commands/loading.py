@@ -21,7 +21,7 @@ def load(
     """Load a model as `llm.load` does; `vram` is a size such as "8GiB", or one per GPU, separated by commas."""
     if model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
-    limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
+    limits = vram_limits(vram)
     pinning = ProgressBar("copying experts to page-locked RAM")
     compiling = ProgressBar("compiling GPU kernels", unit="steps")
     checking = ProgressBar("comparing files with their checksums")
@@ -34,3 +34,12 @@ def load(
         if warning:
             notice(warning)
     return loaded
+
+
+def vram_limits(text: str | None) -> list[int] | None:
+    """The sizes of --vram in bytes, one per GPU; None: no limit.
+
+    Raises:
+        InputError: a part of `text` is not a size.
+    """
+    return None if text is None else [size("--vram", part) for part in text.split(",")]

@@ -1,7 +1,7 @@
 """Places a model as its plan says: dense weights, KV cache and experts on GPUs or in RAM."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,17 +37,20 @@ class ModelWeights:
 
     Attributes:
         config: the architecture.
-        dense: all weights but the routed experts, by name.
+        dense: all weights but the routed experts, by name; it may make each one when it is asked for.
         layout: layout of a routed expert's record.
-        records: uint8 [E, layout.nbytes] by MoE layer.
+        records: uint8 [E, layout.nbytes] by MoE layer; it may make each one when it is asked for.
         fingerprint: hash of the manifest, under which the model's warm experts are stored; None: they are not stored.
+        arena: the page-locked memory that has `records` already, and that outlives the model; None: `records` are
+            copied to page-locked memory if the plan wants them there.
     """
 
     config: ModelConfig
-    dense: Weights
+    dense: Mapping[str, Matrix | Tensor]
     layout: ExpertLayout
-    records: dict[int, Tensor]
+    records: Mapping[int, Tensor]
     fingerprint: str | None = None
+    arena: PinnedArena | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelWeights":
@@ -84,8 +87,8 @@ class PlacedModel:
 
 def place_in_ram(weights: ModelWeights, dtype: torch.dtype) -> PlacedModel:
     """Leave all weights where they are, in RAM or mapped, and compute on the CPU; `dtype` is the activations' type."""
-    experts = ResidentExperts(weights.layout, weights.records)
-    return PlacedModel(Transformer(weights.config, weights.dense, experts, dtype), experts)
+    experts = ResidentExperts(weights.layout, dict(weights.records))
+    return PlacedModel(Transformer(weights.config, dict(weights.dense), experts, dtype), experts)
 
 
 def place_on_devices(
@@ -99,6 +102,8 @@ def place_on_devices(
     progress: Progress = no_progress,
 ) -> PlacedModel:
     """Copy each GPU's layers to it, and place the experts as the plan says.
+
+    Weights that are copied to a GPU are taken one by one, a layer's experts together.
 
     Args:
         weights: the model's weights, in RAM.
@@ -121,25 +126,27 @@ def place_on_devices(
         records = {layer: _copy(owner[layer], weights.records[layer]) for layer in weights.records}
         resident = ResidentExperts(weights.layout, records)
         return PlacedModel(Transformer(config, dense, resident, dtype, allocate), resident, devices, [], closing)
-    arena = PinnedArena(weights.records, devices[0], _bytes_to_pin(weights, plan), progress)
-    notes = [_refusal(arena, weights)] if arena.refused else []
+    arena = weights.arena or _pinned(weights, plan, devices[0], progress)
+    notes = [_refusal(arena)] if arena.refused else []
     placed = [
-        _place_experts(weights, plan, share, device, arena.records, policy, costs)
+        _place_experts(weights, plan, share, device, arena.records, dtype, policy, costs)
         for share, device in zip(plan.gpus, devices, strict=True)
     ]
     experts = OffloadedExperts(placed)
-    closing = [arena.close, *closing, lambda: _keep_learned(weights, plan, placed)]
+    closing = [*closing, lambda: _keep_learned(weights, plan, placed)]
+    if arena is not weights.arena:
+        closing.insert(0, arena.close)
     return PlacedModel(Transformer(config, dense, experts, dtype, allocate), experts, devices, notes, closing)
 
 
 def _place_dense(weights: ModelWeights, owner: list[Device]) -> Weights:
     """Copy the dense weights to their layers' devices, norms and routers as fp32; the embedding stays in RAM."""
     placed: Weights = {EMBEDDING: weights.dense[EMBEDDING]}
-    for name, weight in weights.dense.items():
+    for name in weights.dense:
         if name != EMBEDDING:
-            placed[name] = _copy_weight(owner[_layer_of(name, len(owner))], weight)
+            placed[name] = _copy_weight(owner[_layer_of(name, len(owner))], weights.dense[name])
     if weights.config.tie_word_embeddings:
-        placed[HEAD] = _copy_weight(owner[-1], weights.dense[EMBEDDING])
+        placed[HEAD] = _copy_weight(owner[-1], placed[EMBEDDING])
     return placed
 
 
@@ -160,6 +167,13 @@ def _copy(device: Device, tensor: Tensor) -> Tensor:
     return memory.copy_(tensor)
 
 
+def _pinned(weights: ModelWeights, plan: Plan, device: Device, progress: Progress) -> PinnedArena:
+    """Copy the experts to page-locked RAM, as far as the plan wants it and the system allows it."""
+    arena = PinnedArena(device)
+    arena.copy(weights.records, _bytes_to_pin(weights, plan), progress)
+    return arena
+
+
 def _bytes_to_pin(weights: ModelWeights, plan: Plan) -> int:
     """Bytes of experts to page-lock: those that the plan has in RAM, as far as the system's limit allows."""
     if not plan.offloads:
@@ -168,11 +182,10 @@ def _bytes_to_pin(weights: ModelWeights, plan: Plan) -> int:
     return fitting if plan.machine.lockable is None else min(fitting, plan.machine.lockable)
 
 
-def _refusal(arena: PinnedArena, weights: ModelWeights) -> str:
-    wanted = sum(records.nbytes for records in weights.records.values())
+def _refusal(arena: PinnedArena) -> str:
     return (
-        f"the system allowed {arena.locked / 2**30:,.1f} of {wanted / 2**30:,.1f} GiB of experts to be page-locked "
-        "(ulimit -l); the others are copied at about half the speed of the PCIe link; raise memlock in "
+        f"the system allowed {arena.locked / 2**30:,.1f} of {arena.nbytes / 2**30:,.1f} GiB of experts to be "
+        "page-locked (ulimit -l); the others are copied at about half the speed of the PCIe link; raise memlock in "
         "/etc/security/limits.conf"
     )
 
@@ -183,6 +196,7 @@ def _place_experts(
     share: MemoryShare,
     device: Device,
     records: dict[int, Tensor],
+    dtype: torch.dtype,
     policy: Policy,
     costs: Costs | None,
 ) -> DeviceExperts:
@@ -192,21 +206,21 @@ def _place_experts(
     cache = ExpertCache(share.slots, config.num_hidden_layers, config.n_routed_experts, policy)
     slots = ExpertSlots(device, layout, cache, plan.staging_experts)
     if not plan.offloads:
-        buffers = _graph_buffers(weights, plan, device)
+        buffers = _graph_buffers(weights, plan, device, dtype)
         return DeviceExperts(slots, layout, own, Mode.CPU, ON_CPU, buffers)
     slots.fill(own, warm_experts.load(weights.fingerprint, list(own), config.n_routed_experts))
     costs = costs or calibration.costs(slots, layout, own)
-    return DeviceExperts(slots, layout, own, plan.mode, costs, _graph_buffers(weights, plan, device))
+    return DeviceExperts(slots, layout, own, plan.mode, costs, _graph_buffers(weights, plan, device, dtype))
 
 
-def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device) -> GraphBuffers | None:
+def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device, dtype: torch.dtype) -> GraphBuffers | None:
     """The buffers with which experts run inside CUDA graphs; None if they cannot (no Triton, bf16, little staging)."""
     config, format = weights.config, weights.layout.format
     fits = not plan.offloads or config.num_experts_per_tok <= STAGING_BUFFERS * plan.staging_experts
     # The bf16 kernels cannot skip experts that have no slot, as a captured step must.
     if not ops.capturable(device.torch_device) or format is Format.BF16 or not fits:
         return None
-    return GraphBuffers(device, config.hidden_size, config.num_experts_per_tok)
+    return GraphBuffers(device, config.hidden_size, config.num_experts_per_tok, dtype)
 
 
 def _keep_learned(weights: ModelWeights, plan: Plan, placed: list[DeviceExperts]) -> None:

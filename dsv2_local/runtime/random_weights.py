@@ -5,9 +5,11 @@ of the weights keeps activations finite, attention neither uniform nor fixed on 
 token to token. The model's output is noise.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +20,35 @@ from dsv2_local.errors import InputError
 from dsv2_local.kernels.format import BLOCK, ROWS, CacheDtype, ExpertLayout, Format, matrix_nbytes
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, pack_int8, pack_nf4, unpack_int8, unpack_nf4
 from dsv2_local.machine.resources import memory_available
+from dsv2_local.offload.pinned import PinnedArena
 from dsv2_local.progress import Progress, no_progress
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout, stored_bytes
 from dsv2_local.runtime.cache import allocate_in_ram, bytes_per_token
 
 # This many bytes of random numbers are drawn once, and all weights are copied from them: drawing 9 GB takes minutes.
 DRAWN_BYTES = 16 << 20
+
+
+Name = TypeVar("Name")
+Value = TypeVar("Value")
+
+
+class OnDemand(Mapping[Name, Value]):
+    """A mapping that makes a value each time it is asked for one, and keeps none."""
+
+    def __init__(self, names: Iterable[Name], make: Callable[[Name], Value]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: Name) -> Value:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -36,9 +61,9 @@ class RandomModel:
         records: uint8 [E, layout.nbytes] by MoE layer.
     """
 
-    weights: dict[str, Matrix | Tensor]
+    weights: Mapping[str, Matrix | Tensor]
     layout: ExpertLayout
-    records: dict[int, Tensor]
+    records: Mapping[int, Tensor]
 
 
 def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
@@ -99,25 +124,97 @@ def build(
     threads: int = 1,
     progress: Progress = no_progress,
 ) -> RandomModel:
-    """Build the model; the same seed gives the same weights. `progress` is called with (parts done, all parts).
+    """Build the model in RAM; the same seed gives the same weights. `progress` is called with (parts done, all parts).
 
     Call `require_memory` first: every page of the allocated memory is written.
     """
-    numbers = _RandomNumbers(seed)
-    files, layout = dense_files(config), expert_layout(config, recipe)
-    parts = len(files) + len(config.moe_layers)
-    weights: dict[str, Matrix | Tensor] = {}
-    for done, specs in enumerate(files.values()):
-        progress(done, parts)
-        weights |= {spec.name: _tensor(spec, recipe, numbers) for spec in specs}
-    records: dict[int, Tensor] = {}
-    # Own threads, since a record is too small to be split among torch's, and page faults take most of the time.
-    with ThreadPoolExecutor(threads) as pool:
-        for done, layer in enumerate(config.moe_layers, len(files)):
+    with Builder(config, recipe, seed, threads) as builder:
+        parts = len(builder.specs) + len(config.moe_layers)
+        weights: dict[str, Matrix | Tensor] = {}
+        for done, name in enumerate(builder.specs):
             progress(done, parts)
-            records[layer] = _records(config.n_routed_experts, layout, numbers, layer, pool)
+            weights[name] = builder.tensor(name)
+        records: dict[int, Tensor] = {}
+        for done, layer in enumerate(config.moe_layers, len(builder.specs)):
+            progress(done, parts)
+            records[layer] = builder.records(layer)
     progress(parts, parts)
-    return RandomModel(weights, layout, records)
+    return RandomModel(weights, builder.layout, records)
+
+
+class Builder:
+    """Makes the weights of a model with all threads, each weight by itself.
+
+    A weight depends on the seed and on its name, but not on the number of threads or on what else was made.
+
+    Attributes:
+        config, recipe: the architecture, and the formats of the weights.
+        layout: layout of a routed expert's record.
+        specs: the dense tensors by name.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, seed: int = 0, threads: int = 1) -> None:
+        """Draw the random numbers that all weights are copied from, and start the threads."""
+        self.config, self.recipe, self.layout = config, recipe, expert_layout(config, recipe)
+        self.specs = {spec.name: spec for specs in dense_files(config).values() for spec in specs}
+        self._numbers = _RandomNumbers(seed)
+        # Own threads, since a record is too small to be split among torch's, and page faults take most of the time.
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> "Builder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def tensor(self, name: str) -> Matrix | Tensor:
+        """A dense weight."""
+        return _tensor(self.specs[name], self.recipe, self._numbers, self._pool)
+
+    def records(self, layer: int) -> Tensor:
+        """The routed experts of a layer: uint8 [E, layout.nbytes]."""
+        return _wait(*self._start_records(layer, allocate_in_ram))
+
+    def on_demand(self) -> RandomModel:
+        """The model, of which every weight is made when it is asked for, and not kept."""
+        return RandomModel(
+            OnDemand(self.specs, self.tensor), self.layout, OnDemand(self.config.moe_layers, self.records)
+        )
+
+    def fill(self, arena: PinnedArena, progress: Progress = no_progress) -> None:
+        """Build all routed experts in page-locked memory; `progress` is called with (bytes done, all bytes).
+
+        One layer is locked while the threads fill the next.
+        """
+        whole = len(self.config.moe_layers) * self.config.n_routed_experts * self.layout.nbytes
+        filled: tuple[int, Tensor] | None = None
+        for layer in self.config.moe_layers:
+            records, tasks = self._start_records(layer, arena.allocate)
+            if filled:
+                arena.lock(*filled)
+            progress(arena.nbytes, whole)
+            filled = layer, _wait(records, tasks)
+        if filled:
+            arena.lock(*filled)
+        progress(whole, whole)
+
+    def _start_records(self, layer: int, allocate: Callable[[int], Tensor]) -> tuple[Tensor, list[Future[None]]]:
+        """Start to fill a layer's experts, one expert per task: uint8 [E, layout.nbytes], and the tasks."""
+        experts, layout, numbers = self.config.n_routed_experts, self.layout, self._numbers
+        records = allocate(experts * layout.nbytes).view(experts, layout.nbytes)
+
+        def fill(expert: int) -> None:
+            offsets = numbers.offsets(layer, expert)
+            for matrix in expert_matrices(layout, records[expert]):
+                _fill(matrix, matrix.cols**-0.5, numbers, offsets)
+
+        return records, [self._pool.submit(fill, expert) for expert in range(experts)]
+
+
+def _wait(records: Tensor, tasks: list[Future[None]]) -> Tensor:
+    for task in tasks:
+        task.result()
+    return records
 
 
 class _RandomNumbers:
@@ -150,16 +247,24 @@ class _RandomNumbers:
         }
         self._scaled: dict[tuple[torch.dtype, float], Tensor] = {}
 
-    def fill(self, out: Tensor, offsets: Random, factor: float = 1.0) -> None:
-        """Fill `out` (contiguous, of a type in `numbers`) with numbers from random offsets, times `factor`."""
+    def fill(self, out: Tensor, offsets: Random, factor: float = 1.0, pool: ThreadPoolExecutor | None = None) -> None:
+        """Fill `out` (contiguous, of a type in `numbers`) with numbers from random offsets, times `factor`.
+
+        With a `pool` its threads copy, which pays for large tensors; the result is the same.
+        """
         numbers = self._times(out.dtype, factor)
         half = len(numbers) // 2
         # numpy copies in the calling thread; torch would wake its thread pool for every piece.
         target, source = out.view(-1).view(_BITS[out.itemsize]).numpy(), numbers.view(_BITS[out.itemsize]).numpy()
-        for begin in range(0, len(target), half):
-            piece = target[begin : begin + half]
-            start = offsets.randrange(half)
-            piece[:] = source[start : start + len(piece)]
+        starts = [(begin, offsets.randrange(half)) for begin in range(0, len(target), half)]
+
+        def copy(piece: tuple[int, int]) -> None:
+            begin, start = piece
+            part = target[begin : begin + half]
+            part[:] = source[start : start + len(part)]
+
+        for _ in (pool.map if pool else map)(copy, starts):
+            pass
 
     def _times(self, dtype: torch.dtype, factor: float) -> Tensor:
         """The numbers of a type times `factor`; cached, since a model has few different factors."""
@@ -178,7 +283,7 @@ class _RandomNumbers:
 _BITS = {1: torch.uint8, 2: torch.int16}
 
 
-def _tensor(spec: TensorSpec, recipe: Recipe, numbers: _RandomNumbers) -> Matrix | Tensor:
+def _tensor(spec: TensorSpec, recipe: Recipe, numbers: _RandomNumbers, pool: ThreadPoolExecutor) -> Matrix | Tensor:
     """Build a dense tensor: norms near 1, embeddings of rms 1, matrices that keep the rms of what they multiply."""
     offsets = numbers.offsets(spec.name)
     if not spec.quantised:
@@ -188,33 +293,19 @@ def _tensor(spec: TensorSpec, recipe: Recipe, numbers: _RandomNumbers) -> Matrix
     rows, cols = spec.shape
     format = recipe.format_of(spec.kind)
     matrix = Matrix.from_bytes(format, rows, cols, allocate_in_ram(matrix_nbytes(format, rows, cols)))
-    _fill(matrix, 1.0 if spec.kind is Kind.EMBEDDING else cols**-0.5, numbers, offsets)
+    _fill(matrix, 1.0 if spec.kind is Kind.EMBEDDING else cols**-0.5, numbers, offsets, pool)
     return matrix
 
 
-def _records(
-    experts: int, layout: ExpertLayout, numbers: _RandomNumbers, layer: int, pool: ThreadPoolExecutor
-) -> Tensor:
-    """Build a layer's routed experts: uint8 [E, layout.nbytes]."""
-    records = allocate_in_ram(experts * layout.nbytes).view(experts, layout.nbytes)
-
-    def fill(expert: int) -> None:
-        offsets = numbers.offsets(layer, expert)
-        for matrix in expert_matrices(layout, records[expert]):
-            _fill(matrix, matrix.cols**-0.5, numbers, offsets)
-
-    for _ in pool.map(fill, range(experts)):
-        pass
-    return records
-
-
-def _fill(matrix: Matrix, rms: float, numbers: _RandomNumbers, offsets: Random) -> None:
+def _fill(
+    matrix: Matrix, rms: float, numbers: _RandomNumbers, offsets: Random, pool: ThreadPoolExecutor | None = None
+) -> None:
     """Fill a matrix's planes, so that its weights have about this root mean square and its padding is zero."""
     factor = rms / numbers.code_rms[matrix.format]
     if matrix.scales is None:
-        numbers.fill(matrix.codes, offsets, factor)
+        numbers.fill(matrix.codes, offsets, factor, pool)
         return
-    numbers.fill(matrix.codes, offsets)
+    numbers.fill(matrix.codes, offsets, 1.0, pool)
     numbers.fill(matrix.scales, offsets, factor)
     if matrix.rows % ROWS:
         matrix.scales[-1, :, matrix.rows % ROWS :] = 0

@@ -7,6 +7,7 @@ with nf4 weights, 0.6 % with int8 weights. The KV cache is bfloat16 or 8-bit. Ca
 
 import ctypes
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -96,6 +97,7 @@ class Kernels:
     """One variant of the library, loaded, with its thread pool; the kernels are explained in `kernels.reference`."""
 
     CACHES = tuple(CACHES)
+    to_host = staticmethod(reference.to_host)
     top_candidates = staticmethod(reference.top_candidates)  # only tests call it: on the CPU, samplers use all logits
 
     def __init__(self, variant: str, path: Path) -> None:
@@ -153,7 +155,14 @@ class Kernels:
         return _output(y, x)
 
     def expert_outputs(
-        self, x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+        self,
+        x: Tensor,
+        records: Tensor,
+        layout: ExpertLayout,
+        tokens: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        distinct: int | None = None,
     ) -> None:
         x_ = _input(x)
         self._call(
@@ -162,7 +171,22 @@ class Kernels:
             slots.data_ptr(), len(tokens), out.data_ptr(),
         )  # fmt: skip
 
-    def combine(self, outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
+    def sorted_expert_outputs(
+        self,
+        x: Tensor,
+        records: Tensor,
+        layout: ExpertLayout,
+        tokens: Tensor,
+        runs: Sequence[tuple[int, int]],
+        out: Tensor,
+    ) -> None:
+        slots, counts = (torch.tensor(column) for column in zip(*runs, strict=True))
+        self.expert_outputs(x, records, layout, tokens, slots.repeat_interleave(counts), out)
+
+    def combine(
+        self, outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor, first: int | None = None
+    ) -> None:
+        rows = rows if first is None else reference.part_of_rows(rows, first, len(outputs))
         self._call(
             "combine", outputs.data_ptr(), rows.shape[0], rows.shape[1], y.shape[1], rows.data_ptr(), ids.data_ptr(),
             weights.data_ptr(), y.data_ptr(),

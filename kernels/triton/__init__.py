@@ -13,10 +13,10 @@ import torch
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from dsv2_local.kernels.triton.attention import attention
-from dsv2_local.kernels.triton.experts import combine, expert_outputs, experts
+from dsv2_local.kernels.triton.experts import combine, expert_outputs, experts, sorted_expert_outputs
 from dsv2_local.kernels.triton.latents import write_latents
 from dsv2_local.kernels.triton.linear import dequantize, linear, swiglu
-from dsv2_local.kernels.triton.rows import add, add_rms_norm, embedding, rms_norm, route
+from dsv2_local.kernels.triton.rows import add, add_rms_norm, embedding, rms_norm, route, to_host
 from dsv2_local.kernels.triton.top_candidates import top_candidates
 
 CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of a KV cache that `attention` reads
@@ -34,7 +34,9 @@ __all__ = [
     "linear",
     "rms_norm",
     "route",
+    "sorted_expert_outputs",
     "swiglu",
+    "to_host",
     "top_candidates",
     "write_latents",
 ]  # fmt: skip

@@ -10,15 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2_local.kernels.format import CACHE_BLOCK
+from dsv2_local.kernels.format import CACHE_BLOCK, REBUILT_NUMBERS
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.kernels.triton.latents import read_keys, read_latents, rows_of, views
 from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply
 from dsv2_local.kernels.triton.rows import rotated
 from dsv2_local.kernels.triton.tuning import pdl_arguments, processors, shared_memory, wait_for_previous_kernel
 
-# Materialised attention rebuilds keys and values of as many heads at a time as stay below this many numbers.
-WORKSPACE = 1 << 27
 MAX_SPLITS = 256  # parts of the cache in `_absorbed`, each with its own programs
 LOG2_E = 1.4426950408889634
 
@@ -223,7 +221,7 @@ def materialized_attention(
     uk = dequantize(w_uk, q.dtype).view(H, C, N)
     uv = dequantize(w_uv, q.dtype).view(H, V, C).transpose(1, 2)  # [H, C, V]
     out = q.new_empty(T, H * V)
-    heads = min(H, max(1, WORKSPACE // (context * (N + V))))
+    heads = min(H, max(1, REBUILT_NUMBERS // (context * (N + V))))
     keys, values = q.new_empty(heads, context, N), q.new_empty(heads, context, V)
     BM, BS = 64, 64 // q.element_size()
     numbers, halves, stride, scales = views(latents, C)

@@ -1,10 +1,13 @@
 """Routed experts, read from their records in GPU memory: two launches for any number of token-expert pairs."""
 
+from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
@@ -19,7 +22,13 @@ COPIED_EXPERTS = 8  # unquantised experts that are copied at a time
 
 
 def expert_outputs(
-    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor, out: Tensor
+    x: Tensor,
+    records: Tensor,
+    layout: ExpertLayout,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    distinct: int | None = None,
 ) -> None:
     """The outputs of token-expert pairs; see `reference.expert_outputs`. `slots` is read on the device."""
     n, x = len(tokens), contiguous(x)
@@ -35,19 +44,54 @@ def expert_outputs(
         launch_stream(x, hidden, gate, up, n, tokens=tokens, **shape)
         launch_stream(hidden, out, down, None, n, **shape)
         return
-    block = token_block(n // min(n, len(records)))
-    order, pieces = group_pairs(slots, len(records), block)
+    distinct = min(n, len(records), distinct or n)
+    block = token_block(n // distinct)
+    order, pieces = group_pairs(slots, len(records), block, distinct)
     shape = {"n": n, "pieces": pieces, "SPLIT": 1, "BT": block, "COUNT": 1}
     launch_tile(x, hidden, gate, up, len(pieces), sources=tokens[order], **shape)
     launch_tile(hidden, out, down, None, len(pieces), targets=order, **shape)
 
 
-def group_pairs(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
+def sorted_expert_outputs(
+    x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, runs: Sequence[tuple[int, int]], out: Tensor
+) -> None:
+    """The outputs of pairs that are sorted by slot; see `reference.sorted_expert_outputs`."""
+    n, x = len(tokens), contiguous(x)
+    if n <= STREAMED_PAIRS or layout.format is Format.BF16:
+        slots = np.repeat(*np.array(runs, dtype=np.int64).T)
+        expert_outputs(x, records, layout, tokens, _to_device(slots, x.device), out)
+        return
+    gate, up, down = Bank.of_records(layout, records)
+    hidden, block = x.new_empty(n, gate.rows), token_block(n // len(runs))
+    pieces = _to_device(cut_runs(runs, block), x.device)
+    shape = {"n": n, "pieces": pieces, "SPLIT": 1, "BT": block, "COUNT": 1}
+    launch_tile(x, hidden, gate, up, len(pieces), sources=tokens, **shape)
+    launch_tile(hidden, out, down, None, len(pieces), **shape)
+
+
+def cut_runs(runs: Sequence[tuple[int, int]], block: int) -> NDArray[np.int64]:
+    """Cut runs of pairs into pieces of at most `block` pairs -> int64 [pieces, 3]: slot, first and last (exclusive)."""
+    pieces, first = [], 0
+    for slot, count in runs:
+        end = first + count
+        pieces += [(slot, start, min(start + block, end)) for start in range(first, end, block)]
+        first = end
+    return np.array(pieces, dtype=np.int64)
+
+
+def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A copy on the device, made without waiting for what is queued there."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def group_pairs(slots: Tensor, count: int, block: int, distinct: int) -> tuple[Tensor, Tensor]:
     """Sort pairs by slot and cut the pairs of each slot into pieces, on the device and without waiting for it.
 
     Args:
         slots: int64 [n], the slot of each pair, below `count`.
         block: pairs per piece; the last piece of a slot may have fewer.
+        distinct: how many slots occur at most.
 
     Returns:
         order: int64 [n], the pairs sorted by slot.
@@ -59,7 +103,7 @@ def group_pairs(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
     starts = torch.searchsorted(in_order, torch.arange(count + 1, device=slots.device))  # [S + 1]
     sizes = starts.diff()
     ends = ((sizes + block - 1) // block).cumsum(0)  # pieces of all slots up to this one
-    item = torch.arange(triton.cdiv(n, block) + min(n, count), device=slots.device)
+    item = torch.arange(triton.cdiv(n, block) + distinct, device=slots.device)
     slot = torch.searchsorted(ends, item, right=True).clamp_(max=count - 1)
     last_block = ends[slot] - item  # 1 for a slot's last piece, larger before it, smaller past the last slot
     size = sizes[slot]
@@ -80,17 +124,22 @@ def _plain_outputs(x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Ten
     return torch.cat(y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])  # they differ from call to call
 def _combine(
-    outputs, rows, ids, weights, start, y, D, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
+    outputs, rows, ids, weights, start, y, D, first, count,
+    K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BD columns of y[t] = start[t] (or 0) + the weighted outputs of token t, in the order of the experts' ids."""
+    """BD columns of y[t] = start[t] (or 0) + the weighted outputs of token t, in the order of the experts' ids.
+
+    Of `outputs`, which has `count` rows, the first is the one that `rows` calls `first`.
+    """
     wait_for_previous_kernel(PDL)
     t = tl.program_id(0).to(tl.int64)
     d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BK)
     key = tl.load(ids + t * K + k, k < K, 1 << 40) * K + k
     rank = tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
-    row = t * K + k if rows is None else tl.load(rows + t * K + k, k < K, -1)
+    row = t * K + k if rows is None else tl.load(rows + t * K + k, k < K, -1) - first
+    row = tl.where(row < count, row, -1)
     weight = tl.load(weights + t * K + k, (k < K) & (row >= 0), 0.0)
     output = tl.load(outputs + row[:, None] * D + d[None, :], ((k < K) & (row >= 0))[:, None] & (d < D)[None, :], 0.0)
     total = tl.zeros([BD], tl.float32) if start is None else tl.load(start + t * D + d, d < D, 0.0)
@@ -101,19 +150,25 @@ def _combine(
     tl.store(y + t * D + d, total, d < D)
 
 
-def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor) -> None:
+def combine(outputs: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, y: Tensor, first: int | None = None) -> None:
     """Add up the outputs of experts; see `reference.combine`. Each term is one fused multiply-add in fp32."""
-    _launch_combine(outputs, rows, ids, weights, y, y)
+    _launch_combine(outputs, rows, ids, weights, y, y, first or 0)
 
 
 def _launch_combine(
-    outputs: Tensor, rows: Tensor | None, ids: Tensor, weights: Tensor, start: Tensor | None, y: Tensor
+    outputs: Tensor,
+    rows: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    start: Tensor | None,
+    y: Tensor,
+    first: int = 0,
 ) -> None:
     T, K = ids.shape
     D = y.shape[1]
     BD = 256 if T <= FEW_TOKENS else 1024
     _combine[(T, triton.cdiv(D, BD))](
-        outputs, rows, ids.contiguous(), weights.contiguous(), start, y, D,
+        outputs, rows, ids.contiguous(), weights.contiguous(), start, y, D, first, len(outputs),
         K=K, BK=triton.next_power_of_2(K), BD=BD, **pdl_arguments(y.device),
     )  # fmt: skip
 

@@ -154,7 +154,9 @@ def _configs_to_try(configs: list[triton.Config], given: dict[str, Any], **more:
     groups = triton.cdiv(given["rows"], ROWS) * given["COUNT"]
     many = given["slots"] is not None or groups > 1024
     kind = _SHORT if given["cols"] <= 4 * BLOCK else _MANY if many or given["cols"] <= 16 * BLOCK else _FEW
-    tried = kind if given["BT"] == 1 else kind[:1]  # for a short prompt, tuning would take longer than it saves
+    # For a short prompt, tuning would take longer than it saves. 32 blocks of two int8 matrices overflow the registers.
+    first = kind is _FEW and not given["NF4"] and given["up_words"] is not None
+    tried = kind if given["BT"] == 1 else kind[first : first + 1]
     return [config for config in configs if (config.kwargs["BG"], config.kwargs["KB"], config.num_warps) in tried]
 
 

@@ -134,3 +134,8 @@ def test_a_captured_step_is_replayed_at_the_next_position():
 @pytest.mark.parametrize(("temperature", "margin"), [(1.0, 0.0), (0.7, 5.0), (2.0, 60.0)])
 def test_top_candidates(temperature, margin):
     check.top_candidates("cuda", 102_400, temperature, margin)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_input_of_experts_reaches_ram(dtype):
+    check.sent_to_host("cuda", dtype, 5120, 6)

@@ -121,13 +121,21 @@ def show(result: dict[str, Any]) -> None:
     console.print(*_closing(result), sep="\n", markup=False, soft_wrap=True)
 
 
-def _heading(result: dict[str, Any]) -> tuple[str, str]:
-    model, machine = result["model"], result["machine"]
+def heading(result: dict[str, Any]) -> str:
+    """One line on the measured model."""
+    model = result["model"]
     layers = f"{model['layers']} of {result['total_layers']}" if "total_layers" in result else f"{model['layers']}"
     return (
         f"{model['name']}, {model['recipe']}, {model['cache']} cache: {layers} layers, "
         f"{_millions(model['parameters'])} weights in {format_bytes(model['weight_bytes'])}; "
-        f"{_millions(model['active_weights_per_token'])} active per token",
+        f"{_millions(model['active_weights_per_token'])} active per token"
+    )
+
+
+def _heading(result: dict[str, Any]) -> tuple[str, str]:
+    machine = result["machine"]
+    return (
+        heading(result),
         f"machine: {machine['threads']} threads, {machine['kernels']} kernels, reads {machine['read_gb_s']:,.1f} GB/s, "
         f"fp32 matrix product {machine['matmul_gflops']:,.0f} GFLOP/s",
     )
@@ -155,7 +163,7 @@ def _closing(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(title: str, *columns: str) -> Table:
+def table_of(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
@@ -163,7 +171,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _prefill_table(result: dict[str, Any]) -> Table:
-    table = _table("Prefill", "tokens", "tok/s", "seconds", "first token", "GFLOP/s")
+    table = table_of("Prefill", "tokens", "tok/s", "seconds", "first token", "GFLOP/s")
     for run in result["prefill"]:
         first = f"{run['first_token_seconds']:,.3f} s"
         table.add_row(
@@ -173,7 +181,7 @@ def _prefill_table(result: dict[str, Any]) -> Table:
 
 
 def _decode_table(result: dict[str, Any]) -> Table:
-    table = _table("Decode", "context", "tok/s", "read per token", "GB/s", "of read bandwidth")
+    table = table_of("Decode", "context", "tok/s", "read per token", "GB/s", "of read bandwidth")
     for run in result["decode"]:
         table.add_row(
             f"{run['context']:,}",
@@ -188,7 +196,7 @@ def _decode_table(result: dict[str, Any]) -> Table:
 def _parts_table(result: dict[str, Any]) -> Table:
     parts, context = dict(result["parts"]), result["decode"][0]["context"]
     outside, step = parts.pop("outside_kernels"), sum(parts.values())
-    table = _table(f"One decoded token at context {context:,}", "part", "ms", "share")
+    table = table_of(f"One decoded token at context {context:,}", "part", "ms", "share")
     table.columns[0].justify = "left"
     for name, seconds in parts.items():
         table.add_row(name, f"{seconds * 1e3:,.2f}", f"{seconds / step:.0%}")

@@ -1,5 +1,6 @@
 """What to measure: checks the options against the model's limits and the memory, before anything large is allocated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.machine.resources import choose_threads
 from dsv2_local.offload.plan import CPU_CHUNK
+from dsv2_local.offload.plan_request import Mode
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.schema import Recipe, expert_layout
 from dsv2_local.runtime import random_weights
 
-PROMPTS, CONTEXTS = (128, 512), (0, 4_096, 32_768)
+PROMPTS, DECODE = (128, 512), 32
+GPU_PROMPTS, GPU_DECODE = (512, 4_096), 64
+CONTEXTS = (0, 4_096, 32_768)
 DTYPE = torch.float32
 WARM_UP_TOKENS = 32  # of prefill, if the weights are in memory and need not be mapped from files
 WORKING_BYTES = 1 << 30  # memory for computing, besides weights and KV cache
@@ -37,11 +41,15 @@ class BenchOptions:
     random_weights: str | None = None
     layers: int | None = None
     prompt: str | None = None
-    decode: int = 32
+    decode: int | None = None
     context: str | None = None
     threads: int | None = None
     recipe: Recipe | None = None
     cache_dtype: CacheDtype = CacheDtype.BF16
+    device: str = "auto"
+    experts: Mode = Mode.AUTO
+    vram: Sequence[int] | None = None
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -53,7 +61,7 @@ class BenchOptions:
             raise InputError("-m measures a converted model, --random-weights a random one; drop one of them")
         if self.recipe is not None and self.random_weights is None:
             raise InputError("--recipe needs --random-weights; a converted model has its own recipe")
-        if self.decode < 1:
+        if self.decode is not None and self.decode < 1:
             raise InputError(f"--decode must be at least 1, not {self.decode}")
         choose_threads(self.threads)  # raises if the number is not valid
 
@@ -117,21 +125,40 @@ def settle(options: BenchOptions) -> BenchPlan:
     Raises:
         InputError: an option exceeds the model's context, or the model does not fit in memory.
     """
-    directory, whole = _architecture(options)
+    llm.this_machine([], options.vram, options.experts)  # raises if an option needs a GPU
+    if options.trace is not None:
+        raise InputError(
+            "--trace needs offloaded experts; the CPU has all of them in its memory (--record-trace writes)"
+        )
+    directory, whole = architecture(options)
     config = whole if options.layers is None else random_weights.first_layers(whole, options.layers)
     recipe = Manifest.load(directory).recipe if directory else options.recipe or Recipe.NF4
     cache_dtype = ops.cache_dtype(recipe.format_of(Kind.KV_B), DTYPE, options.cache_dtype)
-    lengths = _lengths(options, config.max_position_embeddings)
-    read_bytes = max(READ_BYTES, 4 * last_level_cache_bytes())
+    lengths = settle_lengths(options, config.max_position_embeddings, PROMPTS, DECODE)
+    read_at_least = read_bytes()
     if directory is None:
         experts = expert_layout(config, recipe).nbytes * config.n_routed_experts * len(config.moe_layers)
-        buffer = 0 if experts >= read_bytes else read_bytes  # `hardware.Reader`'s
+        buffer = 0 if experts >= read_at_least else read_at_least  # `hardware.Reader`'s
         other = buffer + WORKING_BYTES
         random_weights.require_memory(config, recipe, context=lengths.cache, cache_dtype=cache_dtype, other=other)
-    return BenchPlan(options, directory, whole, config, recipe, cache_dtype, lengths, read_bytes)
+    return BenchPlan(options, directory, whole, config, recipe, cache_dtype, lengths, read_at_least)
 
 
-def _architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
+def read_bytes() -> int:
+    """Minimum bytes of a pass that measures memory bandwidth: more than the caches hold."""
+    return max(READ_BYTES, 4 * last_level_cache_bytes())
+
+
+def use_threads(requested: int | None, recipe: Recipe) -> int:
+    """Set the number of CPU threads, and print notices about what makes the CPU slow."""
+    threads = ops.set_threads(requested, recipe.format_of(Kind.ROUTED))
+    for warning in (threads.warning, ops.slow_notice()):
+        if warning:
+            notice(warning)
+    return threads.count
+
+
+def architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
     """The directory of the requested model (None: random weights) and its architecture."""
     if options.random_weights is not None:
         return None, released.read_config(options.random_weights)
@@ -141,13 +168,18 @@ def _architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
     return directory, load_config(directory)
 
 
-def _lengths(options: BenchOptions, limit: int) -> Lengths:
-    """The requested lengths, or those of the defaults that fit in `limit` tokens."""
-    if options.decode > limit:
-        raise InputError(f"--decode {options.decode:,} is more than the model's context of {limit:,} tokens")
-    prompts = _fitting("--prompt", options.prompt, PROMPTS, 1, limit - 1, limit)
-    contexts = _fitting("--context", options.context, CONTEXTS, 0, limit - options.decode, limit)
-    return Lengths(prompts, contexts, options.decode)
+def settle_lengths(options: BenchOptions, limit: int, prompts: tuple[int, ...], decode: int) -> Lengths:
+    """The requested lengths, or those of the defaults that fit in `limit` tokens; `prompts`, `decode` are defaults.
+
+    Raises:
+        InputError: a requested length does not fit.
+    """
+    decode = decode if options.decode is None else options.decode
+    if decode > limit:
+        raise InputError(f"--decode {decode:,} is more than the model's context of {limit:,} tokens")
+    fitting_prompts = _fitting("--prompt", options.prompt, prompts, 1, limit - 1, limit)
+    contexts = _fitting("--context", options.context, CONTEXTS, 0, limit - decode, limit)
+    return Lengths(fitting_prompts, contexts, decode)
 
 
 def _fitting(

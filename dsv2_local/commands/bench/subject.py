@@ -20,6 +20,7 @@ from dsv2_local.offload.resident_experts import ResidentExperts
 from dsv2_local.quant.schema import Recipe, active_weights, expert_layout
 from dsv2_local.runtime import random_weights
 from dsv2_local.runtime.model import Transformer
+from dsv2_local.runtime.placement import ModelWeights, place_in_ram
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,22 @@ def _make(plan: BenchPlan, threads: int, status: StatusLine) -> Subject:
         status(f"building random weights: {done}/{parts} parts")
 
     built = random_weights.build(config, recipe, threads=threads, progress=progress)
-    model = Transformer(config, built.weights, ResidentExperts(built.layout, built.records), DTYPE)
+    placed = place_in_ram(ModelWeights(config, built.weights, built.layout, built.records), DTYPE)
+    kinds = summarise(config, recipe)
+    return Subject(random_name(name), recipe, placed.model, kinds, list(built.records.values()))
+
+
+def random_name(name: str) -> str:
+    """What to call random weights of the architecture that --random-weights names."""
     if name not in released.RELEASED:
         path = Path(name).resolve()
         name = path.name if path.is_dir() else path.parent.name
-    return Subject(f"random {name}", recipe, model, summarise(config, recipe), list(built.records.values()))
+    return f"random {name}"
 
 
 def _load(plan: BenchPlan, directory: Path) -> Subject:
     """Load a converted model, and remove the layers that --layers leaves out."""
-    loaded = llm.load(directory, context=2, threads=plan.options.threads)  # its own cache stays unused
+    loaded = llm.load(directory, device="cpu", context=2, threads=plan.options.threads)  # its own cache stays unused
     model = loaded.engine.model
     model.config, model.layers = plan.config, model.layers[: plan.config.num_hidden_layers]
     assert isinstance(loaded.experts, ResidentExperts)

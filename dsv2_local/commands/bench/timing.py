@@ -29,8 +29,13 @@ from dsv2_local.runtime.sampling_params import SamplingParams
 
 WARM_UP_STEPS = 2  # at the start of each burst of decoding; not measured
 BURST = 8  # decode steps between two measurements of memory bandwidth
+FILLED_ROWS = 4096  # tokens of the KV cache that are filled at a time
 GREEDY = SamplingParams(temperature=0)
 MATRIX_KERNELS = ("attention", "experts", "linear", "route", "swiglu")
+
+
+Status = Callable[[str], object]
+"""Shows what is being done."""
 
 
 class StatusLine:
@@ -60,7 +65,7 @@ class PrefillRun:
     first_token_seconds: float
 
 
-def measure_prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
+def measure_prefill(engine: Engine, tokens: int, status: Status) -> PrefillRun:
     """Measure a prefill, repeated until `hardware.FILLED_SECONDS` have passed; returns the run of median time."""
     runs = [prefill(engine, tokens, status)]
     while sum(run.first_token_seconds for run in runs) < hardware.FILLED_SECONDS:
@@ -68,7 +73,7 @@ def measure_prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillR
     return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
-def prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
+def prefill(engine: Engine, tokens: int, status: Status) -> PrefillRun:
     """Prefill one prompt of random tokens from an empty cache."""
     engine.cache.clear()
     prompt = torch.randint(engine.model.config.vocab_size, (tokens,)).tolist()
@@ -78,7 +83,7 @@ def prefill(engine: Engine, tokens: int, status: StatusLine) -> PrefillRun:
     return PrefillRun(tokens, stats.prefill_seconds, perf_counter() - start)
 
 
-def _prefill_status(status: StatusLine, done: int, tokens: int) -> None:
+def _prefill_status(status: Status, done: int, tokens: int) -> None:
     status(f"prefill of {tokens:,} tokens: {done:,} done")
 
 
@@ -92,7 +97,7 @@ class DecodeRun:
     read_gb_s: float
 
 
-def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, status: StatusLine) -> DecodeRun:
+def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, status: Status) -> DecodeRun:
     """Decode in bursts, and measure the memory bandwidth between them, since on a shared machine it varies constantly.
 
     Times are summed over all steps, so that slow steps count in full; warm-up steps after each pass over memory do not.
@@ -115,7 +120,7 @@ def _warm_up(step: CpuStep, steps: int) -> None:
     step.cache.truncate(length)
 
 
-def _steps(step: CpuStep, steps: int, what: str, status: StatusLine) -> float:
+def _steps(step: CpuStep, steps: int, what: str, status: Status) -> float:
     seconds = 0.0
     for done in range(steps):
         status(f"{what}: {done}/{steps} tokens")
@@ -135,10 +140,12 @@ def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
     """Fill the KV cache with random latents of rms 1 for `tokens` tokens, the same in every layer."""
     cache.match_prefix([])
     cache.reserve(tokens)
-    latents = torch.randn(tokens, config.latent_dim)
-    for layer, block_table in zip(cache.layers, cache.block_tables, strict=True):
-        write_rows(layer, block_table, latents, config.kv_lora_rank)
-    cache.advance(tokens)
+    for start in range(0, tokens, FILLED_ROWS):
+        latents = torch.randn(min(FILLED_ROWS, tokens - start), config.latent_dim)
+        on = {device: latents.to(device) for device in {layer.device for layer in cache.layers}}
+        for layer, block_table in zip(cache.layers, cache.block_tables, strict=True):
+            write_rows(layer, block_table, on[layer.device], config.kv_lora_rank)
+        cache.advance(len(latents))
 
 
 class Stopwatch:
@@ -183,7 +190,7 @@ class Stopwatch:
         return watched
 
 
-def measure_parts(engine: Engine, context: int, steps: int, status: StatusLine) -> dict[str, float]:
+def measure_parts(engine: Engine, context: int, steps: int, status: Status) -> dict[str, float]:
     """Decode `steps` tokens; returns the seconds of each part, and of everything as "steps".
 
     A replayed step calls no Python functions that could be watched. Instead its recording is watched, with a clock that

@@ -1,4 +1,4 @@
-"""`dsv2 bench --trace`: records which experts a model chooses for a text, to simulate expert caches with them."""
+"""`dsv2 bench --record-trace`: records which experts a model chooses for a text, to replay them or simulate caches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local import llm
+from dsv2_local.commands.bench.settings import BenchOptions
 from dsv2_local.commands.bench.timing import StatusLine
 from dsv2_local.commands.console import notice
 from dsv2_local.errors import InputError
@@ -34,7 +35,7 @@ class Watched:
         return self._experts.start(layer, x, ids, weights, capture)
 
 
-def record(model: str | None, text: str, file: Path, threads: int | None, status: StatusLine) -> None:
+def record(options: BenchOptions, text: str, file: Path, status: StatusLine) -> None:
     """Run the tokens of `text` one by one, as decoding would, and write the chosen experts to `file`.
 
     Raises:
@@ -42,7 +43,9 @@ def record(model: str | None, text: str, file: Path, threads: int | None, status
     """
     if not file.absolute().parent.is_dir():
         raise InputError(f"{file} cannot be written: its directory does not exist")
-    loaded = llm.load(model, threads=threads)
+    loaded = llm.load(
+        options.model, device=options.device, experts=options.experts, vram=options.vram, threads=options.threads
+    )
     if not loaded.config.moe_layers:
         raise InputError(f"{loaded.name} has no routed experts to trace")
     tokens = loaded.tokenizer.encode(text)
