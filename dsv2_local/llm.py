@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv2_local import inlet
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.errors import CheckpointError, InputError, PlanError
@@ -231,10 +232,11 @@ class LLM:
             progress: called with (tokens done, tokens of the prompt) before every chunk of the prefill.
 
         Raises:
-            InputError: an option is out of range (raised by this call), or a token id is (by the first `next`).
+            InputError: an option is out of range or text is not Unicode (raised by this call), or a token id is out of
+                range (by the first `next`).
             ContextLengthError: the prompt does not fit in the context (raised by the first `next`).
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(inlet.text(prompt, "the prompt")) if isinstance(prompt, str) else list(prompt)
         return self._generation(ids, strip=False, **options)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
@@ -266,7 +268,7 @@ class LLM:
             raise InputError(f"logprobs must be at least 0, not {logprobs}")
         request = Request(ids, self.defaults.override(**sampling), max_tokens, self._end_tokens, logprobs)
         tokens = partial(self.engine.generate, request, progress=progress)
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = [inlet.well_formed(each, "a stop string") for each in ([stop] if isinstance(stop, str) else stop or ())]
         return Generation(tokens, TextStream(self._tokenizer, self._end_tokens, stops, strip))
 
 

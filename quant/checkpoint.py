@@ -24,6 +24,7 @@ from torch import Tensor
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import TensorSpec
 from dsv2_local.errors import CheckpointError
+from dsv2_local.inlet import read_json
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.layout import Matrix, Plane, planes
 from dsv2_local.quant.schema import EXPERTS, FORMAT_VERSION, Recipe, dense_files, expert_file, expert_layout
@@ -88,7 +89,7 @@ class Manifest:
         if not path.is_file():
             raise CheckpointError(f"{directory} is not a converted checkpoint (no {MANIFEST}); run `dsv2 quantize`")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             version = int(raw["format_version"])
             if version == FORMAT_VERSION:
                 files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in raw["files"].items()}

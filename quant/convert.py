@@ -250,7 +250,7 @@ def _write_small_files(source_dir: Path, directory: Path, raw: dict[str, Any], r
         "block_size": BLOCK,
         "format_version": FORMAT_VERSION,
     }
-    config = json.dumps({**raw, "quantization_config": quantisation}, indent=2, ensure_ascii=False) + "\n"
+    config = json.dumps({**raw, "quantization_config": quantisation}, indent=2) + "\n"
     contents = {"config.json": config.encode()}
     for pattern in COPIED:
         contents |= {path.name: path.read_bytes() for path in source_dir.glob(pattern) if path.is_file()}

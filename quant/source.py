@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import CheckpointError
+from dsv2_local.inlet import read_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
@@ -108,7 +109,7 @@ def _files(directory: Path) -> list[Path]:
             raise CheckpointError(f"{directory} has no *.safetensors files (other formats are not read)")
         return files
     try:
-        names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names: Iterable[str] = set(read_json(index)["weight_map"].values())
         files = [directory / name for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}") from None

@@ -1,6 +1,5 @@
 """An architecture as a frozen dataclass whose field names are those of `config.json`, with the values that follow."""
 
-import json
 import math
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2_local.errors import ConfigError
+from dsv2_local.inlet import read_json
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -114,7 +114,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     """Parse `directory/config.json`; a directory without one is not a model."""
     path = directory / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{directory} has no config.json; is it a model directory?") from None
     except (OSError, ValueError) as error:

@@ -1,12 +1,12 @@
 """The architectures of the released models, so that they can be planned and measured before they are downloaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dsv2_local.architectures.config import ModelConfig, read_config_json
 from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import ConfigError, InputError
+from dsv2_local.inlet import read_json
 
 _FAMILY: dict[str, Any] = {
     "model_type": "deepseek_v2", "vocab_size": 102400, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
@@ -62,7 +62,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         raise InputError(f"{name} is neither {' nor '.join(RELEASED)} nor a config.json")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):

@@ -21,6 +21,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
+from dsv2_local import inlet
 from dsv2_local.commands import sessions
 from dsv2_local.commands.console import (
     ProgressBar,
@@ -35,6 +36,7 @@ from dsv2_local.commands.markdown import CONTROL, MarkdownStream
 from dsv2_local.commands.shortening import drop_oldest, summarise_oldest
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
 from dsv2_local.llm import LLM, Generation
+from dsv2_local.machine import homes
 
 PATIENCE = 20
 """A session is saved after a turn if this many times the duration of the last save has passed: 5 % of the time."""
@@ -146,6 +148,7 @@ class Chat:
         Neither an error nor Ctrl-C ends the chat; a question that got no answer is removed from the conversation.
         """
         with self._surviving():
+            text = inlet.text(text, "the message")
             if text.startswith("/") and not text.startswith("//"):
                 self.command(text)
             elif text:
@@ -458,13 +461,21 @@ def _prompt_session() -> PromptSession[str]:
 
 def _history() -> History:
     """The history of messages: a file that only the user can read, or in memory if it cannot be written."""
-    path = sessions.state() / "history"
     try:
+        path = homes.state() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        return FileHistory(str(path))
-    except OSError:
+        return _History(str(path))
+    except (InputError, OSError):
         return InMemoryHistory()
+
+
+class _History(FileHistory):
+    """A history that a full disk, or a message that is not Unicode, does not end."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError, UnicodeEncodeError):
+            super().store_string(string)
 
 
 def _keys() -> KeyBindings:

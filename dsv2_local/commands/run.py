@@ -13,7 +13,8 @@ from dsv2_local.commands.console import (
     prompt_progress,
 )
 from dsv2_local.commands.run_options import RunOptions
-from dsv2_local.errors import InputError
+from dsv2_local.commands.streams import is_unicode
+from dsv2_local.errors import InputError, OutputError
 from dsv2_local.llm import LLM, Chunk, Generation
 from dsv2_local.runtime import saved_cache
 from dsv2_local.runtime.engine import Stats
@@ -23,11 +24,12 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     """Answer the prompt of `options` on `out`.
 
     The cache file, if there is one, is loaded first and saved afterwards (if `_is_worth_saving`). Ctrl-C stops the
-    prefill or the answer: what was generated is printed, what was read is saved, and KeyboardInterrupt is raised.
+    prefill or the answer: what was generated is printed, what was read is saved, and KeyboardInterrupt is raised. It is
+    saved too if `out` can no longer be written.
     """
     chunks: list[Chunk] = []
-    interrupted = False
-    loaded = _load_cache(llm, options.cache) if options.cache and options.cache.exists() else 0
+    stopped: BaseException | None = None
+    loaded = _load_cache(llm, options.cache) if options.cache and _has_contents(options.cache) else 0
     with prompt_progress() as progress:
         generation = _start(llm, options, progress)
         try:
@@ -35,9 +37,11 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
                 chunks.append(chunk)
                 if options.stream and not options.json:
                     _write(out, chunk.text)
-        except KeyboardInterrupt:
-            interrupted = True
-    _finish(llm, options, generation, chunks, interrupted, out)
+        except (KeyboardInterrupt, SystemExit, OutputError) as error:
+            stopped = error
+    interrupted = isinstance(stopped, KeyboardInterrupt)
+    if stopped is None or interrupted:
+        _finish(llm, options, generation, chunks, interrupted, out)
     stats = generation.stats
     saved = options.cache if options.cache and _is_worth_saving(stats, loaded) else None
     if saved:
@@ -45,8 +49,13 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     if interrupted and stats.context_used < stats.prompt_tokens and (saved or not options.cache):
         rest = f"saved in {saved}: the same command continues from there" if saved else "--cache FILE would save them"
         notice(f"{describe_stop(stats)}; {rest}")
-    if interrupted:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
+
+
+def _has_contents(path: Path) -> bool:
+    """Whether there is something to load; a file of `mktemp` is empty."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _load_cache(llm: LLM, path: Path) -> int:
@@ -82,7 +91,8 @@ def _finish(
     llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
 ) -> None:
     if options.json:
-        _write(out, json.dumps(_as_json(llm, options, generation, chunks), ensure_ascii=False) + "\n")
+        facts = _as_json(llm, options, generation, chunks)
+        _write(out, json.dumps(facts, ensure_ascii=not is_unicode(out)) + "\n")
     elif not options.stream:
         _write(out, generation.text)
     if not options.json and out.isatty():

@@ -1,6 +1,5 @@
 """Sampling parameters, and a model's defaults for them."""
 
-import json
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from dsv2_local.architectures.config import id_tuple
 from dsv2_local.errors import ConfigError, InputError
+from dsv2_local.inlet import read_json
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class GenerationConfig:
         if not path.is_file():
             return cls()
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             return cls(_default_params(raw), id_tuple(raw.get("eos_token_id")))
         except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
             raise ConfigError(f"{path} cannot be used: {error}") from None
