@@ -16,7 +16,7 @@ import typer
 
 from dsv2_local import __version__
 from dsv2_local.errors import Dsv2Error, InputError
-from dsv2_local.options import one_of
+from dsv2_local.options import DRAW, drawn_seed, one_of
 
 if TYPE_CHECKING:
     from dsv2_local.commands.run_options import RunOptions
@@ -108,17 +108,24 @@ class GenerationOptions:
         float | None,
         typer.Option(help="Subtracted each time that a token occurs in the answer.", rich_help_panel=_PANEL),
     ] = None
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.", rich_help_panel=_PANEL)] = (
-        None
-    )
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed gives the same answer. -1: draw one, and show it.", rich_help_panel=_PANEL),
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(help="End the answer before this string; may be given several times.", rich_help_panel=_PANEL),
     ] = None
 
     def given(self) -> dict[str, Any]:
-        """The options that were given on the command line, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The options that were given on the command line, by name; a drawn seed is shown on stderr."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.seed == DRAW:
+            from dsv2_local.commands.console import notice
+
+            given["seed"] = drawn_seed()
+            notice(f"drew --seed {given['seed']}")
+        return given
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -210,6 +217,9 @@ def run(
         bool, typer.Option("--json", help="Print one JSON object: the answer and its statistics.")
     ] = False,
     stream: Annotated[bool, typer.Option(help="Print the answer while it is generated.")] = True,
+    no_newline: Annotated[
+        bool, typer.Option("-N", "--no-newline", help="Do not add a newline after the answer.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log probabilities of this many most likely tokens per step.")
@@ -223,8 +233,9 @@ def run(
     from dsv2_local.commands.run_options import RunOptions, gather_prompt
 
     given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
-    text = gather_prompt(prompt, file or [], sys.stdin)
-    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache)  # raises before the model is loaded
+    text = gather_prompt(prompt, file or [], sys.stdin, raw)
+    newline = not no_newline
+    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache, newline)  # raises before loading
     with _load(load) as llm:
         _run(llm, options)
 

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsv2_local.commands.console import (
+    CONTROL,
     ProgressBar,
     describe_experts,
     describe_stats,
     describe_stop,
     notice,
     prompt_progress,
+    without_control_characters,
 )
 from dsv2_local.commands.run_options import RunOptions
 from dsv2_local.errors import InputError
@@ -34,7 +36,7 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
             for chunk in generation:
                 chunks.append(chunk)
                 if options.stream and not options.json:
-                    _write(out, chunk.text)
+                    _write_text(out, chunk.text)
         except KeyboardInterrupt:
             interrupted = True
     _finish(llm, options, generation, chunks, interrupted, out)
@@ -74,7 +76,7 @@ def _is_worth_saving(stats: Stats, saved: int) -> bool:
 def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
     if options.raw:
         return llm.generate(options.text, **options.generation, progress=progress)
-    messages = [{"role": "system", "content": options.system}] if options.system is not None else []
+    messages = [{"role": "system", "content": options.system}] if options.system else []
     return llm.chat([*messages, {"role": "user", "content": options.text}], **options.generation, progress=progress)
 
 
@@ -82,14 +84,24 @@ def _finish(
     llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
 ) -> None:
     if options.json:
-        _write(out, json.dumps(_as_json(llm, options, generation, chunks), ensure_ascii=False) + "\n")
+        _write(out, _to_json(_as_json(llm, options, generation, chunks)))
     elif not options.stream:
-        _write(out, generation.text)
-    if not options.json and out.isatty():
+        _write_text(out, generation.text)
+    if options.newline and (options.json or not generation.text.endswith("\n")):
         _write(out, "\n")
     if options.stats:
         for line in (describe_stats(generation.stats, interrupted=interrupted), *describe_experts(llm)):
             notice(line)
+
+
+def _write_text(out: TextIO, text: str) -> None:
+    """Write text of the model: all of it to a pipe or file, but nothing that would control a terminal."""
+    _write(out, without_control_characters(text) if out.isatty() else text)
+
+
+def _to_json(result: dict[str, Any]) -> str:
+    """One line of JSON in which all control characters are escaped; `json` itself leaves those from 127 on."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(result, ensure_ascii=False))
 
 
 def _write(out: TextIO, text: str) -> None:
@@ -100,6 +112,8 @@ def _write(out: TextIO, text: str) -> None:
 def _as_json(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk]) -> dict[str, Any]:
     stats = generation.stats
     result: dict[str, Any] = {"text": generation.text, "model": llm.name, "finish_reason": stats.finish_reason}
+    if "seed" in options.generation:
+        result["seed"] = options.generation["seed"]
     for name in ("prompt_tokens", "reused_tokens", "completion_tokens", "context_used", "context"):
         result[name] = getattr(stats, name)
     for name in ("prefill_seconds", "decode_seconds", "prefill_tok_s", "decode_tok_s"):

@@ -22,6 +22,7 @@ class RunOptions:
         stream: whether to print the text while it is generated.
         stats: whether to print statistics on stderr.
         cache: the file in which the KV cache is saved from one run to the next.
+        newline: whether to end the answer with a newline if it does not end with one itself.
     """
 
     text: str
@@ -32,6 +33,7 @@ class RunOptions:
     stream: bool = True
     stats: bool = False
     cache: Path | None = None
+    newline: bool = True
 
     def __post_init__(self) -> None:
         """Check the options before the model is loaded.
@@ -39,7 +41,7 @@ class RunOptions:
         Raises:
             InputError: two options exclude each other, one has no effect, or the cache file cannot be written.
         """
-        if self.raw and self.system is not None:
+        if self.raw and self.system:
             raise InputError("--system is part of the chat template, which --raw does not use; drop one of them")
         if self.generation.get("logprobs") is not None and not self.json:
             raise InputError("--logprobs needs --json, which prints the log probabilities")
@@ -49,10 +51,11 @@ class RunOptions:
             )
 
 
-def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO) -> str:
+def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO, raw: bool = False) -> str:
     """Join files, standard input (unless it is a terminal) and the prompt, in this order, with empty lines between.
 
-    Line ends at the end of each part are removed.
+    Line ends at the end of each part are removed, but not if `raw` is set: then every character is kept, and only the
+    line ends that an empty line between two parts lacks are added.
 
     Raises:
         InputError: all parts are empty, a file cannot be read, or a part is not UTF-8 text.
@@ -62,11 +65,25 @@ def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO) -> s
         parts.append(_text(stdin.buffer.read(), "standard input"))
     if prompt is not None:
         parts.append(_text(os.fsencode(prompt), "the prompt"))
-    parts = [part.rstrip("\r\n") for part in parts]
-    text = "\n\n".join(part for part in parts if part)
-    if not text.strip():
+    text = _joined([part for part in parts if part]) if raw else _joined_without_line_ends(parts)
+    if not (text if raw else text.strip()):
         raise InputError("there is no prompt; pass one as an argument, with -f FILE or on standard input")
     return text
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Join parts as they are, with an empty line between."""
+    return "".join(part + _missing_line_ends(part) for part in parts[:-1]) + "".join(parts[-1:])
+
+
+def _missing_line_ends(part: str) -> str:
+    lines = part.replace("\r\n", "\n")
+    return "\n" * (2 - (lines[-1:] == "\n") - (lines[-2:] == "\n\n"))
+
+
+def _joined_without_line_ends(parts: Sequence[str]) -> str:
+    stripped = [part.rstrip("\r\n") for part in parts]
+    return "\n\n".join(part for part in stripped if part)
 
 
 def _read(path: Path) -> bytes:
