@@ -14,7 +14,7 @@ import typer
 
 from dsv2_local import __version__, inlet
 from dsv2_local.errors import InputError
-from dsv2_local.options import one_of
+from dsv2_local.options import DRAW, drawn_seed, one_of
 
 if TYPE_CHECKING:
     from dsv2_local.commands.run_options import RunOptions
@@ -112,9 +112,10 @@ class GenerationOptions:
         float | None,
         typer.Option(help="Subtracted each time that a token occurs in the answer.", rich_help_panel=_PANEL),
     ] = None
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.", rich_help_panel=_PANEL)] = (
-        None
-    )
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed gives the same answer. -1: draw one, and show it.", rich_help_panel=_PANEL),
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -125,8 +126,14 @@ class GenerationOptions:
     ] = None
 
     def given(self) -> dict[str, Any]:
-        """The options that were given on the command line, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The options that were given on the command line, by name; a drawn seed is shown on stderr."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.seed == DRAW:
+            from dsv2_local.commands.console import notice
+
+            given["seed"] = drawn_seed()
+            notice(f"drew --seed {given['seed']}")
+        return given
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -222,6 +229,9 @@ def run(
         bool, typer.Option("--json", help="Print one JSON object: the answer and its statistics.")
     ] = False,
     stream: Annotated[bool, typer.Option(help="Print the answer while it is generated.")] = True,
+    no_newline: Annotated[
+        bool, typer.Option("-N", "--no-newline", help="Do not add a newline after the answer.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log probabilities of this many most likely tokens per step.")
@@ -235,8 +245,9 @@ def run(
     from dsv2_local.commands.run_options import RunOptions, gather_prompt
 
     given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
-    text = gather_prompt(prompt, file or [], sys.stdin, stdin)
-    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache)  # raises before the model is loaded
+    text = gather_prompt(prompt, file or [], sys.stdin, raw, read_stdin=stdin)
+    newline = not no_newline
+    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache, newline)  # raises before loading
     with _load(load) as llm:
         _run(llm, options)
 

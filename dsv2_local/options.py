@@ -1,6 +1,7 @@
 """Parsing of option values, for the command line, the Python API and the commands of a chat."""
 
 import re
+import secrets
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import TypeVar
@@ -11,6 +12,14 @@ UNITS = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)} | 
 UNITS |= {f"{letter}{rest}": 1024**power for power, letter in enumerate("KMGT", 1) for rest in ("", "iB")}
 
 Choice = TypeVar("Choice", bound=StrEnum)
+
+DRAW = -1
+"""The seed that stands for one to be drawn."""
+
+
+def drawn_seed() -> int:
+    """A random seed, short enough to be typed again."""
+    return secrets.randbelow(2**31)
 
 
 def one_of(option: str, value: str, choices: Iterable[Choice]) -> Choice:

@@ -125,9 +125,9 @@ def test_standard_input_beside_a_prompt_is_told(capsys):
         assert gather_prompt("ask", [], stdin) == "notes\n\nask"
     assert "standard input was read" in capsys.readouterr().err
     with piped(b"notes\n") as stdin:
-        assert gather_prompt("ask", [], stdin, True) == "notes\n\nask"
+        assert gather_prompt("ask", [], stdin, read_stdin=True) == "notes\n\nask"
     with piped(b"notes\n") as stdin:
-        assert gather_prompt("ask", [], stdin, False) == "ask"
+        assert gather_prompt("ask", [], stdin, read_stdin=False) == "ask"
     with piped(b"\xef\xbb\xbfnotes\r\n") as stdin:
         assert gather_prompt(None, [], stdin) == "notes"
     with piped(b"") as stdin:
@@ -142,7 +142,7 @@ def test_a_file_that_a_loop_reads_is_left_to_it(tmp_path, capsys, prompt, read, 
     (tmp_path / "lines").write_text("one\ntwo\n")
     with (tmp_path / "lines").open() as lines:
         os.lseek(lines.fileno(), 4, os.SEEK_SET)
-        assert gather_prompt(prompt, [], lines, read) == found
+        assert gather_prompt(prompt, [], lines, read_stdin=read) == found
         assert os.lseek(lines.fileno(), 0, os.SEEK_CUR) == (4 if found == "ask" else 8)
     assert ("at byte 4 of 8" in capsys.readouterr().err) == (found == "ask")
     with (tmp_path / "lines").open() as lines:
@@ -155,16 +155,16 @@ def test_a_silent_standard_input_is_told(monkeypatch, capsys):
     os.set_blocking(read, False)
     threading.Timer(0.1, lambda: (os.write(write, b"late"), os.close(write))).start()
     with open(read) as stdin:  # noqa: PTH123
-        assert gather_prompt("ask", [], stdin, True) == "late\n\nask"
+        assert gather_prompt("ask", [], stdin, read_stdin=True) == "late\n\nask"
     assert capsys.readouterr().err == "dsv2: waiting for standard input; --no-stdin answers without it\n"
 
 
 def test_an_endless_input_is_refused(monkeypatch):
     monkeypatch.setattr(streams, "LARGEST", 1 << 21)
     with pytest.raises(InputError, match="/dev/zero has more than 2 MiB"):
-        gather_prompt("ask", [Path("/dev/zero")], io.StringIO(), False)
+        gather_prompt("ask", [Path("/dev/zero")], io.StringIO(), read_stdin=False)
     with pytest.raises(InputError, match="/ cannot be read: Is a directory"):
-        gather_prompt("ask", [Path("/")], io.StringIO(), False)
+        gather_prompt("ask", [Path("/")], io.StringIO(), read_stdin=False)
 
 
 @pytest.mark.slow

@@ -30,9 +30,10 @@ from dsv2_local.commands.console import (
     describe_stop,
     format_bytes,
     prompt_progress,
+    without_control_characters,
 )
 from dsv2_local.commands.conversation import SETTINGS, Conversation
-from dsv2_local.commands.markdown import CONTROL, MarkdownStream
+from dsv2_local.commands.markdown import MarkdownStream
 from dsv2_local.commands.shortening import drop_oldest, summarise_oldest
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
 from dsv2_local.llm import LLM, Generation
@@ -85,7 +86,7 @@ class Chat:
         self.llm = llm
         self._stop = options.pop("stop", None)
         self.conversation = Conversation(system, options)
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, emoji=False)
         self._read = read or _prompt_session().prompt
         self._ask = ask or PromptSession[str]().prompt
         self._last: Generation | None = None
@@ -167,7 +168,7 @@ class Chat:
         try:
             yield
         except (Dsv2Error, OSError, MemoryError) as error:
-            self.console.print(f"error: {error}", style="red", markup=False)
+            self.console.print(f"error: {without_control_characters(str(error))}", style="red", markup=False)
         except KeyboardInterrupt:
             self._say("stopped")
 
@@ -253,7 +254,7 @@ class Chat:
                 return choice
 
     def _say(self, text: str) -> None:
-        self.console.print(text.translate(CONTROL), style="dim", markup=False)
+        self.console.print(without_control_characters(text), style="dim", markup=False)
 
     def _help(self, _: str) -> None:
         self.console.print(HELP, markup=False)

@@ -4,6 +4,7 @@ stdout is for the model's text and for tables; everything else goes to stderr. r
 so that `dsv2 --help` stays fast.
 """
 
+import re
 import sys
 import threading
 import time
@@ -25,6 +26,14 @@ BESIDE_BAR = 72
 RECENT = 9
 """Number of latest calls over which the rate is measured, since prefill slows down as the context grows."""
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""The control characters but line end and tab. A terminal obeys them: an answer must not clear or rename it."""
+
+
+def without_control_characters(text: str) -> str:
+    """Text that cannot change the terminal on which it is shown."""
+    return CONTROL.sub("", text)
+
 
 def notice(text: str) -> None:
     """Print one line on stderr."""
@@ -35,7 +44,7 @@ def report_console() -> "Console":
     """A console for tables on stdout."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def format_bytes(size: float) -> str:

@@ -9,10 +9,10 @@ from rich.live import Live
 from rich.markdown import Markdown as RichMarkdown
 from rich.text import Text
 
+from dsv2_local.commands.console import without_control_characters
+
 # HTML is shown as plain text; rich would omit it.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-# For str.translate: removes control characters but line end and tab, since they could change the terminal.
-CONTROL = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)", re.MULTILINE)
 
 
@@ -61,7 +61,7 @@ class MarkdownStream:
 
     def push(self, text: str) -> None:
         """Show more text, without control characters."""
-        text = text.translate(CONTROL)
+        text = without_control_characters(text)
         if not self._console.is_terminal:
             self._console.file.write(text)
             self._tail = text or self._tail

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsv2_local.commands.console import (
+    CONTROL,
     ProgressBar,
     describe_experts,
     describe_stats,
     describe_stop,
     notice,
     prompt_progress,
+    without_control_characters,
 )
 from dsv2_local.commands.run_options import RunOptions
 from dsv2_local.commands.streams import is_unicode
@@ -36,7 +38,7 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
             for chunk in generation:
                 chunks.append(chunk)
                 if options.stream and not options.json:
-                    _write(out, chunk.text)
+                    _write_text(out, chunk.text)
         except (KeyboardInterrupt, SystemExit, OutputError) as error:
             stopped = error
     interrupted = isinstance(stopped, KeyboardInterrupt)
@@ -83,7 +85,7 @@ def _is_worth_saving(stats: Stats, saved: int) -> bool:
 def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
     if options.raw:
         return llm.generate(options.text, **options.generation, progress=progress)
-    messages = [{"role": "system", "content": options.system}] if options.system is not None else []
+    messages = [{"role": "system", "content": options.system}] if options.system else []
     return llm.chat([*messages, {"role": "user", "content": options.text}], **options.generation, progress=progress)
 
 
@@ -91,15 +93,24 @@ def _finish(
     llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
 ) -> None:
     if options.json:
-        facts = _as_json(llm, options, generation, chunks)
-        _write(out, json.dumps(facts, ensure_ascii=not is_unicode(out)) + "\n")
+        _write(out, _to_json(_as_json(llm, options, generation, chunks), ascii=not is_unicode(out)))
     elif not options.stream:
-        _write(out, generation.text)
-    if not options.json and out.isatty():
+        _write_text(out, generation.text)
+    if options.newline and (options.json or not generation.text.endswith("\n")):
         _write(out, "\n")
     if options.stats:
         for line in (describe_stats(generation.stats, interrupted=interrupted), *describe_experts(llm)):
             notice(line)
+
+
+def _write_text(out: TextIO, text: str) -> None:
+    """Write text of the model: all of it to a pipe or file, but nothing that would control a terminal."""
+    _write(out, without_control_characters(text) if out.isatty() else text)
+
+
+def _to_json(result: dict[str, Any], ascii: bool) -> str:
+    """One line of JSON in which all control characters are escaped; `json` itself leaves those from 127 on."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(result, ensure_ascii=ascii))
 
 
 def _write(out: TextIO, text: str) -> None:
@@ -110,6 +121,8 @@ def _write(out: TextIO, text: str) -> None:
 def _as_json(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk]) -> dict[str, Any]:
     stats = generation.stats
     result: dict[str, Any] = {"text": generation.text, "model": llm.name, "finish_reason": stats.finish_reason}
+    if "seed" in options.generation:
+        result["seed"] = options.generation["seed"]
     for name in ("prompt_tokens", "reused_tokens", "completion_tokens", "context_used", "context"):
         result[name] = getattr(stats, name)
     for name in ("prefill_seconds", "decode_seconds", "prefill_tok_s", "decode_tok_s"):

@@ -24,6 +24,7 @@ class RunOptions:
         stream: whether to print the text while it is generated.
         stats: whether to print statistics on stderr.
         cache: the file in which the KV cache is saved from one run to the next.
+        newline: whether to end the answer with a newline if it does not end with one itself.
     """
 
     text: str
@@ -34,6 +35,7 @@ class RunOptions:
     stream: bool = True
     stats: bool = False
     cache: Path | None = None
+    newline: bool = True
 
     def __post_init__(self) -> None:
         """Check the options before the model is loaded.
@@ -41,7 +43,7 @@ class RunOptions:
         Raises:
             InputError: two options exclude each other, one has no effect, or the cache file cannot be written.
         """
-        if self.raw and self.system is not None:
+        if self.raw and self.system:
             raise InputError("--system is part of the chat template, which --raw does not use; drop one of them")
         if self.generation.get("logprobs") is not None and not self.json:
             raise InputError("--logprobs needs --json, which prints the log probabilities")
@@ -54,15 +56,19 @@ def _is_place_for_file(path: Path) -> bool:
     return path.is_file() or (not path.exists() and path.resolve().parent.is_dir())
 
 
-def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO, read_stdin: bool | None = None) -> str:
+def gather_prompt(
+    prompt: str | None, files: Sequence[Path], stdin: TextIO, raw: bool = False, *, read_stdin: bool | None = None
+) -> str:
     """Join files, standard input and the prompt, in this order, with empty lines between.
 
-    Line ends at the end of each part are removed.
+    Line ends at the end of each part are removed, but not if `raw` is set: then every character is kept, and only the
+    line ends that an empty line between two parts lacks are added.
 
     Args:
         prompt: the text that comes last.
         files: the files that come first.
         stdin: standard input.
+        raw: whether to keep every character.
         read_stdin: whether to read it. None: unless it is a terminal, or a file that someone else has begun to read
             although there is a prompt (in `while read line; do dsv2 run "$line"; done < lines`, all lines but one would
             precede the first); a line on stderr says what was done.
@@ -78,9 +84,8 @@ def gather_prompt(prompt: str | None, files: Sequence[Path], stdin: TextIO, read
         parts.append(text)
     if prompt is not None:
         parts.append(inlet.text(prompt, "the prompt"))
-    parts = [part.rstrip("\r\n") for part in parts]
-    text = "\n\n".join(part for part in parts if part)
-    if not text.strip():
+    text = _joined([part for part in parts if part]) if raw else _joined_without_line_ends(parts)
+    if not (text if raw else text.strip()):
         raise InputError("there is no prompt; pass one as an argument, with -f FILE or on standard input")
     return text
 
@@ -103,6 +108,21 @@ def _standard_input(stdin: TextIO, alone: bool) -> str:
     where = "standard input"
     advice = "" if alone else "; --no-stdin answers without it"
     return inlet.decoded(streams.read_all(stdin.fileno(), where, advice), where)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Join parts as they are, with an empty line between."""
+    return "".join(part + _missing_line_ends(part) for part in parts[:-1]) + "".join(parts[-1:])
+
+
+def _missing_line_ends(part: str) -> str:
+    lines = part.replace("\r\n", "\n")
+    return "\n" * (2 - (lines[-1:] == "\n") - (lines[-2:] == "\n\n"))
+
+
+def _joined_without_line_ends(parts: Sequence[str]) -> str:
+    stripped = [part.rstrip("\r\n") for part in parts]
+    return "\n\n".join(part for part in stripped if part)
 
 
 def _read(path: Path) -> bytes:

@@ -79,10 +79,22 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Render a conversation as text with the chat template."""
-        if not isinstance(self._template, str):
-            raise TemplateError("this checkpoint has no chat template; use --raw, or generate() with plain text")
+        template = self.chat_template
         special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        return render(self._template, messages, add_generation_prompt=add_generation_prompt, **special)
+        return render(template, messages, add_generation_prompt=add_generation_prompt, **special)
+
+    @property
+    def chat_template(self) -> str:
+        """The checkpoint's chat template.
+
+        Raises:
+            TemplateError: it has none.
+        """
+        if not isinstance(self._template, str):
+            raise TemplateError(
+                "this checkpoint has no chat template; `dsv2 run --raw` and LLM.generate() continue text without one"
+            )
+        return self._template
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text, without special tokens; bytes that are not UTF-8 become U+FFFD."""
