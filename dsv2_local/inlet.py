@@ -1,13 +1,10 @@
-"""Where text and JSON enter: whatever comes from outside becomes Unicode text, or is refused with the place.
+"""Where text enters: whatever comes from outside becomes Unicode, or is refused with the place.
 
 A Python string need not be Unicode. Half a surrogate pair may come from JSON, and bytes that are not UTF-8 from the
 command line or a terminal (surrogateescape); tokenizers, files and streams fail on both, each with an error of its own.
 """
 
 import codecs
-import json
-from pathlib import Path
-from typing import Any
 
 from dsv2_local.errors import InputError
 
@@ -64,19 +61,3 @@ def decoded(data: bytes, where: str) -> str:
         if at < 0:
             return value
     raise InputError(f"{where} is not text: byte {at:,} is NUL")
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file, with or without a byte order mark.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is empty, not JSON, not UTF-8, or nested too deeply.
-    """
-    data = path.read_bytes()
-    if not data.strip():
-        raise ValueError("it is empty")
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None

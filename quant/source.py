@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import CheckpointError
-from dsv2_local.inlet import read_json
+from dsv2_local.model_files import read_object
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
@@ -103,16 +103,16 @@ class Source:
 def _files(directory: Path) -> list[Path]:
     """The shards that the index lists, or all safetensors files if there is no index."""
     index = directory / INDEX
-    if not index.is_file():
-        files = sorted(directory.glob("*.safetensors"))
+    raw = read_object(index, CheckpointError)
+    if raw is None:
+        files = sorted(directory.glob("[!.]*.safetensors"))  # those with a dot are another system's
         if not files:
             raise CheckpointError(f"{directory} has no *.safetensors files (other formats are not read)")
-        return files
-    try:
-        names: Iterable[str] = set(read_json(index)["weight_map"].values())
-        files = [directory / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error!r}") from None
+    else:
+        try:
+            files = [directory / name for name in sorted(set(raw["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}") from None
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is listed in {INDEX} but missing; download it again")

@@ -55,16 +55,6 @@ def test_bytes_that_are_no_text_are_named(data, wrong):
         inlet.decoded(data, "it")
 
 
-@pytest.mark.parametrize(
-    ("data", "wrong"),
-    [(b"", "empty"), (b" \n", "empty"), (b"[" * 100_000, "nested too deeply"), (b"{", "line 1"), (b'"\xff"', "0xff")],
-)
-def test_json_that_cannot_be_read_is_a_value_error(tmp_path, data, wrong):
-    (tmp_path / "x.json").write_bytes(data)
-    with pytest.raises(ValueError, match=wrong):
-        inlet.read_json(tmp_path / "x.json")
-
-
 def test_every_file_of_a_model_may_begin_with_a_byte_order_mark(tmp_path):
     """As editors of Windows save them; the answer is the same."""
     model = shutil.copytree(llm.bundled_model(), tmp_path / "model")

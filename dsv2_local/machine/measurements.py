@@ -7,7 +7,6 @@ from contextlib import suppress
 from math import inf
 from pathlib import Path
 
-from dsv2_local.inlet import read_json
 from dsv2_local.machine import homes
 from dsv2_local.machine.resources import ROOT, physical_cores, processor
 
@@ -59,7 +58,7 @@ def _machine(root: Path) -> str:
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
-        known = read_json(path)
+        known = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): {str(key): float(rate) for key, rate in rates.items()} for name, rates in known.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
