@@ -24,9 +24,9 @@ from torch import Tensor
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import TensorSpec
 from dsv2_local.errors import CheckpointError
-from dsv2_local.model_files import read_object
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.layout import Matrix, Plane, planes
+from dsv2_local.model_files import read_object
 from dsv2_local.quant.schema import EXPERTS, FORMAT_VERSION, Recipe, dense_files, expert_file, expert_layout
 
 MANIFEST = "manifest.json"

@@ -7,7 +7,6 @@ the memory of a conversion must not grow with the model.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod

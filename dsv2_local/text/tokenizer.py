@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from dsv2_local import inlet
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
+from dsv2_local.model_files import read_object
 from dsv2_local.text.chat_template import Message, render
 
 
@@ -134,7 +135,7 @@ def _without_added_tokens(tokenizer: FastTokenizer) -> FastTokenizer:
 
 def _read_settings(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
-    settings: dict[str, Any] = inlet.read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = read_object(path, CheckpointError) or {}
     template = directory / "chat_template.jinja"  # where transformers 5 writes it
     if template.is_file():
         settings["chat_template"] = inlet.decoded(template.read_bytes(), str(template))
