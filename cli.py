@@ -279,7 +279,7 @@ def delete_sessions(
 @app.command()
 def quantize(
     source: Annotated[str, typer.Argument(help="Release to convert: a directory of safetensors or a hub repository.")],
-    destination: Annotated[Path, typer.Argument(help="Directory for the converted model.")],
+    destination: Annotated[str, typer.Argument(help="Directory for the converted model: a new or an empty one.")],
     recipe: Annotated[str, typer.Option(help="Formats of the weights: nf4, mixed, int8 or bf16.")] = "nf4",
     verify: Annotated[bool, typer.Option("--verify", help="Compare the result with the source afterwards.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
@@ -290,9 +290,12 @@ def quantize(
     from dsv2_local.commands import quantize
     from dsv2_local.quant.schema import Recipe
 
+    if not destination:  # a Path would be the current directory
+        raise InputError("the destination is empty; is a variable not set?")
+
     quantize.run(
         source,
-        destination,
+        Path(destination),
         recipe=one_of("--recipe", recipe, Recipe),
         check=verify,
         force=force,

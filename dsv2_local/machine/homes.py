@@ -39,3 +39,15 @@ def _directory(variable: str, below_home: str) -> Path:
     if not named.is_absolute():
         raise InputError(f"there is no home directory; set $HOME or ${variable}")
     return named / FOLDER
+
+
+def expanded(path: Path) -> Path:
+    """`path` with a home directory for "~" at its beginning, which shells leave in quotes and after "=".
+
+    Raises:
+        InputError: there is no such home directory.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise InputError(f"{path} names a home directory that does not exist") from None
