@@ -8,6 +8,7 @@ Dsv2Error                    exit code 1
 ├── PlanError                the model does not fit in this machine's memory; has the shortfall and remedies
 ├── CacheFullError           running sequences hold all blocks of the KV cache
 ├── SavedCacheError          a saved cache cannot be written or read, or belongs to another model
+│   └── DamagedCacheError        its contents do not match their checksum
 ├── DeviceError              a copy or a kernel failed on a GPU
 │   └── DeviceMemoryError        the GPU has less free memory than the plan assumed
 ├── OutputError              standard output cannot be written
@@ -76,6 +77,10 @@ class CacheFullError(Dsv2Error):
 
 class SavedCacheError(Dsv2Error):
     """A saved cache cannot be written or read, is damaged, or belongs to another model."""
+
+
+class DamagedCacheError(SavedCacheError):
+    """The contents of a saved cache do not match their checksum."""
 
 
 class DeviceError(Dsv2Error):

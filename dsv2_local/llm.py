@@ -186,16 +186,22 @@ class LLM:
             self.engine.close()
             self._placed.close()
 
-    def save_cache(self, path: Path, conversation: str = "") -> None:
+    def save_cache(self, path: Path, conversation: str = "", wanted: Callable[[int], bool] | None = None) -> bool:
         """Write the KV cache of the current sequence to a file, so that a later process need not prefill it again.
 
-        `conversation` is any text to store with it; `saved_cache.read_header` reads it back.
+        `conversation` is any text to store with it; `saved_cache.read_header` reads it back. `wanted` is called with
+        the tokens in the file as it is when no other process saves to it; False leaves it so.
+
+        Returns:
+            Whether the file was written.
 
         Raises:
             SavedCacheError: the file cannot be written.
         """
         with self.engine.opened():
-            saved_cache.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
+            return saved_cache.save(
+                path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation, wanted
+            )
 
     def load_cache(self, path: Path) -> int:
         """Fill the KV cache from a file; returns the number of tokens loaded. Prompts with this prefix reuse it.

@@ -377,7 +377,7 @@ def _lock(directory: Path) -> int:
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # another conversion has ended since, and removed it
-            return locks.take(directory)
+            return locks.take(directory, directory=True)
 
 
 def _check_own(directory: Path) -> None:

@@ -385,20 +385,20 @@ def test_a_lock_is_on_what_the_path_names(tmp_path):
     """One process has the lock and deletes the directory; the next one must not hold a lock on what is gone."""
     path = tmp_path / "locked"
     path.mkdir()
-    first = locks.take(path)
+    first = locks.take(path, directory=True)
     with pytest.raises(BlockingIOError):
-        locks.take(path)
-    waiting = threading.Thread(target=lambda: taken.append(locks.take(path, wait=True)))
+        locks.take(path, directory=True)
+    waiting = threading.Thread(target=lambda: taken.append(locks.take(path, directory=True, wait=True)))
     taken = []
     waiting.start()
     time.sleep(0.05)
-    path.rmdir()
+    path.rename(tmp_path / "moved")
     path.mkdir()
     os.close(first)
     waiting.join()
     assert os.fstat(taken[0]).st_ino == path.stat().st_ino
     with pytest.raises(BlockingIOError):
-        locks.take(path)
+        locks.take(path, directory=True)
     os.close(taken[0])
 
 

@@ -1,6 +1,7 @@
 """`dsv2 run`: a prompt from arguments, files and standard input; stdout gets the answer and nothing else."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +32,7 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     """
     chunks: list[Chunk] = []
     stopped: BaseException | None = None
-    loaded = _load_cache(llm, options.cache) if options.cache and _has_contents(options.cache) else 0
+    loaded = _load_cache(llm, options.cache) if options.cache else 0
     with prompt_progress() as progress:
         generation = _start(llm, options, progress)
         try:
@@ -45,31 +46,36 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     if stopped is None or interrupted:
         _finish(llm, options, generation, chunks, interrupted, out)
     stats = generation.stats
-    saved = options.cache if options.cache and _is_worth_saving(stats, loaded) else None
-    if saved:
-        llm.save_cache(saved)
+    saved = options.cache is not None and _save_cache(llm, options.cache, stats, loaded)
     if interrupted and stats.context_used < stats.prompt_tokens and (saved or not options.cache):
-        rest = f"saved in {saved}: the same command continues from there" if saved else "--cache FILE would save them"
+        rest = (
+            f"saved in {options.cache}: the same command continues from there"
+            if saved
+            else "--cache FILE would save them"
+        )
         notice(f"{describe_stop(stats)}; {rest}")
     if stopped is not None:
         raise stopped
 
 
-def _has_contents(path: Path) -> bool:
-    """Whether there is something to load; a file of `mktemp` is empty."""
-    return path.is_file() and path.stat().st_size > 0
-
-
 def _load_cache(llm: LLM, path: Path) -> int:
-    """Load a cache file; returns its number of tokens.
+    """Load a cache file if there is one; returns its number of tokens.
 
     Raises:
         InputError: the file is a session of a chat, which saving would overwrite.
         SavedCacheError: the file cannot be read, is damaged, or belongs to another model.
     """
+    saved_cache.remove_abandoned(path)
+    if not saved_cache.holds_something(path):
+        return 0
     if saved_cache.read_header(path).conversation:
         raise InputError(f"--cache {path} is a session of `dsv2 chat`; choose another file")
     return llm.load_cache(path)
+
+
+def _save_cache(llm: LLM, path: Path, stats: Stats, loaded: int) -> bool:
+    """Save the KV cache if it is worth it, also beside what another run may have saved meanwhile."""
+    return _is_worth_saving(stats, loaded) and llm.save_cache(path, wanted=partial(_is_worth_saving, stats))
 
 
 def _is_worth_saving(stats: Stats, saved: int) -> bool:
