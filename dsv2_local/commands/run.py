@@ -7,6 +7,7 @@ from typing import Any, TextIO
 from dsv2_local.commands.console import (
     CONTROL,
     ProgressBar,
+    Stopwatch,
     describe_experts,
     describe_stats,
     describe_stop,
@@ -31,15 +32,18 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     interrupted = False
     loaded = _load_cache(llm, options.cache) if options.cache and options.cache.exists() else 0
     with prompt_progress() as progress:
-        generation = _start(llm, options, progress)
+        generation, watch = _start(llm, options, progress), Stopwatch()
         try:
-            for chunk in generation:
+            for chunk in watch.over(generation):
                 chunks.append(chunk)
                 if options.stream and not options.json:
                     _write_text(out, chunk.text)
         except KeyboardInterrupt:
             interrupted = True
-    _finish(llm, options, generation, chunks, interrupted, out)
+    _finish(llm, options, generation, chunks, out)
+    if options.stats:
+        for line in (describe_stats(generation.stats, watch.seconds, interrupted), *describe_experts(llm)):
+            notice(line)
     stats = generation.stats
     saved = options.cache if options.cache and _is_worth_saving(stats, loaded) else None
     if saved:
@@ -80,18 +84,13 @@ def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
     return llm.chat([*messages, {"role": "user", "content": options.text}], **options.generation, progress=progress)
 
 
-def _finish(
-    llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
-) -> None:
+def _finish(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], out: TextIO) -> None:
     if options.json:
         _write(out, _to_json(_as_json(llm, options, generation, chunks)))
     elif not options.stream:
         _write_text(out, generation.text)
     if options.newline and (options.json or not generation.text.endswith("\n")):
         _write(out, "\n")
-    if options.stats:
-        for line in (describe_stats(generation.stats, interrupted=interrupted), *describe_experts(llm)):
-            notice(line)
 
 
 def _write_text(out: TextIO, text: str) -> None:
