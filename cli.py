@@ -203,10 +203,16 @@ def chat(
         with _load(load) as llm:
             _run(llm, options)
         return
-    from dsv2_local.commands.chat import Chat
+    from dsv2_local.commands.terminal import Terminal
 
-    with _load(load) as llm:
-        Chat(llm, system, generation.given(), session=session).loop()
+    given = generation.given()
+    with Terminal() as terminal, _load(load, terminal.collect) as llm:
+        from dsv2_local.commands.chat import COMMANDS, Chat
+        from dsv2_local.commands.prompt import Prompt
+
+        llm.tokenizer.require_chat_template()
+        prompt = Prompt(terminal, COMMANDS)
+        Chat(llm, system, given, None, prompt.read, prompt.ask, session, terminal).loop()
 
 
 @app.command()
@@ -389,10 +395,17 @@ def bench(
     bench.run(options, as_json)
 
 
-def _load(options: LoadOptions) -> "LLM":
-    from dsv2_local.commands.loading import load
+def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None) -> "LLM":
+    """Load a model. Something is on the screen before torch is imported; `begun` is called after that."""
+    from dsv2_local.commands.console import notice, waiting
 
-    return load(**asdict(options))
+    if options.model is None:
+        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
+    with waiting(f"loading {options.model or 'dsv2-nano'} …"):
+        begun()
+        from dsv2_local.commands.loading import load
+
+        return load(**asdict(options))
 
 
 def _run(llm: "LLM", options: "RunOptions") -> None:

@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
     from dsv2_local.llm import LLM
     from dsv2_local.runtime.engine import Stats
+
+Item = TypeVar("Item")
 
 PROGRESS_AFTER = 1.0
 """Seconds until a progress bar appears."""
@@ -37,7 +41,30 @@ def without_control_characters(text: str) -> str:
 
 def notice(text: str) -> None:
     """Print one line on stderr."""
-    print(f"dsv2: {text}", file=sys.stderr, flush=True)
+    print(f"{_end_waiting()}dsv2: {text}", file=sys.stderr, flush=True)
+
+
+_waiting = False  # whether the line of `waiting` is on the screen
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show a line on stderr, if it is a terminal, until the block ends or something else is written there."""
+    global _waiting
+    if sys.stderr.isatty():
+        print(f"dsv2: {text}", end="", file=sys.stderr, flush=True)
+        _waiting = True
+    try:
+        yield
+    finally:
+        print(_end_waiting(), end="", file=sys.stderr, flush=True)
+
+
+def _end_waiting() -> str:
+    """What removes the line of `waiting` from the screen; nothing if it is not there."""
+    global _waiting
+    shown, _waiting = _waiting, False
+    return "\r\x1b[K" if shown else ""
 
 
 def report_console() -> "Console":
@@ -123,6 +150,7 @@ class ProgressBar:
             console = self._console or Console(stderr=True)
             if self._timer is None or not console.is_terminal:
                 return
+            print(_end_waiting(), end="", file=sys.stderr, flush=True)
             bar = BarColumn(max(4, min(40, console.width - BESIDE_BAR)))
             self._bar = Progress(TextColumn(self._what), bar, FiguresColumn(), console=console, transient=True)
             self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
@@ -147,12 +175,36 @@ def prompt_progress(console: "Console | None" = None) -> ProgressBar:
     return ProgressBar("reading the prompt", console, "tokens")
 
 
-def describe_stats(stats: "Stats", interrupted: bool = False) -> str:
-    """The statistics of an answer in one line, with the reason if it was cut short."""
+class Stopwatch:
+    """Measures what a user waits for: the seconds from the first token of an answer until `seconds` is read.
+
+    `Stats.decode_seconds` has the time of the model alone, without what it takes to show the answer.
+    """
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+
+    def over(self, chunks: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over the answer's chunks; the first one starts the watch."""
+        for chunk in chunks:
+            self._start = self._start or time.monotonic()
+            yield chunk
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._start is None else time.monotonic() - self._start
+
+
+def describe_stats(stats: "Stats", seconds: float, interrupted: bool = False) -> str:
+    """The statistics of an answer in one line, with the reason if it was cut short.
+
+    `seconds` is the time that the answer took after its first token, as the user saw it.
+    """
+    rate = (stats.completion_tokens - 1) / seconds if seconds and stats.completion_tokens else 0.0
     reused = f", reused {stats.reused_tokens:,}" if stats.reused_tokens else ""
     parts = [
         f"prompt {stats.prompt_tokens:,} tokens{reused}, {stats.prefill_tok_s:,.1f} tok/s",
-        f"answer {stats.completion_tokens:,} tokens, {stats.decode_tok_s:,.1f} tok/s",
+        f"answer {stats.completion_tokens:,} tokens, {rate:,.1f} tok/s",
         f"context {stats.context_used:,}/{stats.context:,}",
     ]
     if stats.draft_tokens:

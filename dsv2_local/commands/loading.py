@@ -19,8 +19,6 @@ def load(
     threads: int | None,
 ) -> LLM:
     """Load a model as `llm.load` does; `vram` is a size such as "8GiB", or one per GPU, separated by commas."""
-    if model is None:
-        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
     limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
     pinning = ProgressBar("copying experts to page-locked RAM")
     compiling = ProgressBar("compiling GPU kernels", unit="steps")

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from dsv2_local.commands.console import (
     CONTROL,
     ProgressBar,
+    Stopwatch,
     describe_experts,
     describe_stats,
     describe_stop,
@@ -34,9 +35,9 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     stopped: BaseException | None = None
     loaded = _load_cache(llm, options.cache) if options.cache else 0
     with prompt_progress() as progress:
-        generation = _start(llm, options, progress)
+        generation, watch = _start(llm, options, progress), Stopwatch()
         try:
-            for chunk in generation:
+            for chunk in watch.over(generation):
                 chunks.append(chunk)
                 if options.stream and not options.json:
                     _write_text(out, chunk.text)
@@ -44,15 +45,15 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
             stopped = error
     interrupted = isinstance(stopped, KeyboardInterrupt)
     if stopped is None or interrupted:
-        _finish(llm, options, generation, chunks, interrupted, out)
+        _finish(llm, options, generation, chunks, out)
+    if options.stats:
+        for line in (describe_stats(generation.stats, watch.seconds, interrupted), *describe_experts(llm)):
+            notice(line)
     stats = generation.stats
     saved = options.cache is not None and _save_cache(llm, options.cache, stats, loaded)
     if interrupted and stats.context_used < stats.prompt_tokens and (saved or not options.cache):
-        rest = (
-            f"saved in {options.cache}: the same command continues from there"
-            if saved
-            else "--cache FILE would save them"
-        )
+        continues = f"saved in {options.cache}: the same command continues from there"
+        rest = continues if saved else "--cache FILE would save them"
         notice(f"{describe_stop(stats)}; {rest}")
     if stopped is not None:
         raise stopped
@@ -95,18 +96,13 @@ def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
     return llm.chat([*messages, {"role": "user", "content": options.text}], **options.generation, progress=progress)
 
 
-def _finish(
-    llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
-) -> None:
+def _finish(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], out: TextIO) -> None:
     if options.json:
         _write(out, _to_json(_as_json(llm, options, generation, chunks), ascii=not is_unicode(out)))
     elif not options.stream:
         _write_text(out, generation.text)
     if options.newline and (options.json or not generation.text.endswith("\n")):
         _write(out, "\n")
-    if options.stats:
-        for line in (describe_stats(generation.stats, interrupted=interrupted), *describe_experts(llm)):
-            notice(line)
 
 
 def _write_text(out: TextIO, text: str) -> None:

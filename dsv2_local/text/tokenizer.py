@@ -80,13 +80,12 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Render a conversation as text with the chat template."""
-        template = self.chat_template
+        template = self.require_chat_template()
         special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         return render(template, messages, add_generation_prompt=add_generation_prompt, **special)
 
-    @property
-    def chat_template(self) -> str:
-        """The checkpoint's chat template.
+    def require_chat_template(self) -> str:
+        """Return the checkpoint's chat template.
 
         Raises:
             TemplateError: it has none.
