@@ -342,12 +342,15 @@ def inspect(
     model: Annotated[
         str | None, typer.Argument(envvar="DSV2_MODEL", help="Directory or hub repository. Default: dsv2-nano.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare all files of a converted model with their checksums.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a model's architecture, and the sizes of its weights and KV cache."""
     from dsv2_local.commands import inspect
 
-    inspect.show(model, as_json)
+    inspect.show(model, as_json, verify)
 
 
 @app.command()

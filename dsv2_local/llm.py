@@ -258,13 +258,22 @@ class LLM:
         ids = self.tokenizer.encode(inlet.text(prompt, "the prompt")) if isinstance(prompt, str) else _token_ids(prompt)
         return self._generation(ids, strip=False, **options)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Generation:
         """Answer a conversation: messages with `role` (system, user or assistant) and `content`.
 
+        `tools` and `documents` are for chat templates that know them, as in transformers' `apply_chat_template`.
         Options and errors are those of `generate`. White space before the first word of the answer is removed: the
         chat template inserts its own when the answer becomes part of the next prompt.
         """
-        return self._generation(self.tokenizer.encode_chat(messages), strip=True, **options)
+        ids = self.tokenizer.encode_chat(messages, tools=tools, documents=documents)
+        return self._generation(ids, strip=True, **options)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Number of tokens of the prompt that `chat` makes of `messages`."""
@@ -303,6 +312,7 @@ def load(
     threads: int | None = None,
     progress: Progress = no_progress,
     preparing: Progress = no_progress,
+    verifying: Progress = no_progress,
 ) -> LLM:
     """Load a converted checkpoint.
 
@@ -321,6 +331,8 @@ def load(
         progress: called with (bytes done, total bytes) while experts are copied to page-locked RAM.
         preparing: called with (steps done, total steps) while GPU kernels are compiled and tuned, which takes half a
             minute the first time on a machine.
+        verifying: called with (bytes done, total bytes) while downloaded files are compared with their checksums, which
+            happens once.
 
     Raises:
         CheckpointError: not a converted checkpoint, or a damaged one.
@@ -336,7 +348,7 @@ def load(
     devices = _devices(checked("device", device, Text(), InputError))
     if vram is not None:
         vram = [checked("vram", size, Number(0, whole=True), InputError) for size in _listed("vram", vram)]
-    directory = bundled_model() if model is None else hub.resolve_converted(str(model))
+    directory = bundled_model() if model is None else hub.resolve_converted(str(model), verifying)
 
     def load_on(devices: list[Device]) -> LLM:
         activations = DTYPES.get(dtype, torch.bfloat16 if devices else torch.float32)

@@ -28,6 +28,7 @@ from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.layout import Matrix, Plane, planes
 from dsv2_local.model_files import read_object
 from dsv2_local.quant.schema import EXPERTS, FORMAT_VERSION, Recipe, dense_files, expert_file, expert_layout
+from dsv2_local.values import Fields, Number, Object, Text, shown
 
 MANIFEST = "manifest.json"
 ALIGNMENT = 4096
@@ -89,16 +90,27 @@ class Manifest:
         raw = read_object(path, CheckpointError)
         if raw is None:
             raise CheckpointError(f"{directory} is not a converted checkpoint (no {MANIFEST}); run `dsv2 quantize`")
-        try:
-            version = int(raw["format_version"])
-            if version == FORMAT_VERSION:
-                files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in raw["files"].items()}
-                return cls(Recipe(raw["recipe"]), str(raw["source"]), files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error!r}); convert the model again") from None
-        raise CheckpointError(
-            f"{path} has format version {version} and this program reads {FORMAT_VERSION}; convert the model again"
-        )
+        found = Fields(raw, str(path), CheckpointError)
+        version = found.get("format_version", Number(0, whole=True))
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {shown(version)} and this program reads {FORMAT_VERSION}; "
+                "convert the model again"
+            )
+        recipe, files = found.get("recipe", Text()), found.get("files", Object())
+        if recipe not in {*Recipe} or files is None:
+            raise CheckpointError(f"{path} is damaged: recipe {shown(recipe)}, files {shown(files)}; convert again")
+        records = {name: _record(f"{path}: {shown(name)}", name, entry) for name, entry in files.items()}
+        return cls(Recipe(recipe), found.get("source", Text()) or "", records)
+
+
+def _record(where: str, name: str, entry: Any) -> FileRecord:
+    """A file's entry; the file is one of the checkpoint's directory itself."""
+    found = Fields(entry if isinstance(entry, dict) else {}, where, CheckpointError)
+    size, sha256 = found.get("bytes", Number(0, whole=True)), found.get("sha256", Text())
+    if size is None or sha256 is None or Path(name).name != name or name in ("", ".", ".."):
+        raise CheckpointError(f"{where} is damaged: it is no file name with bytes and sha256; convert the model again")
+    return FileRecord(size, sha256)
 
 
 class Checkpoint:

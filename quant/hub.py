@@ -6,8 +6,10 @@ from pathlib import Path
 
 from dsv2_local.errors import HubError, InputError
 from dsv2_local.machine import homes
+from dsv2_local.progress import Progress, no_progress
 from dsv2_local.quant import local
 from dsv2_local.quant.checkpoint import is_checkpoint
+from dsv2_local.quant.checksums import verify_once
 
 DESCRIPTION = ("*.json",)
 FILES = (".gguf", ".safetensors", ".bin", ".json")  # endings of files, which no repository of a model has
@@ -59,12 +61,16 @@ def resolve(
         ) from None
 
 
-def resolve_converted(model: str) -> Path:
+def resolve_converted(model: str, verifying: Progress = no_progress) -> Path:
     """The directory of a converted model; fetches weights only after checking that the repository is converted.
+
+    What was downloaded is compared with the checksums of the conversion before its first use; `verifying` is called
+    with (bytes done, bytes in all).
 
     Raises:
         InputError: `model` is neither a directory nor a repository.
-        CheckpointError: the directory is not a converted model; the message says what it is.
+        CheckpointError: the directory is not a converted model (the message says what it is), or a downloaded file
+            differs from its checksum.
         HubError: the repository cannot be fetched, or holds a release that must be converted first.
     """
     directory = resolve(model, DESCRIPTION)
@@ -73,7 +79,9 @@ def resolve_converted(model: str) -> Path:
         return directory
     if not is_checkpoint(directory):
         raise HubError(f"{model} is not a converted checkpoint; convert it: dsv2 quantize {model} DIRECTORY")
-    return fetch(model)
+    directory = fetch(model)
+    verify_once(directory, verifying)
+    return directory
 
 
 def fetch(

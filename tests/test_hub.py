@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,25 @@ def test_a_release_is_refused_before_its_weights_are_fetched(hub, fetch, tmp_pat
     code = CODE.replace("import fetch", "import resolve_converted as fetch")
     assert "dsv2 quantize org/model" in fetch(code=code)["error"]
     assert not any("safetensors" in path for method, path, _ in hub.log if method == "GET")
-    hub.revisions["main"] = {**FILES, "manifest.json": b"{}"}
-    assert read(fetch(code=code, env={"HF_HOME": str(tmp_path / "other")}), "model.safetensors") == WEIGHTS
+    home = {"HF_HOME": str(tmp_path / "other"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    hub.revisions["main"] = {**FILES, "manifest.json": manifest()}
+    assert read(fetch(code=code, env=home), "model.safetensors") == WEIGHTS
+
+
+@pytest.mark.slow
+def test_a_download_that_differs_from_its_checksum_is_refused(hub, fetch, tmp_path):
+    code = CODE.replace("import fetch", "import resolve_converted as fetch").replace("HubError", "Dsv2Error")
+    damaged = {**FILES, "model.safetensors": WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]), "manifest.json": manifest()}
+    hub.revisions["main"] = damaged
+    error = fetch(code=code, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})["error"]
+    assert "model.safetensors differs from its checksum; download" in error
+
+
+def manifest() -> bytes:
+    """The manifest of a converted checkpoint that has FILES."""
+    names = ("config.json", "model.safetensors")
+    files = {name: {"bytes": len(FILES[name]), "sha256": sha256(FILES[name]).hexdigest()} for name in names}
+    return json.dumps({"recipe": "nf4", "source": "x", "files": files, "format_version": 1}).encode()
 
 
 def test_resolve(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 import dsv2_local
 from dsv2_local.errors import CheckpointError, ContextLengthError, InputError
+from dsv2_local.quant import checksums
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime.engine import Engine
@@ -206,7 +207,14 @@ def test_without_a_tokenizer_ids_still_work(directory, tmp_path):
     ("damage", "named"),
     [
         (lambda d: (d / "manifest.json").unlink(), "dsv2 quantize"),
-        (lambda d: (d / "manifest.json").write_text("{"), "damaged"),
+        (lambda d: (d / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "manifest.json").write_text("[" * 100_000), "nested too deeply"),
+        (lambda d: change_manifest(d, format_version="1"), "format_version must be a whole number, not '1'"),
+        (lambda d: change_manifest(d, format_version=9), "has format version 9"),
+        (lambda d: change_manifest(d, recipe="q4"), "recipe 'q4'"),
+        (lambda d: change_manifest(d, files=["x"]), "files must be an object"),
+        (lambda d: change_manifest(d, files={"../x": {"bytes": 1, "sha256": ""}}), "'../x' is damaged"),
+        (lambda d: change_manifest(d, files={"x": {"bytes": "1", "sha256": ""}}), "bytes must be a whole number"),
         (lambda d: (d / "experts-001.safetensors").unlink(), "experts-001.safetensors is missing"),
         (lambda d: truncate_file(d / "dense-000.safetensors"), "dense-000.safetensors has"),
         (lambda d: scribble(d / "dense-001.safetensors"), "dense-001.safetensors"),
@@ -220,6 +228,11 @@ def test_damage_is_named(directory, tmp_path, damage, named):
         dsv2_local.load(copy)
 
 
+def change_manifest(directory: Path, **values: object) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def truncate_file(path: Path) -> None:
     with path.open("rb+") as file:
         file.truncate(path.stat().st_size - 1)
@@ -229,6 +242,46 @@ def scribble(path: Path) -> None:
     with path.open("rb+") as file:
         file.seek(8)
         file.write(b"not json at all")
+
+
+def test_every_flipped_byte_is_found_without_the_source(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    seen: list[tuple[int, int]] = []
+    manifest = checksums.verify(copy, lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == sum(record.bytes for record in manifest.files.values())
+    for name in manifest.files:
+        path = copy / name
+        checksums.verify_once(copy)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        for check in (checksums.verify, checksums.verify_once):
+            with pytest.raises(CheckpointError, match=f"copy: {name} differs from its checksum; download"):
+                check(copy)
+        path.write_bytes(content)
+    (copy / "config.json").unlink()
+    (copy / "dense.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"config.json is missing, dense.safetensors differs"):
+        checksums.verify(copy)
+
+
+def test_files_that_were_right_are_not_read_again(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal read
+        read = total
+
+    checksums.verify_once(directory, count)
+    assert read > 100_000
+    read = 0
+    checksums.verify_once(directory, count)
+    assert read == 0
+    (tmp_path / "cache" / "dsv2-local" / "verified.json").write_text("[1]")
+    checksums.verify_once(directory, count)
+    assert read > 100_000
 
 
 def test_loading_copies_no_expert(directory):

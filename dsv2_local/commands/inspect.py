@@ -12,9 +12,9 @@ from rich.table import Table
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import Kind, TensorSpec
-from dsv2_local.commands.console import format_bytes, report_console
+from dsv2_local.commands.console import ProgressBar, format_bytes, report_console
 from dsv2_local.llm import bundled_model
-from dsv2_local.quant import hub
+from dsv2_local.quant import checksums, hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
 from dsv2_local.quant.local import require_config
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout, stored_bytes
@@ -78,11 +78,22 @@ def describe(directory: Path) -> dict[str, Any]:
     }
 
 
-def show(model: str | None, as_json: bool) -> None:
-    """Describe a directory or hub repository (None: the bundled model) on stdout."""
-    directory = bundled_model() if model is None else hub.resolve(model, hub.DESCRIPTION)
+def show(model: str | None, as_json: bool, verify: bool = False) -> None:
+    """Describe a directory or hub repository (None: the bundled model) on stdout.
+
+    `verify`: compare all files with the checksums of the conversion first.
+
+    Raises:
+        CheckpointError: with `verify`, the model is not converted, or files differ from their checksums.
+        ConfigError: it has no config.json, or one that is not supported.
+    """
+    patterns = hub.EVERYTHING if verify else hub.DESCRIPTION
+    directory = bundled_model() if model is None else hub.resolve(model, patterns)
     require_config(directory)
-    facts = describe(directory)
+    if verify:
+        with ProgressBar("comparing files with their checksums") as progress:
+            checksums.verify(directory, progress)
+    facts = describe(directory) | ({"verified": True} if verify else {})
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
@@ -95,7 +106,8 @@ def show(model: str | None, as_json: bool) -> None:
 
 def _heading(facts: dict[str, Any]) -> str:
     if facts["converted"]:
-        return f"{facts['directory']}: converted from {facts['source']}, recipe {facts['recipe']}"
+        checked = "; all files match their checksums" if "verified" in facts else ""
+        return f"{facts['directory']}: converted from {facts['source']}, recipe {facts['recipe']}{checked}"
     return f"{facts['directory']}: not converted; the sizes are those after `dsv2 quantize` with recipe nf4"
 
 

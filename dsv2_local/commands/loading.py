@@ -22,10 +22,11 @@ def load(
     limits = None if vram is None else [size("--vram", part) for part in vram.split(",")]
     pinning = ProgressBar("copying experts to page-locked RAM")
     compiling = ProgressBar("compiling GPU kernels", unit="steps")
-    with pinning as progress, compiling as preparing:
+    checking = ProgressBar("comparing files with their checksums")
+    with pinning as progress, compiling as preparing, checking as verifying:
         loaded = llm.load(
             model, context=context, dtype=dtype, device=device, experts=experts, vram=limits, cache_dtype=cache_type,
-            threads=threads, progress=progress, preparing=preparing,
+            threads=threads, progress=progress, preparing=preparing, verifying=verifying,
         )  # fmt: skip
     for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
         if warning:
