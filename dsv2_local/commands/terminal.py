@@ -59,6 +59,8 @@ class Terminal:
         try:
             self._stop_collecting()
         finally:
+            with suppress(termios.error):
+                termios.tcflush(self._stdin, termios.TCIFLUSH)  # what was typed for the chat is no command for a shell
             self._release()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
@@ -125,8 +127,9 @@ class Terminal:
 
     def _stop_collecting(self) -> None:
         if self._collector and self._wake:
-            os.write(self._wake[1], b"x")
-            self._collector.join()
+            if self._collector.is_alive():
+                os.write(self._wake[1], b"x")
+                self._collector.join()
             for descriptor in self._wake:
                 os.close(descriptor)
             self._collector = self._wake = None
