@@ -48,7 +48,8 @@ class Terminal:
         self._before = termios.tcgetattr(self._stdin)
         self._handle(signal.SIGTSTP, self._suspend)
         self._handle(signal.SIGCONT, self._resume)
-        self._handle(signal.SIGTERM, _leave)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            self._handle(number, _leave)
         self._own()
         self._early = self._typed_before()
         return self
