@@ -1,16 +1,19 @@
 """The Python API: `load` a model, then `generate` text or `chat`."""
 
+import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Generator as PyGenerator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv2_local import inlet
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.errors import CheckpointError, InputError, PlanError
@@ -34,6 +37,7 @@ from dsv2_local.runtime.sampling_params import GenerationConfig
 from dsv2_local.text.chat_template import Message
 from dsv2_local.text.stream import TextStream
 from dsv2_local.text.tokenizer import Tokenizer
+from dsv2_local.values import Number, Text, checked, shown
 
 CACHE_DTYPES = (CacheDtype.BF16, CacheDtype.INT8)
 """Storage types of the KV cache that a user can choose; the torch reference stores fp32 instead of bf16."""
@@ -62,6 +66,8 @@ class Chunk:
 class Generation(Iterator[Chunk]):
     """An answer that is being generated: iterate over it for its chunks. Prefill starts with the first `next`.
 
+    Threads that iterate over the same answer get its chunks in turn, each chunk once.
+
     Attributes:
         text: the text yielded so far.
         stats: the statistics so far; complete after the last chunk.
@@ -71,15 +77,18 @@ class Generation(Iterator[Chunk]):
         self.stats = Stats()
         self.text = ""
         self._chunks = self._run(tokens, text)
+        self._lock = Lock()
 
     def __next__(self) -> Chunk:
-        chunk = next(self._chunks)
-        self.text += chunk.text
+        with self._lock:
+            chunk = next(self._chunks)
+            self.text += chunk.text
         return chunk
 
     def close(self) -> None:
         """Stop generating. `text` keeps what was yielded, and the KV cache what was computed."""
-        self._chunks.close()
+        with self._lock:
+            self._chunks.close()
 
     def _run(
         self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: TextStream
@@ -97,7 +106,8 @@ class LLM:
     """A loaded model with its KV cache.
 
     The prefix cache keeps earlier prompts and answers while it has room, so that a prompt which begins like one of them
-    computes only the rest. Several generations may be iterated in turns; the engine switches between their sequences.
+    computes only the rest. Several generations may be iterated in turns, by one thread or by several: the engine
+    computes one step at a time and switches between their sequences.
 
     Attributes:
         name: the model's name, to be shown.
@@ -143,7 +153,7 @@ class LLM:
         self.directory = directory
         self.config: ModelConfig = checkpoint.config
         self.recipe = checkpoint.recipe
-        generation_config = GenerationConfig.load(directory)
+        generation_config = GenerationConfig.load(directory, self.config.vocab_size)
         self.defaults = generation_config.params
         self._tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
@@ -170,9 +180,11 @@ class LLM:
     def close(self) -> None:
         """Free GPU memory and page-locked memory, and save which experts were used most, for the next load.
 
-        The model cannot be used afterwards. On the CPU alone this does nothing.
+        The model cannot be used afterwards; what other threads are computing ends first.
         """
-        self._placed.close()
+        with self.engine.turn:
+            self.engine.close()
+            self._placed.close()
 
     def save_cache(self, path: Path, conversation: str = "") -> None:
         """Write the KV cache of the current sequence to a file, so that a later process need not prefill it again.
@@ -182,7 +194,8 @@ class LLM:
         Raises:
             SavedCacheError: the file cannot be written.
         """
-        saved_cache.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
+        with self.engine.opened():
+            saved_cache.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
 
     def load_cache(self, path: Path) -> int:
         """Fill the KV cache from a file; returns the number of tokens loaded. Prompts with this prefix reuse it.
@@ -190,9 +203,10 @@ class LLM:
         Raises:
             SavedCacheError: the file cannot be read, is damaged, or belongs to another model; the cache is unchanged.
         """
-        self.engine.cache_prefix()
-        self.engine.adopt(saved_cache.load(path, self.engine.cache, self._fingerprint))
-        return self.engine.cache.length
+        with self.engine.opened():
+            self.engine.cache_prefix()
+            self.engine.adopt(saved_cache.load(path, self.engine.cache, self._fingerprint))
+            return self.engine.cache.length
 
     @property
     def context(self) -> int:
@@ -217,7 +231,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Prefill `token_ids` from an empty sequence, as generation would -> fp32 logits [T, vocab_size]."""
-        return self.engine.logits(list(token_ids))
+        return self.engine.logits(_token_ids(token_ids))
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
         """Continue `prompt`: text (BOS is prepended, special tokens in it are parsed) or token ids, used unchanged.
@@ -231,10 +245,11 @@ class LLM:
             progress: called with (tokens done, tokens of the prompt) before every chunk of the prefill.
 
         Raises:
-            InputError: an option is out of range (raised by this call), or a token id is (by the first `next`).
+            InputError: an option is out of range or text is not Unicode (raised by this call), or a token id is out of
+                range (by the first `next`).
             ContextLengthError: the prompt does not fit in the context (raised by the first `next`).
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(inlet.text(prompt, "the prompt")) if isinstance(prompt, str) else _token_ids(prompt)
         return self._generation(ids, strip=False, **options)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
@@ -260,13 +275,13 @@ class LLM:
         progress: Progress = no_progress,
         **sampling: Any,
     ) -> Generation:
-        if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
-        if logprobs is not None and logprobs < 0:
-            raise InputError(f"logprobs must be at least 0, not {logprobs}")
+        if max_tokens is not None:
+            max_tokens = checked("max_tokens", max_tokens, Number(1, whole=True), InputError)
+        if logprobs is not None:
+            logprobs = checked("logprobs", logprobs, Number(0, whole=True), InputError)
         request = Request(ids, self.defaults.override(**sampling), max_tokens, self._end_tokens, logprobs)
         tokens = partial(self.engine.generate, request, progress=progress)
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = [inlet.well_formed(checked("stop", each, Text(), InputError), "stop") for each in _listed("stop", stop)]
         return Generation(tokens, TextStream(self._tokenizer, self._end_tokens, stops, strip))
 
 
@@ -309,10 +324,12 @@ def load(
         DeviceMemoryError: another program took GPU memory after the plan was made.
         HubError: the repository cannot be fetched.
     """
-    if dtype not in ("auto", *DTYPES):
+    if checked("dtype", dtype, Text(), InputError) not in ("auto", *DTYPES):
         raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)} (float16 overflows in DeepSeek-V2)")
     mode, latents = one_of("experts", experts, Mode), one_of("cache type", cache_dtype, CACHE_DTYPES)
-    devices = _devices(device)
+    devices = _devices(checked("device", device, Text(), InputError))
+    if vram is not None:
+        vram = [checked("vram", size, Number(0, whole=True), InputError) for size in _listed("vram", vram)]
     directory = bundled_model() if model is None else hub.resolve_converted(str(model))
 
     def load_on(devices: list[Device]) -> LLM:
@@ -404,6 +421,37 @@ def _context(requested: int | None, config: ModelConfig) -> int:
     limit = config.max_position_embeddings
     if requested is None:
         return default_context(config)
-    if not 2 <= requested <= limit:
-        raise InputError(f"context must be between 2 and the model's {limit:,} tokens, not {requested:,}")
-    return requested
+    context: int = checked("context", requested, Number(whole=True), InputError)
+    if not 2 <= context <= limit:
+        raise InputError(f"context must be between 2 and the model's {limit:,} tokens, not {shown(context)}")
+    return context
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    """What a caller gave as nothing, as one value or as several.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if given is None:
+        return []
+    if isinstance(given, str | int | float):
+        return [given]
+    try:
+        return list(given)
+    except TypeError:
+        raise InputError(f"{name} must be a value or a list of them, not {shown(given)}") from None
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """Token ids in any type of integers and of sequences.
+
+    Raises:
+        InputError: the prompt is neither text nor token ids.
+    """
+    try:
+        if not isinstance(prompt, bytes | Mapping):
+            return list(map(operator.index, prompt))
+    except TypeError:
+        pass
+    raise InputError(f"the prompt must be text or a sequence of token ids, not {shown(prompt)}")

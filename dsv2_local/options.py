@@ -3,10 +3,12 @@
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import StrEnum
 from typing import TypeVar
 
 from dsv2_local.errors import InputError
+from dsv2_local.values import shown
 
 UNITS = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)} | {"": 1}
 UNITS |= {f"{letter}{rest}": 1024**power for power, letter in enumerate("KMGT", 1) for rest in ("", "iB")}
@@ -29,8 +31,8 @@ def one_of(option: str, value: str, choices: Iterable[Choice]) -> Choice:
         InputError: `value` names none of them; the message lists all.
     """
     known = {str(choice): choice for choice in choices}
-    if value not in known:
-        raise InputError(f"{option} {value!r} is not one of {', '.join(known)}")
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"{option} {shown(value)} is not one of {', '.join(known)}")
     return known[value]
 
 
@@ -42,9 +44,7 @@ def size(option: str, text: str) -> int:
     """
     found = re.fullmatch(r"([\d.]+)\s*([KMGT]?(?:iB|B)?)", text.strip(), re.IGNORECASE)
     unit = found and next((scale for name, scale in UNITS.items() if name.lower() == found[2].lower()), None)
-    try:
+    with suppress(ValueError, OverflowError):  # 1.2.3, or so many digits that the number is infinite
         if found and unit:
             return int(float(found[1]) * unit)
-    except ValueError:
-        pass
-    raise InputError(f"{option} {text!r} is not a size; write it like 24GiB, 24GB or 24G")
+    raise InputError(f"{option} {shown(text)} is not a size; write it like 24GiB, 24GB or 24G")

@@ -26,6 +26,7 @@ from dsv2_local.architectures.tensors import TensorSpec
 from dsv2_local.errors import CheckpointError
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.kernels.layout import Matrix, Plane, planes
+from dsv2_local.model_files import read_object
 from dsv2_local.quant.schema import EXPERTS, FORMAT_VERSION, Recipe, dense_files, expert_file, expert_layout
 
 MANIFEST = "manifest.json"
@@ -85,15 +86,15 @@ class Manifest:
             CheckpointError: there is no manifest, it is not valid, or this program does not read its format version.
         """
         path = directory / MANIFEST
-        if not path.is_file():
+        raw = read_object(path, CheckpointError)
+        if raw is None:
             raise CheckpointError(f"{directory} is not a converted checkpoint (no {MANIFEST}); run `dsv2 quantize`")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             version = int(raw["format_version"])
             if version == FORMAT_VERSION:
                 files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in raw["files"].items()}
                 return cls(Recipe(raw["recipe"]), str(raw["source"]), files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}); convert the model again") from None
         raise CheckpointError(
             f"{path} has format version {version} and this program reads {FORMAT_VERSION}; convert the model again"

@@ -5,15 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv2_local.errors import HubError, InputError
+from dsv2_local.machine import homes
+from dsv2_local.quant import local
 from dsv2_local.quant.checkpoint import is_checkpoint
 
 DESCRIPTION = ("*.json",)
+FILES = (".gguf", ".safetensors", ".bin", ".json")  # endings of files, which no repository of a model has
 EVERYTHING = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*", "README.md")
+
+
+class _NotFoundError(HubError):
+    """The hub has no such repository, or it cannot be asked."""
 
 
 def is_repository(name: str) -> bool:
     """Whether `name` has the form owner/name of a hub repository."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def resolve(
@@ -22,31 +29,47 @@ def resolve(
     """The directory of a model: `model` itself if it is a local directory, else the cache directory of a repository.
 
     Args:
-        model: a directory, or a hub repository (owner/name).
+        model: a directory, or a hub repository (owner/name). A path in a directory that exists is a local one.
         patterns: files to fetch from a repository.
         revision: branch, tag or commit; None: the default branch.
         token: token for private and gated repositories; None: the token of the environment.
 
     Raises:
-        InputError: `model` is neither a directory nor the name of a repository.
+        InputError: `model` is neither a directory nor a repository; the message says what it is, or what is like it.
         HubError: the repository cannot be fetched.
     """
-    if Path(model).is_dir():
-        return Path(model)
-    if not is_repository(model):
-        raise InputError(f"{model} is neither a directory nor a hub repository (owner/name)")
-    return fetch(model, patterns, revision=revision, token=token)
+    if not model:
+        raise InputError("the model's name is empty; is a variable not set?")
+    path = homes.expanded(Path(model))
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{model} {local.about_file(path)}")
+    if path.is_symlink():
+        raise InputError(f"{model} is a link to {path.readlink()}, which does not exist")
+    if not is_repository(model) or path.suffix in FILES:
+        raise InputError(f"{model} is neither a directory nor a hub repository (owner/name){local.near(path)}")
+    try:
+        return fetch(model, patterns, revision=revision, token=token)
+    except _NotFoundError:
+        if not path.parent.is_dir():
+            raise
+        raise InputError(
+            f"there is no directory {model}{local.near(path)} (nor a repository of that name, as far as can be told)"
+        ) from None
 
 
 def resolve_converted(model: str) -> Path:
     """The directory of a converted model; fetches weights only after checking that the repository is converted.
 
     Raises:
-        InputError: `model` is neither a directory nor the name of a repository.
+        InputError: `model` is neither a directory nor a repository.
+        CheckpointError: the directory is not a converted model; the message says what it is.
         HubError: the repository cannot be fetched, or holds a release that must be converted first.
     """
     directory = resolve(model, DESCRIPTION)
-    if Path(model).is_dir():
+    if homes.expanded(Path(model)).is_dir():
+        local.require_converted(directory)
         return directory
     if not is_checkpoint(directory):
         raise HubError(f"{model} is not a converted checkpoint; convert it: dsv2 quantize {model} DIRECTORY")
@@ -63,6 +86,7 @@ def fetch(
     """Download a repository's files that match `patterns`, except those in the cache; see `resolve`."""
     # Imported here because it takes a fifth of a second, which local models do not need.
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -77,12 +101,15 @@ def fetch(
             f"{repository} is gated: accept its terms on the hub, then pass --token or set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
-        raise HubError(f"the hub has no repository {repository} that this token may see") from None
+        raise _NotFoundError(f"the hub has no repository {repository} that this token may see") from None
     except RevisionNotFoundError:
         raise HubError(f"{repository} has no revision {revision!r}") from None
     except LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached; go online and try again"
+        raise _NotFoundError(f"{repository} is not in the cache, and {why}") from None
+    except PermissionError as error:
         raise HubError(
-            f"{repository} is not in the cache and the hub cannot be reached; go online and try again"
+            f"{error.filename} cannot be written: {error.strerror}; set HF_HOME to a directory of yours"
         ) from None
     except Exception as error:  # transport errors have the types of the HTTP library that huggingface_hub uses
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

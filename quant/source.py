@@ -7,7 +7,6 @@ the memory of a conversion must not grow with the model.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import CheckpointError
+from dsv2_local.model_files import read_object
+from dsv2_local.quant.local import what_file
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
@@ -102,35 +103,41 @@ class Source:
 def _files(directory: Path) -> list[Path]:
     """The shards that the index lists, or all safetensors files if there is no index."""
     index = directory / INDEX
-    if not index.is_file():
-        files = sorted(directory.glob("*.safetensors"))
+    raw = read_object(index, CheckpointError)
+    if raw is None:
+        files = sorted(directory.glob("[!.]*.safetensors"))  # those with a dot are another system's
         if not files:
             raise CheckpointError(f"{directory} has no *.safetensors files (other formats are not read)")
-        return files
-    try:
-        names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [directory / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error!r}") from None
+    else:
+        try:
+            files = [directory / name for name in sorted(set(raw["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}") from None
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is listed in {INDEX} but missing; download it again")
+            listed = f"is listed in {INDEX} but" if raw is not None else "is"
+            what = f"a link to {file.readlink()}, which is missing" if file.is_symlink() else "missing"
+            raise CheckpointError(f"{file} {listed} {what}; download it again")
     return files
 
 
 def _read_header(file: Path) -> list[SourceTensor]:
     """The tensors of one file in the order of their offsets, checked against the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{file} is truncated or not a safetensors file; download it again")
-        text = handle.read(length)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                what = what_file(file) or "truncated or not a safetensors file"
+                raise CheckpointError(f"{file} is {what}; download it again")
+            text = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     try:
         raw = json.loads(text)
         raw.pop("__metadata__", None)
         tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} has a corrupt header ({error!r}); download it again") from None
     _check_offsets(file, tensors, size)
     return tensors

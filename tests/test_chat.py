@@ -529,7 +529,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         (b"one\\\rtwo\r", "one\ntwo"),
         (b"\x1b[200~#define x \\\x1b[201~\r", "#define x \\"),  # the backslash was pasted
         (b"one\x1b\rtwo\r", "one\ntwo"),
-        (b"caf\xe9\r", "caf\ufffd"),
+        (b"caf\xe9\r", "caf\udce9"),
         ("na\u00efve \U0001f600\r".encode(), "na\u00efve \U0001f600"),
     ],
 )

@@ -89,7 +89,7 @@ def test_what_is_not_supported_is_refused_by_name(change, named):
     [
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "5120"}, "hidden_size must be a whole number"),
-        ({"vocab_size": -1}, "vocab_size must be positive"),
+        ({"vocab_size": -1}, "vocab_size must be between 1 and"),
         ({"n_group": 7}, "n_group 7"),
         ({"topk_group": 9}, "topk_group 9"),
         ({"num_experts_per_tok": 161}, "num_experts_per_tok 161"),
@@ -97,6 +97,24 @@ def test_what_is_not_supported_is_refused_by_name(change, named):
         ({"moe_layer_freq": 0}, "moe_layer_freq"),
         ({"rope_scaling": {"type": "yarn"}}, "factor"),
         ({"rope_scaling": "yarn"}, "rope_scaling"),
+        (
+            {"rope_scaling": {**V2["rope_scaling"], "beta_fast": "32"}},
+            "rope_scaling: beta_fast must be a number, not",
+        ),
+        ({"rope_scaling": {**V2["rope_scaling"], "mscale": True}}, "mscale must be a number, not True"),
+        ({"rope_scaling": {**V2["rope_scaling"], "original_max_position_embeddings": 0}}, "between 1 and"),
+        ({"rope_theta": "big"}, "rope_theta must be a number"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a number, not nan"),
+        ({"rope_theta": 1}, "rope_theta must be above 1"),
+        ({"quantization_config": "awq"}, "quantization_config must be an object, not 'awq'"),
+        ({"eos_token_id": "100001"}, "eos_token_id must be a whole number, not '100001'"),
+        ({"eos_token_id": [100001, None]}, "eos_token_id must be a whole number, not None"),
+        ({"eos_token_id": 102400}, "eos_token_id names token 102400, but vocab_size is 102,400"),
+        ({"tie_word_embeddings": 7}, "tie_word_embeddings must be true or false, not 7"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers must be between 1 and 999, not a number of about 30 digits"),
+        ({"num_hidden_layers": 900, "n_routed_experts": 1600}, "more than 131,072 experts"),
+        ({"routed_scaling_factor": float("inf")}, "routed_scaling_factor must be a number, not inf"),
+        ({"model_type": ["deepseek_v2"]}, "model_type must be text"),
     ],
 )
 def test_impossible_values_are_named(change, named):
@@ -104,7 +122,13 @@ def test_impossible_values_are_named(change, named):
         parse_config(changed(**change))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\xff"])
+def test_whole_numbers_may_be_written_as_floats():
+    config = parse_config(changed(max_position_embeddings=163840.0, routed_scaling_factor=16))
+    assert config == parse_config(V2)
+    assert isinstance(config.max_position_embeddings, int)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\xff", "[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}"])
 def test_a_damaged_file_is_one_clear_error(tmp_path: Path, text):
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_config(tmp_path)

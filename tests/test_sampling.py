@@ -2,6 +2,7 @@
 
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -202,13 +203,27 @@ def test_frequencies_follow_the_temperature():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0},
-        {"temperature": float("nan")}, {"presence_penalty": float("inf")},
+        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -2}, {"min_p": 2}, {"repetition_penalty": 0},
+        {"temperature": float("nan")}, {"presence_penalty": float("inf")}, {"temperature": "0.5"}, {"top_k": 2.5},
+        {"top_p": True}, {"temperature": 10**400}, {"seed": 2**64}, {"seed": "1"}, {"seed": -2}, {"min_p": None},
+        {"logit_bias": {"5": 1.0}}, {"logit_bias": {5: "1"}}, {"logit_bias": {5: float("nan")}}, {"logit_bias": [5]},
+        {"logit_bias": {-1: 1.0}},
     ],
 )  # fmt: skip
 def test_impossible_parameters_are_refused(bad):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=f"{next(iter(bad))}.* (must|map)"):
         SamplingParams(**bad)
+
+
+def test_spellings_of_other_programs_for_off():
+    assert SamplingParams(top_k=-1, seed=-1, temperature=np.float32(1)) == SamplingParams()
+    with pytest.raises(InputError, match="no option temprature; the sampling parameters are temperature"):
+        SamplingParams().override(temprature=1)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 5e-324, 1e-39])
+def test_a_temperature_that_fp32_cannot_hold_is_greedy(temperature):
+    assert SamplingParams(temperature=temperature) == SamplingParams(temperature=0)
 
 
 def test_defaults_come_from_generation_config(tmp_path):
@@ -219,9 +234,26 @@ def test_defaults_come_from_generation_config(tmp_path):
     assert loaded.params == SamplingParams(temperature=0.3, top_p=0.95)
     assert loaded.eos_token_id == (1, 2)
     assert loaded.params.override(temperature=0, top_k=None) == SamplingParams(temperature=0, top_p=0.95)
-    file.write_text('{"temperature": 0.3}')
-    assert GenerationConfig.load(tmp_path).params.temperature == 0
-    for text in ('{"do_sample": true, "temperature": -3}', "[]", "{"):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match="generation_config"):
-            GenerationConfig.load(tmp_path)
+    file.write_text('{"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1, "top_k": -1, "min_p": null}')
+    greedy = SamplingParams(temperature=0, top_p=0.9, repetition_penalty=1.1)  # penalties apply to greedy decoding too
+    assert GenerationConfig.load(tmp_path).params == greedy
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"do_sample": true, "temperature": -3}', "temperature must be at least 0, not -3"),
+        ('{"do_sample": "false"}', "do_sample must be true or false, not 'false'"),
+        ('{"temperature": "0.3"}', "temperature must be a number, not '0.3'"),
+        ('{"top_p": NaN}', "top_p must be a number, not nan"),
+        ('{"top_k": true}', "top_k must be a whole number, not True"),
+        ('{"eos_token_id": "7"}', "eos_token_id must be a whole number, not '7'"),
+        ('{"eos_token_id": [1, 50]}', "eos_token_id names token 50, but vocab_size is 50"),
+        ('{"eos_token_id": -1}', "eos_token_id must be at least 0"),
+        ("[]", "not a JSON object"), ("{", "not valid JSON"), ("[" * 100_000, "nested too deeply"),
+    ],
+)  # fmt: skip
+def test_impossible_defaults_name_file_and_key(tmp_path, text, named):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"generation_config.json.*{named}"):
+        GenerationConfig.load(tmp_path, 50)

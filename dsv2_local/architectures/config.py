@@ -1,6 +1,5 @@
 """An architecture as a frozen dataclass whose field names are those of `config.json`, with the values that follow."""
 
-import json
 import math
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
@@ -8,6 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from dsv2_local.errors import ConfigError
+from dsv2_local.model_files import read_object
+from dsv2_local.values import Fields, Flag, Number, Text, TokenIds, Value
+
+_SIZE = Number(1, 2**24, whole=True)
+_COUNT = Number(0, 2**16, whole=True)
+_POSITIONS = Number(1, 2**30, whole=True)
+_ROPE_THETA = Number(1, 1e15, above=True)
+MAX_EXPERTS = 2**17
+"""The most routed experts of all layers together; the 236B model has 9,440. Their tensors are listed in memory."""
+
+VALUES: dict[str, Value] = {
+    "vocab_size": _SIZE, "hidden_size": _SIZE, "intermediate_size": _SIZE, "moe_intermediate_size": _SIZE,
+    "num_hidden_layers": Number(1, 999, whole=True), "num_attention_heads": Number(1, 2**16, whole=True),
+    "kv_lora_rank": _SIZE, "qk_nope_head_dim": _SIZE, "qk_rope_head_dim": _SIZE, "v_head_dim": _SIZE,
+    "max_position_embeddings": _POSITIONS, "q_lora_rank": _SIZE, "n_routed_experts": _COUNT,
+    "n_shared_experts": _COUNT, "num_experts_per_tok": _COUNT, "first_k_dense_replace": _COUNT,
+    "moe_layer_freq": Number(1, 2**16, whole=True), "topk_method": Text(), "n_group": _COUNT, "topk_group": _COUNT,
+    "norm_topk_prob": Flag(), "routed_scaling_factor": Number(0, 1e6), "rms_norm_eps": Number(0, 1),
+    "rope_theta": _ROPE_THETA, "tie_word_embeddings": Flag(), "bos_token_id": Number(0, 2**24, whole=True),
+    "model_type": Text(),
+}  # fmt: skip
+"""What each value of `ModelConfig` may be that is read as it is, by its name in config.json."""
+
+YARN_VALUES: dict[str, Value] = {
+    "factor": Number(1, 1e6), "original_max_position_embeddings": _POSITIONS,
+    "beta_fast": Number(1e-3, 1e6), "beta_slow": Number(1e-3, 1e6),
+    "mscale": Number(0, 1e3), "mscale_all_dim": Number(0, 1e3),
+}  # fmt: skip
+"""What each value of `Yarn` may be."""
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -98,63 +126,43 @@ class ModelConfig:
         return tuple(layer for layer in range(self.num_hidden_layers) if self.is_moe(layer))
 
     @classmethod
-    def checked(cls, values: dict[str, Any], where: str) -> "ModelConfig":
-        """Make it from values by field name; `where` is the file that errors name.
+    def read(cls, raw: dict[str, Any], where: str, *, yarn: Yarn | None, rope_theta: float) -> "ModelConfig":
+        """Make it from a parsed `config.json`; `where` is the file that errors name.
 
         Raises:
-            ConfigError: a value is missing, of the wrong type or impossible.
+            ConfigError: a value is missing, of the wrong type, out of range, or does not go with another.
         """
-        _check_types(values, where)
-        config = cls(**values)
-        _check_values(config, where)
+        source = Fields(raw, where)
+        values = {name: source.get(name, kind) for name, kind in VALUES.items()}
+        for field in fields(cls):
+            if field.default is MISSING and values[field.name] is None:
+                raise ConfigError(f"{where} lacks {field.name}")
+        ends = source.get("eos_token_id", TokenIds(values["vocab_size"])) or ()
+        given = {name: value for name, value in values.items() if value is not None}
+        config = cls(**{**given, "yarn": yarn, "rope_theta": rope_theta, "eos_token_id": ends})
+        _check_relations(config, where)
         return config
 
 
 def read_config_json(directory: Path) -> dict[str, Any]:
     """Parse `directory/config.json`; a directory without one is not a model."""
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} has no config.json; is it a model directory?") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a JSON object")
+    raw = read_object(directory / "config.json", ConfigError)
+    if raw is None:
+        raise ConfigError(f"{directory} has no config.json; is it a model directory?")
     return raw
 
 
-def id_tuple(value: Any) -> tuple[int, ...]:
-    """Token ids written as nothing, one number or a list."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _check_types(values: dict[str, Any], where: str) -> None:
-    for field in fields(ModelConfig):
-        required = field.default is MISSING
-        if field.name not in values:
-            if required:
-                raise ConfigError(f"{where} lacks {field.name}")
-            continue
-        value = values[field.name]
-        if field.type in (int, int | None) and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ConfigError(f"{where}: {field.name} must be a whole number, not {value!r}")
-        if field.type is float and not isinstance(value, (int, float)):
-            raise ConfigError(f"{where}: {field.name} must be a number, not {value!r}")
-        if required and value <= 0:
-            raise ConfigError(f"{where}: {field.name} must be positive, not {value}")
-
-
-def _check_values(config: ModelConfig, where: str) -> None:
+def _check_relations(config: ModelConfig, where: str) -> None:
     """Relations between values that no single one shows."""
     if config.qk_rope_head_dim % 2:
         raise ConfigError(f"{where}: qk_rope_head_dim {config.qk_rope_head_dim} must be even")
-    if config.moe_layer_freq < 1:
-        raise ConfigError(f"{where}: moe_layer_freq {config.moe_layer_freq} must be at least 1")
     if not config.moe_layers:
         return
+    if len(config.moe_layers) * config.n_routed_experts > MAX_EXPERTS:
+        raise ConfigError(
+            f"{where}: num_hidden_layers {config.num_hidden_layers} and n_routed_experts {config.n_routed_experts} are "
+            f"more than {MAX_EXPERTS:,} experts"
+        )
     if not 0 < config.num_experts_per_tok <= config.n_routed_experts:
         raise ConfigError(
             f"{where}: num_experts_per_tok {config.num_experts_per_tok} must lie between 1 and "

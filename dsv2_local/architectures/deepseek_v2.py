@@ -5,12 +5,12 @@ writes (`rope_parameters`). What is not supported is refused here, by name.
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
-from dsv2_local.architectures.config import ModelConfig, Yarn, id_tuple
+from dsv2_local.architectures.config import VALUES, YARN_VALUES, ModelConfig, Yarn
 from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.errors import ConfigError, UnsupportedModelError
+from dsv2_local.values import Fields, Number, Object, Text, shown
 
 
 def parse(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -21,10 +21,8 @@ def parse(raw: dict[str, Any], where: str) -> ModelConfig:
         ConfigError: a value is missing, of the wrong type or impossible.
     """
     _refuse_unsupported(raw, where)
-    values = {f.name: raw[f.name] for f in fields(ModelConfig) if raw.get(f.name) is not None}
-    values["yarn"], values["rope_theta"] = _rope(raw, where)
-    values["eos_token_id"] = id_tuple(raw.get("eos_token_id"))
-    return ModelConfig.checked(values, where)
+    yarn, rope_theta = _rope(raw, where)
+    return ModelConfig.read(raw, where, yarn=yarn, rope_theta=rope_theta)
 
 
 def expert_tensor(layer: int, expert: int, matrix: str) -> str:
@@ -91,33 +89,37 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     for key, allowed in expected.items():
         if raw.get(key) not in allowed:
             supported = " or ".join(repr(value) for value in allowed if value is not None)
-            raise UnsupportedModelError(f"{where}: {key} {raw.get(key)!r} is not supported (only {supported})")
-    method = (raw.get("quantization_config") or {}).get("quant_method", "dsv2")
-    if method != "dsv2":
+            raise UnsupportedModelError(f"{where}: {key} {shown(raw.get(key))} is not supported (only {supported})")
+    source = Fields(raw, where)
+    quantisation = Fields(source.get("quantization_config", Object()) or {}, f"{where}: quantization_config")
+    method = quantisation.get("quant_method", Text())
+    if method not in (None, "dsv2"):
         raise UnsupportedModelError(
             f"{where}: weights quantised as {method!r} are not supported; convert from the bf16, fp16 or fp32 release"
         )
-    heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
+    heads = source.get("num_attention_heads", VALUES["num_attention_heads"])
+    kv_heads = source.get("num_key_value_heads", Number(1, whole=True))
     if kv_heads is not None and kv_heads != heads:
         raise UnsupportedModelError(f"{where}: num_key_value_heads {kv_heads} differs from num_attention_heads {heads}")
 
 
 def _rope(raw: dict[str, Any], where: str) -> tuple[Yarn | None, float]:
     """YaRN's parameters (None for plain RoPE) and rope_theta, from either shape of the file."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ConfigError(f"{where}: rope_scaling must be an object, not {rope!r}")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    source = Fields(raw, where)
+    key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    rope = Fields(source.get(key, Object()) or {}, f"{where}: {key}")
+    theta = rope.get("rope_theta", VALUES["rope_theta"]) or source.get("rope_theta", VALUES["rope_theta"]) or 10000.0
+    kind = rope.get("rope_type", Text()) or rope.get("type", Text()) or "default"
     if kind == "default":
-        return None, float(theta)
+        return None, theta
     if kind != "yarn":
         raise UnsupportedModelError(f"{where}: RoPE scaling {kind!r} is not supported (only 'yarn' or none)")
-    if rope.get("attention_factor") is not None:
+    if rope.raw.get("attention_factor") is not None:
         raise UnsupportedModelError(f"{where}: YaRN's attention_factor is not supported; use mscale")
-    names = {f.name for f in fields(Yarn)}
-    given = {key: value for key, value in rope.items() if key in names and value is not None}
-    given.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    if not isinstance(given.get("factor"), (int, float)) or given["factor"] <= 0:
-        raise ConfigError(f"{where}: YaRN needs a positive factor, not {given.get('factor')!r}")
-    return Yarn(**given), float(theta)
+    given = {name: rope.get(name, allowed) for name, allowed in YARN_VALUES.items()}
+    if given["factor"] is None:
+        raise ConfigError(f"{where}: YaRN needs a factor")
+    if given["original_max_position_embeddings"] is None:
+        limit = source.get("max_position_embeddings", VALUES["max_position_embeddings"])
+        given["original_max_position_embeddings"] = limit or 1  # without one the file is refused later
+    return Yarn(**{name: value for name, value in given.items() if value is not None}), theta

@@ -8,6 +8,7 @@ from dsv2_local.architectures import deepseek_v2
 from dsv2_local.architectures.config import ModelConfig, read_config_json
 from dsv2_local.architectures.tensors import TensorSpec
 from dsv2_local.errors import UnsupportedModelError
+from dsv2_local.values import Fields, Text
 
 
 class Family(Protocol):
@@ -46,7 +47,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         UnsupportedModelError: the model, or something in it, is not supported; the text names it.
         ConfigError: a value is missing, of the wrong type or impossible.
     """
-    model_type = raw.get("model_type")
+    model_type = Fields(raw, where).get("model_type", Text())
     if model_type not in FAMILIES:
         supported = " or ".join(repr(name) for name in FAMILIES)
         raise UnsupportedModelError(f"{where}: model_type {model_type!r} is not supported (only {supported})")

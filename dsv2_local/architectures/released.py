@@ -1,12 +1,13 @@
 """The architectures of the released models, so that they can be planned and measured before they are downloaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dsv2_local.architectures.config import ModelConfig, read_config_json
 from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import ConfigError, InputError
+from dsv2_local.model_files import read_object
+from dsv2_local.values import Fields, Object, Text
 
 _FAMILY: dict[str, Any] = {
     "model_type": "deepseek_v2", "vocab_size": 102400, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
@@ -48,8 +49,10 @@ def read_config(name: str) -> ModelConfig:
 
 def stored_recipe(name: str) -> str | None:
     """The recipe that a converted model's config.json names; None for what is not converted."""
-    recipe = (_read(name)[0].get("quantization_config") or {}).get("recipe")
-    return None if recipe is None else str(recipe)
+    raw, where = _read(name)
+    described = Fields(raw, where).get("quantization_config", Object()) or {}
+    recipe: str | None = Fields(described, f"{where}: quantization_config").get("recipe", Text())
+    return recipe
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
@@ -59,12 +62,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     path = Path(name)
     if path.is_dir():
         return read_config_json(path), str(path / "config.json")
-    if not path.is_file():
+    raw = read_object(path, ConfigError)
+    if raw is None:
         raise InputError(f"{name} is neither {' nor '.join(RELEASED)} nor a config.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a JSON object")
     return raw, str(path)

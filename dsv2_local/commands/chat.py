@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from dsv2_local import inlet
 from dsv2_local.commands import sessions
 from dsv2_local.commands.console import (
     ProgressBar,
@@ -152,6 +153,7 @@ class Chat:
         Neither an error nor Ctrl-C ends the chat; a question that got no answer is removed from the conversation.
         """
         with self._surviving():
+            text = inlet.text(text, "the message")
             if is_command(text):
                 self.command(text)
             elif text.strip():

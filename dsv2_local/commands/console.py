@@ -70,14 +70,10 @@ def _end_waiting() -> str:
 
 
 def report_console() -> "Console":
-    """A console for tables on stdout. It raises BrokenPipeError if the pipe is closed; rich would exit with code 1."""
+    """A console for tables on stdout."""
     from rich.console import Console
 
-    class ReportConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    return ReportConsole(highlight=False, emoji=False)
+    return Console(highlight=False, emoji=False)
 
 
 def format_bytes(size: float) -> str:

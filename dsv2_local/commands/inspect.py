@@ -16,6 +16,7 @@ from dsv2_local.commands.console import format_bytes, report_console
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
+from dsv2_local.quant.local import require_config
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout, stored_bytes
 from dsv2_local.runtime.cache import bytes_per_token
 
@@ -80,6 +81,7 @@ def describe(directory: Path) -> dict[str, Any]:
 def show(model: str | None, as_json: bool) -> None:
     """Describe a directory or hub repository (None: the bundled model) on stdout."""
     directory = bundled_model() if model is None else hub.resolve(model, hub.DESCRIPTION)
+    require_config(directory)
     facts = describe(directory)
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")

@@ -10,9 +10,10 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
-from dsv2_local.commands import sessions
 from dsv2_local.commands.messages import as_typed
 from dsv2_local.commands.terminal import Terminal
+from dsv2_local.errors import InputError
+from dsv2_local.machine import homes
 
 
 class Prompt:
@@ -46,18 +47,18 @@ class Prompt:
 
 class _MessageHistory(FileHistory):
     def store_string(self, string: str) -> None:
-        with suppress(OSError):  # the chat goes on without it
+        with suppress(OSError, UnicodeEncodeError):  # the chat goes on without it
             super().store_string(string)
 
 
 def _history() -> History:
     """The history of messages: a file that only the user can read, or in memory if it cannot be written."""
-    path = sessions.state() / "history"
     try:
+        path = homes.state() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         return _MessageHistory(str(path))
-    except OSError:
+    except (InputError, OSError):
         return InMemoryHistory()
 
 

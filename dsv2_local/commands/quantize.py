@@ -22,12 +22,15 @@ from rich.table import Table
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.console import notice
+from dsv2_local.errors import CheckpointError
+from dsv2_local.machine.homes import expanded
 from dsv2_local.machine.numa import spread_memory
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
 from dsv2_local.quant.schema import Recipe, parameters
 from dsv2_local.quant.verify import verify
+from dsv2_local.text.tokenizer import Tokenizer
 
 SECONDS_A_LINE = 10.0  # between two lines of progress if stderr is not a terminal
 
@@ -42,10 +45,12 @@ def run(
     Raises:
         Dsv2Error: any kind of error; finished files are kept, and the same call continues from there.
     """
-    local = Path(src).is_dir()
+    local = expanded(Path(src)).is_dir()
     source = resolve(src, revision=revision, token=token)
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
+    dst = expanded(dst)
+    _check_tokenizer(source, dst)
     spread_memory(os.sched_getaffinity(0))  # over the NUMA nodes, since inference reads it from the page cache next
     start = time.perf_counter()
     if finished := finished_files(dst):
@@ -61,6 +66,14 @@ def run(
         with _reporting("verifying") as report:
             errors = verify(source, dst, report)
         Console().print(_error_table(errors))
+
+
+def _check_tokenizer(source: Path, dst: Path) -> None:
+    """Say before a long conversion if its result will not understand text."""
+    try:
+        Tokenizer(source)
+    except CheckpointError as error:
+        notice(f"{error}; without it {dst} will take token ids only, not text")
 
 
 def _closing(dst: Path, manifest: Manifest, weights: int, seconds: float) -> str:

@@ -16,7 +16,8 @@ from dsv2_local.commands.console import (
     without_control_characters,
 )
 from dsv2_local.commands.run_options import RunOptions
-from dsv2_local.errors import InputError
+from dsv2_local.commands.streams import is_unicode
+from dsv2_local.errors import InputError, OutputError
 from dsv2_local.llm import LLM, Chunk, Generation
 from dsv2_local.runtime import saved_cache
 from dsv2_local.runtime.engine import Stats
@@ -26,11 +27,12 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     """Answer the prompt of `options` on `out`.
 
     The cache file, if there is one, is loaded first and saved afterwards (if `_is_worth_saving`). Ctrl-C stops the
-    prefill or the answer: what was generated is printed, what was read is saved, and KeyboardInterrupt is raised.
+    prefill or the answer: what was generated is printed, what was read is saved, and KeyboardInterrupt is raised. It is
+    saved too if `out` can no longer be written.
     """
     chunks: list[Chunk] = []
-    interrupted = False
-    loaded = _load_cache(llm, options.cache) if options.cache and options.cache.exists() else 0
+    stopped: BaseException | None = None
+    loaded = _load_cache(llm, options.cache) if options.cache and _has_contents(options.cache) else 0
     with prompt_progress() as progress:
         generation, watch = _start(llm, options, progress), Stopwatch()
         try:
@@ -38,12 +40,14 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
                 chunks.append(chunk)
                 if options.stream and not options.json:
                     _write_text(out, chunk.text)
-        except KeyboardInterrupt:
-            interrupted = True
-    _finish(llm, options, generation, chunks, out)
-    if options.stats:
-        for line in (describe_stats(generation.stats, watch.seconds, interrupted), *describe_experts(llm)):
-            notice(line)
+        except (KeyboardInterrupt, SystemExit, OutputError) as error:
+            stopped = error
+    interrupted = isinstance(stopped, KeyboardInterrupt)
+    if stopped is None or interrupted:
+        _finish(llm, options, generation, chunks, out)
+        if options.stats:
+            for line in (describe_stats(generation.stats, watch.seconds, interrupted), *describe_experts(llm)):
+                notice(line)
     stats = generation.stats
     saved = options.cache if options.cache and _is_worth_saving(stats, loaded) else None
     if saved:
@@ -51,8 +55,13 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     if interrupted and stats.context_used < stats.prompt_tokens and (saved or not options.cache):
         rest = f"saved in {saved}: the same command continues from there" if saved else "--cache FILE would save them"
         notice(f"{describe_stop(stats)}; {rest}")
-    if interrupted:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
+
+
+def _has_contents(path: Path) -> bool:
+    """Whether there is something to load; a file of `mktemp` is empty."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _load_cache(llm: LLM, path: Path) -> int:
@@ -86,7 +95,7 @@ def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
 
 def _finish(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], out: TextIO) -> None:
     if options.json:
-        _write(out, _to_json(_as_json(llm, options, generation, chunks)))
+        _write(out, _to_json(_as_json(llm, options, generation, chunks), ascii=not is_unicode(out)))
     elif not options.stream:
         _write_text(out, generation.text)
     if options.newline and (options.json or not generation.text.endswith("\n")):
@@ -98,9 +107,9 @@ def _write_text(out: TextIO, text: str) -> None:
     _write(out, without_control_characters(text) if out.isatty() else text)
 
 
-def _to_json(result: dict[str, Any]) -> str:
+def _to_json(result: dict[str, Any], ascii: bool) -> str:
     """One line of JSON in which all control characters are escaped; `json` itself leaves those from 127 on."""
-    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(result, ensure_ascii=False))
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(result, ensure_ascii=ascii))
 
 
 def _write(out: TextIO, text: str) -> None:

@@ -17,16 +17,12 @@ from dsv2_local.commands.console import format_bytes, notice, report_console
 from dsv2_local.commands.conversation import Conversation
 from dsv2_local.errors import Dsv2Error, InputError, SavedCacheError
 from dsv2_local.llm import LLM
+from dsv2_local.machine import homes
 from dsv2_local.runtime import saved_cache
 
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200
 """Bytes. File systems allow 255, and the temporary name while a file is written is longer than the session's."""
-
-
-def state() -> Path:
-    """The directory for sessions and the history of a chat, under $XDG_STATE_HOME or ~/.local/state."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "dsv2-local"
 
 
 def file(name: str) -> Path:
@@ -143,7 +139,7 @@ class _Session:
 
 
 def _folder() -> Path:
-    return state() / "sessions"
+    return homes.state() / "sessions"
 
 
 def _table(found: list[_Session]) -> Table:

@@ -48,8 +48,7 @@ class Terminal:
         self._before = termios.tcgetattr(self._stdin)
         self._handle(signal.SIGTSTP, self._suspend)
         self._handle(signal.SIGCONT, self._resume)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            self._handle(number, _leave)
+        self._handle(signal.SIGQUIT, _leave)
         self._own()
         self._early = self._typed_before()
         return self
@@ -68,14 +67,12 @@ class Terminal:
 
     @property
     def input(self) -> "Vt100Input":
-        """The keyboard, for prompt_toolkit. Bytes that are no text become U+FFFD."""
+        """The keyboard, for prompt_toolkit."""
         if self._input is None:
-            from prompt_toolkit.input.posix_utils import PosixStdinReader
             from prompt_toolkit.input.vt100 import Vt100Input
 
             self._input = Vt100Input(sys.stdin)
-            self._input.stdin_reader = PosixStdinReader(self._stdin, "replace", sys.stdin.encoding)
-            self._input.vt100_parser.feed(self._early.decode(sys.stdin.encoding, "replace"))
+            self._input.vt100_parser.feed(self._early.decode(sys.stdin.encoding, "surrogateescape"))
             self._keys += self._input.flush_keys()
         return self._input
 

@@ -13,8 +13,10 @@ from math import floor, inf
 from pathlib import Path, PurePosixPath
 
 from dsv2_local.errors import InputError
+from dsv2_local.values import Number, checked
 
 ROOT = Path("/")
+MAX_THREADS = 4096
 FEW_CORES = 4  # below this, leaving cores idle costs too little to warn about
 
 
@@ -100,8 +102,8 @@ def choose_threads(requested: int | None, root: Path = ROOT) -> Threads:
     Raises:
         InputError: fewer than one thread.
     """
-    if requested is not None and requested < 1:
-        raise InputError(f"--threads must be at least 1, not {requested}; leave it out for one per physical core")
+    if requested is not None:
+        requested = checked("--threads", requested, Number(1, MAX_THREADS, whole=True), InputError)
     affinity = os.sched_getaffinity(0)
     cores, quota = physical_cores(affinity, root), cpu_quota(root)
     count = _fitting(len(cores), quota) if requested is None else requested

@@ -1,12 +1,14 @@
 """The engine: chunked prefill, decode with speculative drafts, prefix reuse, and statistics of each generation.
 
-The engine handles token ids, not text. It computes one sequence at a time. Generations may take turns, token by token:
-the engine then switches between their sequences through the prefix cache. (There is no scheduler yet that batches
-several sequences into one step.)
+The engine handles token ids, not text. It computes one sequence at a time. Generations may take turns, token by token,
+in one thread or in several: the engine then switches between their sequences through the prefix cache. (There is no
+scheduler yet that batches several sequences into one step.)
 """
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +99,20 @@ class GeneratedToken:
 
 
 class Engine:
-    """A model with its KV cache."""
+    """A model with its KV cache.
+
+    Attributes:
+        model: the transformer.
+        chunk: tokens per prefill step.
+        cache: the KV cache, with the sequence that is being computed.
+        step: the decode step.
+        turn: held by the thread that computes; whoever reads or changes the cache takes it (`opened`).
+    """
 
     def __init__(self, model: Transformer, context: int, cache_dtype: CacheDtype, chunk: int = CPU_CHUNK) -> None:
         """Allocate a KV cache for `context` tokens; `chunk` is the number of tokens per prefill step."""
         self.model, self.chunk = model, chunk
+        self.turn, self._closed = threading.RLock(), False
         self.cache = model.new_cache(context, cache_dtype)
         self.step = decode_step(model, self.cache)
         self._tokens: list[int] = []  # the tokens in the cache; after a failed step, with that step's tokens after them
@@ -123,6 +134,22 @@ class Engine:
         """The tokens of the sequence in the cache."""
         return self._tokens[: self.cache.length]
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Have the engine for this thread alone, one step or one access to the cache long.
+
+        Raises:
+            InputError: the engine is closed.
+        """
+        with self.turn:
+            if self._closed:
+                raise InputError("the model is closed and cannot be used again; load it once more")
+            yield
+
+    def close(self) -> None:
+        """Refuse all further use, also by generations that have begun."""
+        self._closed = True
+
     def adopt(self, tokens: list[int]) -> None:
         """Declare that the cache now holds a sequence of these tokens, as after loading one from a file."""
         self._active, self._tokens = None, tokens
@@ -136,11 +163,14 @@ class Engine:
         self._check(ids)
         if len(ids) > self.context:
             raise ContextLengthError(len(ids), self.context)
-        self._switch_to(None, [])
-        return torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, no_progress)])
+        with self.opened():
+            self._switch_to(None, [])
+            return torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, no_progress)])
 
     def generate(self, request: Request, stats: Stats, progress: Progress = no_progress) -> Iterator[GeneratedToken]:
         """Prefill the prompt, and yield tokens until an end token (yielded too), max_tokens or a full context.
+
+        Each token is computed under the lock; between two tokens other threads may compute.
 
         Args:
             request: the prompt, and how to generate.
@@ -149,8 +179,18 @@ class Engine:
 
         Raises:
             ContextLengthError: the prompt and one more token do not fit in the context.
-            InputError: the prompt is empty, or a token id is outside the vocabulary.
+            InputError: the prompt is empty, a token id is outside the vocabulary, or the engine is closed.
         """
+        tokens = self._generate(request, stats, progress)
+        while True:
+            with self.opened():
+                generated = next(tokens, None)
+            if generated is None:
+                return
+            yield generated
+
+    def _generate(self, request: Request, stats: Stats, progress: Progress) -> Iterator[GeneratedToken]:
+        """See `generate`; the caller has the lock while this runs."""
         prompt = request.prompt
         self._check(prompt)
         if len(prompt) >= self.context:

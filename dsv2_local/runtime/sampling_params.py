@@ -1,13 +1,27 @@
 """Sampling parameters, and a model's defaults for them."""
 
-import json
-import math
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from dsv2_local.architectures.config import id_tuple
 from dsv2_local.errors import ConfigError, InputError
+from dsv2_local.model_files import read_object
+from dsv2_local.values import Fields, Flag, Number, TokenIds, Value, checked, shown
+
+SMALLEST_TEMPERATURE = 2.0**-126
+"""The smallest normal number of fp32. Logits divided by less overflow, and the answer is greedy in any case."""
+
+_PENALTY = Number(-1e6, 1e6)
+VALUES: dict[str, Value] = {
+    "temperature": Number(0), "top_p": Number(0, 1, above=True), "top_k": Number(-1, whole=True), "min_p": Number(0, 1),
+    "repetition_penalty": Number(1e-3, 1e3), "presence_penalty": _PENALTY, "frequency_penalty": _PENALTY,
+    "seed": Number(-1, 2**64 - 1, whole=True),
+}  # fmt: skip
+"""What each number of `SamplingParams` may be."""
+_BIAS = Number(-1e9, 1e9)
+_TOKEN = Number(0, whole=True)
 
 
 @dataclass(frozen=True)
@@ -37,26 +51,46 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges.
+        """Check types and ranges, and give each value the one spelling that the sampler knows.
+
+        Other programs write -1 for "no limit" (top_k) and for "a different answer every time" (seed); here they become
+        0 and None. A temperature too small for fp32 becomes 0.
 
         Raises:
-            InputError: a value is out of range.
+            InputError: a value is of the wrong type, not finite, or out of range.
         """
-        numbers = [getattr(self, f.name) for f in fields(self) if f.type in (float, int)]
-        if not all(math.isfinite(value) for value in (*numbers, *self.logit_bias.values())):
-            raise InputError("sampling parameters must be finite numbers")
-        self._require(self.temperature >= 0, "temperature", "at least 0")
-        self._require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        self._require(self.top_k >= 0, "top_k", "at least 0 (0: no limit)")
-        self._require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        self._require(self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        for name, kind in VALUES.items():
+            value = getattr(self, name)
+            if not (name == "seed" and value is None):
+                self._set(name, checked(name, value, kind, InputError))
+        if self.temperature < SMALLEST_TEMPERATURE:
+            self._set("temperature", 0.0)
+        if self.top_k == -1:
+            self._set("top_k", 0)
+        if self.seed == -1:
+            self._set("seed", None)
+        if not isinstance(self.logit_bias, Mapping):
+            raise InputError(f"logit_bias must map token ids to numbers, not be {shown(self.logit_bias)}")
+        biases = {
+            checked("a token of logit_bias", token, _TOKEN, InputError): checked(
+                f"logit_bias of token {shown(token)}", bias, _BIAS, InputError
+            )
+            for token, bias in self.logit_bias.items()
+        }
+        self._set("logit_bias", biases)
 
-    def _require(self, valid: bool, name: str, rule: str) -> None:
-        if not valid:
-            raise InputError(f"{name} must be {rule}, not {getattr(self, name)}")
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def override(self, **given: Any) -> "SamplingParams":
-        """A copy in which the given values replace this object's; None means no replacement."""
+        """A copy in which the given values replace this object's; None means no replacement.
+
+        Raises:
+            InputError: there is no such parameter, or a value is impossible.
+        """
+        known = (*VALUES, "logit_bias")
+        if unknown := [name for name in given if name not in known]:
+            raise InputError(f"there is no option {unknown[0]}; the sampling parameters are {', '.join(known)}")
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -68,25 +102,26 @@ class GenerationConfig:
     eos_token_id: tuple[int, ...] = ()
 
     @classmethod
-    def load(cls, directory: Path) -> "GenerationConfig":
+    def load(cls, directory: Path, vocabulary: float = inf) -> "GenerationConfig":
         """Read the file; without one, sample with temperature 1 and no truncation.
 
+        Decoding is greedy unless `do_sample` is true, as in transformers: the other settings are kept, since penalties
+        apply to greedy decoding too and the rest to a temperature that the user chooses.
+
+        Args:
+            directory: the model's.
+            vocabulary: number of tokens that the model knows.
+
         Raises:
-            ConfigError: the file is damaged, or a value is out of range.
+            ConfigError: the file is damaged, or a value is of the wrong type or out of range.
         """
         path = directory / "generation_config.json"
-        if not path.is_file():
+        raw = read_object(path, ConfigError)
+        if raw is None:
             return cls()
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(_default_params(raw), id_tuple(raw.get("eos_token_id")))
-        except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
-            raise ConfigError(f"{path} cannot be used: {error}") from None
-
-
-def _default_params(raw: dict[str, Any]) -> SamplingParams:
-    """The sampling defaults in a generation_config.json; greedy unless `do_sample` is true."""
-    if not raw.get("do_sample", False):
-        return SamplingParams(temperature=0.0)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return SamplingParams().override(**{name: raw.get(name) for name in names})
+        source = Fields(raw, str(path))
+        given = {name: source.get(name, kind) for name, kind in VALUES.items() if name != "seed"}
+        params = SamplingParams().override(**given)
+        if not source.get("do_sample", Flag()):
+            params = params.override(temperature=0.0)
+        return cls(params, source.get("eos_token_id", TokenIds(vocabulary)) or ())

@@ -4,7 +4,6 @@ Special tokens that the chat template writes become special tokens; the same cha
 text, so that a message cannot forge a turn. In a raw prompt, special tokens are parsed (fill-in-the-middle needs that).
 """
 
-import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from dsv2_local import inlet
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
+from dsv2_local.model_files import read_object
 from dsv2_local.text.chat_template import Message, render
 
 
@@ -29,7 +30,7 @@ class Tokenizer:
         """
         path = directory / "tokenizer.json"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = inlet.decoded(path.read_bytes(), str(path))
             self._tokenizer = FastTokenizer.from_str(text)
             self._plain = _without_added_tokens(self._tokenizer)
             self._settings = _read_settings(directory)
@@ -48,7 +49,11 @@ class Tokenizer:
         return self._added.get(self.eos_token)
 
     def encode(self, text: str) -> list[int]:
-        """Encode raw text. Special tokens in it are parsed, and BOS is prepended unless the text begins with it."""
+        """Encode raw text. Special tokens in it are parsed, and BOS is prepended unless the text begins with it.
+
+        Raises:
+            InputError: the text is not Unicode.
+        """
         if self.bos_token and self._settings.get("add_bos_token", True) and not text.startswith(self.bos_token):
             text = self.bos_token + text
         return self._encode_pieces(text)
@@ -61,14 +66,16 @@ class Tokenizer:
             add_generation_prompt: whether to end with the header of the assistant's next turn.
 
         Raises:
-            InputError: a message lacks a role or a content, or one is not text.
+            InputError: a message lacks a role or a content, or one is not Unicode text.
             TemplateError: the checkpoint has no chat template, or it rejects the messages.
         """
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise InputError(f"a message needs a role and a content, both strings: {dict(message)!r}")
-        mark = _unused_mark(messages)
-        quoted = [{**message, "content": self._quote(message["content"], mark)} for message in messages]
+        named = [(message, f"the {message['role']} message") for message in messages]
+        unicode = [{**message, "content": inlet.text(message["content"], name)} for message, name in named]
+        mark = _unused_mark(unicode)
+        quoted = [{**message, "content": self._quote(message["content"], mark)} for message in unicode]
         return self._encode_pieces(self.render(quoted, add_generation_prompt), mark)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -107,7 +114,7 @@ class Tokenizer:
     def _encode_pieces(self, text: str, mark: str = "") -> list[int]:
         """Encode special tokens as their ids, and the text between them as plain text with `mark` removed."""
         ids: list[int] = []
-        for piece in self._special.split(text):
+        for piece in self._special.split(inlet.well_formed(text, "the prompt")):
             if piece in self._added:
                 ids.append(self._added[piece])
             elif piece:
@@ -127,10 +134,10 @@ def _without_added_tokens(tokenizer: FastTokenizer) -> FastTokenizer:
 
 def _read_settings(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings: dict[str, Any] = read_object(path, CheckpointError) or {}
     template = directory / "chat_template.jinja"  # where transformers 5 writes it
     if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        settings["chat_template"] = inlet.decoded(template.read_bytes(), str(template))
     return settings
 
 
