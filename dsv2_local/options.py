@@ -1,7 +1,7 @@
 """Parsing of option values, for the command line, the Python API and the commands of a chat."""
 
+import os
 import re
-import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from enum import StrEnum
@@ -21,7 +21,7 @@ DRAW = -1
 
 def drawn_seed() -> int:
     """A random seed, short enough to be typed again."""
-    return secrets.randbelow(2**31)
+    return int.from_bytes(os.urandom(4)) >> 1
 
 
 def one_of(option: str, value: str, choices: Iterable[Choice]) -> Choice:

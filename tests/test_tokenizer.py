@@ -86,7 +86,7 @@ def test_bad_messages_and_templates(tokenizer, directory, tmp_path):
     with pytest.raises(TemplateError, match="unknown role judge"):
         tokenizer.encode_chat([{"role": "judge", "content": "x"}])
     shutil.copy(directory / "tokenizer.json", tmp_path)
-    with pytest.raises(TemplateError, match="no chat template"):
+    with pytest.raises(TemplateError, match="no chat template; `dsv2 run --raw`"):
         Tokenizer(tmp_path).encode_chat(USER)
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
     with pytest.raises(TemplateError):

@@ -51,10 +51,12 @@ HELP = """\
 /experts           show where the routed experts are, and how they were used
 /exit              leave the chat (so does Ctrl-D)
 
-Enter sends the message; Alt-Enter, or a \\ at the end of the line, starts a new line. Ctrl-C stops an answer and keeps
-what was written, Ctrl-Z suspends the chat. What is typed during an answer becomes the next message.
-Commands are a / and one word. To send a message that looks like one, type two: //like this. Pasted text is sent as it
-is."""
+Enter sends the message; Alt-Enter, or a \\ typed at the end of the line, starts
+a new line. Ctrl-C stops an answer and keeps what was written; Ctrl-Z suspends
+the chat. What is typed during an answer becomes the next message.
+
+A command is a / and one word. To send a message that looks like a command, type
+two: //like this. Pasted text is always a message."""
 COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 
 
@@ -88,7 +90,7 @@ class Chat:
         self.llm = llm
         self._stop = options.pop("stop", None)
         self.conversation = Conversation(system, options)
-        self.console = console or Console(highlight=False, emoji=False)
+        self.console = console or Console(highlight=False)
         self._read, self._ask, self._terminal = read, ask, terminal
         self._last: Generation | None = None
         self._interrupted, self._waited = False, 0.0  # seconds that the last answer took after its first token
@@ -137,6 +139,8 @@ class Chat:
                     return
                 self._take_turn(text)
             except KeyboardInterrupt:
+                if self.conversation.unanswered:
+                    self.conversation.undo()
                 if not hinted:
                     self._say("leave with Ctrl-D or /exit")
                 hinted = True
@@ -168,7 +172,7 @@ class Chat:
         try:
             yield
         except (Dsv2Error, OSError, MemoryError) as error:
-            self.console.print(f"error: {without_control_characters(str(error))}", style="red", markup=False)
+            self._say(f"error: {error}", style="red")
         except KeyboardInterrupt:
             self._say("stopped")
 
@@ -262,8 +266,8 @@ class Chat:
             if choice and choice in letters:
                 return choice
 
-    def _say(self, text: str) -> None:
-        self.console.print(without_control_characters(text), style="dim", markup=False)
+    def _say(self, text: str, style: str = "dim") -> None:
+        self.console.print(without_control_characters(text), style=style, markup=False, emoji=False)
 
     def _help(self, _: str) -> None:
         self.console.print(HELP, markup=False)

@@ -4,6 +4,7 @@ stdout is for the model's text and for tables; everything else goes to stderr. r
 so that `dsv2 --help` stays fast.
 """
 
+import os
 import re
 import sys
 import threading
@@ -52,7 +53,8 @@ def waiting(text: str) -> Iterator[None]:
     """Show a line on stderr, if it is a terminal, until the block ends or something else is written there."""
     global _waiting
     if sys.stderr.isatty():
-        print(f"dsv2: {text}", end="", file=sys.stderr, flush=True)
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        print(f"dsv2: {text}"[: columns - 1], end="", file=sys.stderr, flush=True)
         _waiting = True
     try:
         yield

@@ -21,8 +21,8 @@ from rich.text import Text
 from dsv2_local.commands.console import without_control_characters
 from dsv2_local.commands.growing_lines import GrowingLines, Line
 
-# HTML is shown as plain text; rich would omit it.
-PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+# HTML and definitions of links are shown as plain text; rich would omit them.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 INTERVAL = 0.1
 """Seconds between two drawings."""
 SHARE = 20
@@ -42,7 +42,7 @@ class Markdown(RichMarkdown):
     """rich's Markdown, but parsed with `PARSER`."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text)
+        super().__init__(text, hyperlinks=False)  # the address is shown, not hidden in a control sequence
         self.parsed = PARSER.parse(text)
 
     @property

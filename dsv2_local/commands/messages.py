@@ -4,7 +4,7 @@ import re
 
 COMMAND = re.compile(r"/([A-Za-z?]+(?=\s|$)|$)")
 """A slash and one word. A path or a comment in C is text."""
-ESCAPED = re.compile(r"/{2,}[^\s/]")
+ESCAPED = re.compile(r"/{2,}([^\s/]|\s*$)")
 """Text of which one slash is taken off, so that a message can begin with what looks like a command."""
 
 

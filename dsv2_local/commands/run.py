@@ -46,9 +46,9 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     interrupted = isinstance(stopped, KeyboardInterrupt)
     if stopped is None or interrupted:
         _finish(llm, options, generation, chunks, out)
-    if options.stats:
-        for line in (describe_stats(generation.stats, watch.seconds, interrupted), *describe_experts(llm)):
-            notice(line)
+        if options.stats:
+            for line in (describe_stats(generation.stats, watch.seconds, interrupted), *describe_experts(llm)):
+                notice(line)
     stats = generation.stats
     saved = options.cache is not None and _save_cache(llm, options.cache, stats, loaded)
     if interrupted and stats.context_used < stats.prompt_tokens and (saved or not options.cache):

@@ -48,7 +48,7 @@ class Terminal:
         self._before = termios.tcgetattr(self._stdin)
         self._handle(signal.SIGTSTP, self._suspend)
         self._handle(signal.SIGCONT, self._resume)
-        self._handle(signal.SIGTERM, _leave)
+        self._handle(signal.SIGQUIT, _leave)
         self._own()
         self._early = self._typed_before()
         return self
@@ -59,20 +59,20 @@ class Terminal:
         try:
             self._stop_collecting()
         finally:
+            with suppress(termios.error):
+                termios.tcflush(self._stdin, termios.TCIFLUSH)  # what was typed for the chat is no command for a shell
             self._release()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
 
     @property
     def input(self) -> "Vt100Input":
-        """The keyboard, for prompt_toolkit. Bytes that are no text become U+FFFD."""
+        """The keyboard, for prompt_toolkit."""
         if self._input is None:
-            from prompt_toolkit.input.posix_utils import PosixStdinReader
             from prompt_toolkit.input.vt100 import Vt100Input
 
             self._input = Vt100Input(sys.stdin)
-            self._input.stdin_reader = PosixStdinReader(self._stdin, "replace", sys.stdin.encoding)
-            self._input.vt100_parser.feed(self._early.decode(sys.stdin.encoding, "replace"))
+            self._input.vt100_parser.feed(self._early.decode(sys.stdin.encoding, "surrogateescape"))
             self._keys += self._input.flush_keys()
         return self._input
 
@@ -125,8 +125,9 @@ class Terminal:
 
     def _stop_collecting(self) -> None:
         if self._collector and self._wake:
-            os.write(self._wake[1], b"x")
-            self._collector.join()
+            if self._collector.is_alive():
+                os.write(self._wake[1], b"x")
+                self._collector.join()
             for descriptor in self._wake:
                 os.close(descriptor)
             self._collector = self._wake = None
