@@ -21,6 +21,7 @@ from dsv2_local.errors import CheckpointError, Dsv2Error, InputError
 from dsv2_local.model_files import parse_object, read_object, read_text
 from dsv2_local.text.added_tokens import AddedTokens
 from dsv2_local.text.chat_template import ChatTemplates, Message
+from dsv2_local.text.plain_text import PlainText
 from dsv2_local.text.quoting import Quoter
 from dsv2_local.values import Fields, Flag, Object, Text, shown
 
@@ -54,8 +55,10 @@ class Tokenizer:
         self._add_bos = settings.get("add_bos_token", Flag()) is not False
         self._templates = ChatTemplates(_templates(directory, settings))
         self._added = AddedTokens(self._tokenizer)
-        self._plain = _without_added_tokens(self._tokenizer)
-        self._plain_later = _not_at_the_beginning(self._plain)
+        plain = _without_added_tokens(self._tokenizer)
+        later = _not_at_the_beginning(plain)
+        self._plain = PlainText(plain)
+        self._plain_later = self._plain if later is plain else PlainText(later)
 
     @property
     def bos_token(self) -> str:
@@ -156,7 +159,7 @@ class Tokenizer:
                     ids.append(part.token)
                     continue
                 plain = self._plain if part.first else self._plain_later
-                ids += plain.encode(quoter.remove(part.text) if quoter else part.text, add_special_tokens=False).ids
+                ids += plain.encode(quoter.remove(part.text) if quoter else part.text)
         return ids
 
 
