@@ -29,6 +29,7 @@ from dsv2_local.architectures.tensors import UNQUANTISED
 from dsv2_local.errors import CheckpointError, ConversionError
 from dsv2_local.kernels.format import BLOCK, Format
 from dsv2_local.machine import homes
+from dsv2_local.machine.resources import startable
 from dsv2_local.model_files import read_object
 from dsv2_local.quant.checkpoint import (
     MANIFEST,
@@ -205,25 +206,27 @@ class _Writer:
     def write_all(self) -> None:
         """Write and record every unfinished file."""
         threads = torch.get_num_threads()
+        workers = startable(min(MAX_WORKERS, threads))
+        torch.set_num_threads(1)  # OpenMP ends the process if it cannot start its threads
         # The workers use all cores; threads of torch inside each of them would only compete.
-        with ThreadPoolExecutor(min(MAX_WORKERS, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 for file in self.plan.files:
                     if file in self.done:
                         self.tally.count(*self.plan.pieces(file))
                     else:
-                        self.done[file] = self._write(file, pool)
+                        self.done[file] = self._write(file, pool.map if workers else map)
                         _record(self.directory, self.plan.fingerprint, self.done)
             finally:
                 pool.shutdown(cancel_futures=True)
                 torch.set_num_threads(threads)
 
-    def _write(self, file: str, pool: ThreadPoolExecutor) -> FileRecord:
+    def _write(self, file: str, in_parallel: Callable[..., Iterator[Piece]]) -> FileRecord:
         unfinished = self.directory / (file + ".tmp")
         with unfinished.open("w+b", buffering=0) as out:
             out.write(safetensors_header(self.plan.entries(file)))
             convert_piece = partial(_convert_piece, recipe=self.plan.recipe, descriptor=out.fileno())
-            for piece in pool.map(convert_piece, self.plan.pieces(file)):
+            for piece in in_parallel(convert_piece, self.plan.pieces(file)):
                 self.tally.count(piece)
             os.fsync(out.fileno())
         record = FileRecord(unfinished.stat().st_size, file_sha256(unfinished))

@@ -3,6 +3,8 @@
 import io
 import os
 import pwd
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from dsv2_local import llm
 from dsv2_local.commands import process, streams
 from dsv2_local.commands.run_options import gather_prompt
 from dsv2_local.errors import InputError, OutputError
 from dsv2_local.machine import homes, measurements
-from tests.models import heed_signals
+from tests.models import heed_signals, save_random
 from tests.test_cli import DSV2, QUESTION, dsv2, environment
 
 PLAN = ["plan", "deepseek-v2-lite", "--ram", "64GiB"]
@@ -293,3 +296,37 @@ def test_an_exception_in_a_thread_is_one_line(restored, capsys):
     assert code == 0
     assert shown.startswith("dsv2: error: ZeroDivisionError")
     assert shown.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_file_of_the_model_that_becomes_shorter_is_one_line(tmp_path):
+    model = shutil.copytree(llm.bundled_model(), tmp_path / "model")
+    code = (
+        "import os, pathlib, sys\nfrom dsv2_local.commands import process\nfrom dsv2_local.llm import load\n"
+        "def answer():\n    process.explain_lost_files()\n    model = load(sys.argv[1])\n"
+        "    for path in pathlib.Path(sys.argv[1]).glob('*.safetensors'):\n        os.truncate(path, 4096)\n"
+        "    list(model.generate('What is a dog?'))\n"
+        "process.run(answer)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, check=False, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", process.LOST_FILE.encode())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() == 0, reason="the limit of processes does not hold for root")
+def test_without_any_further_thread_it_answers(tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+
+    def limited(*words: object) -> subprocess.CompletedProcess[bytes]:
+        command = [*DSV2, *map(str, words)]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, preexec_fn=limit,
+                              env=environment(OPENBLAS_NUM_THREADS="1"))  # fmt: skip
+
+    done = limited("run", QUESTION, "--temperature", "0", "--threads", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == dsv2("run", QUESTION, "--temperature", 0).stdout
+    assert b"only 1 thread of 3 can be started here" in done.stderr
+    source = save_random(tmp_path / "source")
+    done = limited("quantize", source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr

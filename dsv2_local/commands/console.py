@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -125,7 +125,8 @@ class ProgressBar:
                 # A timer, since a prefill chunk of a large model takes many seconds, until the next call.
                 self._timer = threading.Timer(PROGRESS_AFTER, self._show)
                 self._timer.daemon = True
-                self._timer.start()
+                with suppress(RuntimeError):  # no further thread can be started: then without a bar
+                    self._timer.start()
 
     def figures(self) -> str:
         """The work done and the total, the recent rate and the time left; until a rate is known, the time elapsed."""
@@ -156,7 +157,8 @@ class ProgressBar:
             bar = BarColumn(max(4, min(40, console.width - BESIDE_BAR)))
             self._bar = Progress(TextColumn(self._what), bar, FiguresColumn(), console=console, transient=True)
             self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
-            self._bar.start()
+            with suppress(RuntimeError):
+                self._bar.start()
 
     def _stop(self) -> None:
         with self._lock:

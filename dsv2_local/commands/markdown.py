@@ -20,6 +20,7 @@ from rich.text import Text
 
 from dsv2_local.commands.console import without_control_characters
 from dsv2_local.commands.growing_lines import GrowingLines, Line
+from dsv2_local.machine.resources import startable
 
 # HTML and definitions of links are shown as plain text; rich would omit them.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
@@ -105,7 +106,7 @@ class MarkdownStream:
             stops: how often the process was stopped; when that changes, others have written to the screen.
         """
         self._console = console
-        self._renders = console.is_terminal and not console.is_dumb_terminal
+        self._renders = console.is_terminal and not console.is_dumb_terminal and startable(1) > 0
         self._lines = GrowingLines(console, stops)
         self._pushed: list[str] = []  # text that the drawing thread has not taken yet
         self._tail = ""  # text that is not finished

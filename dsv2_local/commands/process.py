@@ -1,14 +1,16 @@
 """How a command ends: exit codes, signals, and one line for any exception."""
 
+import ctypes
 import os
 import signal
 import sys
+import termios
 import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dsv2_local.commands import streams
 from dsv2_local.errors import Dsv2Error
@@ -23,7 +25,9 @@ def run(command: Callable[[], object]) -> NoReturn:
 
     SIGTERM and SIGHUP are raised as KeyboardInterrupt, so that what Ctrl-C keeps is kept then too.
     """
+    global _modes
     streams.repair()
+    _modes = _terminal_modes()
     threading.excepthook = lambda failed: _report(failed.exc_value)
     stopped = _raise_signals()
     try:
@@ -65,6 +69,8 @@ def _describe(error: BaseException | None) -> str:
         if not _has_directory():
             return "the current directory no longer exists; change to another one"
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; {TRACEBACK}=1 shows where"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "no further thread can be started; raise the limit (ulimit -u, or the container's pids limit)"
     text = " ".join(str(error).split())[:300]
     where = f" in {_place(error)}" if error else ""
     return (
@@ -83,6 +89,40 @@ def _has_directory() -> bool:
         return bool(Path.cwd())
     except OSError:
         return False
+
+
+def explain_lost_files() -> None:
+    """End the process with one line if a file that is mapped becomes shorter, in place of the signal SIGBUS.
+
+    Python's own handlers cannot: they run once the instruction is done, which it never is.
+    """
+
+    def end(_: int) -> None:
+        if _modes is not None:
+            termios.tcsetattr(0, termios.TCSANOW, _modes)
+            os.write(1, PLAIN_TERMINAL)
+        os.write(2, LOST_FILE.encode())
+        os._exit(Dsv2Error.exit_code)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    _handlers.append(handler)  # it must live as long as the process
+    ctypes.CDLL(None).signal(signal.SIGBUS, handler)
+
+
+def _terminal_modes() -> list[Any] | None:
+    try:
+        return termios.tcgetattr(0) if os.isatty(1) else None
+    except termios.error:
+        return None
+
+
+_handlers: list[object] = []
+_modes: list[Any] | None = None  # of the terminal when the process began
+PLAIN_TERMINAL = b"\x1b[?2004l\x1b[?25h"  # pasted text is not marked, the cursor is shown
+LOST_FILE = (
+    "dsv2: error: a file of the model became shorter while it was in use; restore it, and replace files of a model by "
+    "renaming others, never by writing into them\n"
+)
 
 
 def _raise_signals() -> list[int]:

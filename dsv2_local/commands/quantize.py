@@ -25,6 +25,7 @@ from dsv2_local.commands.console import notice
 from dsv2_local.errors import CheckpointError
 from dsv2_local.machine.homes import expanded
 from dsv2_local.machine.numa import spread_memory
+from dsv2_local.machine.resources import startable
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
@@ -94,7 +95,7 @@ def _error_table(errors: dict[Kind, float]) -> Table:
 @contextmanager
 def _reporting(what: str) -> Iterator[Report]:
     """Report progress on stderr: a bar if it is a terminal, else a line every `SECONDS_A_LINE`."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not startable(1):
         yield _plain_lines(what)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn())

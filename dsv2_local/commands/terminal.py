@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dsv2_local.machine.resources import startable
+
 if TYPE_CHECKING:
     from prompt_toolkit.input.vt100 import Vt100Input
     from prompt_toolkit.key_binding import KeyPress
@@ -78,7 +80,7 @@ class Terminal:
 
     def collect(self) -> None:
         """Keep the keys that are pressed from now on for the next message, however many they are."""
-        if self._collector is None:
+        if self._collector is None and startable(1):
             self._wake = os.pipe()
             self._collector = threading.Thread(target=self._collect, args=(self.input, self._wake[0]), daemon=True)
             self._collector.start()
