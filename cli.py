@@ -404,7 +404,7 @@ def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None) -> "LL
 
     if options.model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
-    with waiting(f"loading {options.model or 'dsv2-nano'} …"):
+    with waiting(f"loading {options.model or 'dsv2-nano'} ..."):
         begun()
         from dsv2_local.commands.loading import load
 

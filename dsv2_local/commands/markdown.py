@@ -143,6 +143,7 @@ class MarkdownStream:
         text = without_control_characters(text)
         if not self._renders:
             self._console.file.write(text)
+            self._console.file.flush()
             self._ends_line = text.endswith("\n") if text else self._ends_line
         elif self._error:
             raise self._error
