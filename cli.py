@@ -114,7 +114,11 @@ class GenerationOptions:
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option(help="The same seed gives the same answer. -1: draw one, and show it.", rich_help_panel=_PANEL),
+        typer.Option(
+            help="The same seed repeats the answer, as far as rounding does: a reused prefix may change it. -1: draws "
+            "one, and shows it.",
+            rich_help_panel=_PANEL,
+        ),
     ] = None
     stop: Annotated[
         list[str] | None,

@@ -6,6 +6,7 @@ Dsv2Error                    exit code 1
 ├── CheckpointError          a file or tensor is missing, truncated, corrupt or unknown
 ├── ConversionError          `dsv2 quantize` cannot start or continue
 ├── PlanError                the model does not fit in this machine's memory; has the shortfall and remedies
+├── NonFiniteError           the model computed NaN or infinity; has the place
 ├── CacheFullError           running sequences hold all blocks of the KV cache
 ├── SavedCacheError          a saved cache cannot be written or read, or belongs to another model
 │   └── DamagedCacheError        its contents do not match their checksum
@@ -18,11 +19,31 @@ Dsv2Error                    exit code 1
     └── ContextLengthError       the prompt is longer than the context; has both lengths
 """
 
+LONGEST = 2000  # characters of an error's message
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: on one line, and what is no visible character as its number.
+
+    Names of files and tensors, and what a chat template says, may come from anywhere; an escape sequence in them would
+    otherwise take effect.
+    """
+    lines = " ".join(text.split("\n"))
+    return "".join(letter if letter.isprintable() else _numbered(letter) for letter in lines)
+
+
+def _numbered(letter: str) -> str:
+    return letter.encode("unicode_escape", "backslashreplace").decode("ascii")
+
 
 class Dsv2Error(Exception):
-    """Base of all errors that are raised on purpose; the `dsv2` command prints the message as one line."""
+    """Base of all errors that are raised on purpose; its message is one line of visible characters."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        line = one_line(message[: LONGEST + 1])
+        super().__init__(line if len(line) <= LONGEST else line[:LONGEST] + "…")
 
 
 class ConfigError(Dsv2Error):
@@ -58,6 +79,21 @@ class PlanError(Dsv2Error):
             else "; no single option makes it fit (`dsv2 plan` shows what uses the memory)"
         )
         super().__init__(f"the model does not fit: {where} lacks {shortfall / 2**30:,.2f} GiB{helps}")
+
+
+class NonFiniteError(Dsv2Error):
+    """The model computed NaN or infinity, so that there is no answer.
+
+    Attributes:
+        where: the part of the model whose output was the first that is not finite.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        super().__init__(
+            f"the model computed NaN or infinity in {where}: its files are damaged, or its weights too large; "
+            "compare the files with their checksums (dsv2 inspect --verify MODEL)"
+        )
 
 
 class CacheFullError(Dsv2Error):

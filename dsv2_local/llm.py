@@ -1,6 +1,7 @@
 """The Python API: `load` a model, then `generate` text or `chat`."""
 
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Generator as PyGenerator
@@ -155,7 +156,7 @@ class LLM:
         self.recipe = checkpoint.recipe
         generation_config = GenerationConfig.load(directory, self.config.vocab_size)
         self.defaults = generation_config.params
-        self._tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+        self._tokenizer = Tokenizer(directory) if os.path.lexists(directory / "tokenizer.json") else None
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
         if self._tokenizer and self._tokenizer.eos_id is not None:
             self._end_tokens |= {self._tokenizer.eos_id}

@@ -62,11 +62,10 @@ class Number:
 
     @property
     def _range(self) -> str:
+        least, most = _plainly(self.least), _plainly(self.most)
         if self.most == inf:
-            return f"{'above' if self.above else 'at least'} {self.least:,}"
-        if self.above:
-            return f"above {self.least:,} and at most {self.most:,}"
-        return f"between {self.least:,} and {self.most:,}"
+            return f"{'above' if self.above else 'at least'} {least}"
+        return f"above {least} and at most {most}" if self.above else f"between {least} and {most}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,19 @@ class Object:
         if not isinstance(value, dict):
             raise ValueError(f"must be an object, not {shown(value)}")
         return value
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A list of numbers."""
+
+    each: Number
+
+    def read(self, value: Any) -> tuple[Any, ...]:
+        """See `Value`."""
+        if not isinstance(value, list):
+            raise ValueError(f"must be a list, not {shown(value)}")
+        return tuple(self.each.read(item) for item in value)
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,10 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except Exception:  # whatever a foreign object's __repr__ raises
         return f"a {type(value).__name__}"
+
+
+def _plainly(number: float) -> str:
+    return f"{int(number):,}" if abs(number) < LARGEST_SHOWN and number == int(number) else f"{number:g}"
 
 
 def _integer(value: Any) -> int | None:

@@ -31,5 +31,5 @@ def _read(path: Path) -> list[Key]:
     """The experts in a file; none if it is missing or damaged."""
     try:
         return [(int(layer), int(expert)) for layer, expert in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return []

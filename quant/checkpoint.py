@@ -154,7 +154,12 @@ class Checkpoint:
 
     def _read(self, handle: Any, file: str, spec: TensorSpec) -> Matrix | Tensor:
         if not spec.quantised:
-            return self._get(handle, file, spec.name, spec.shape)
+            tensor = self._get(handle, file, spec.name, spec.shape)
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{self.directory / file}: {spec.name} has NaN or infinity; convert the model again"
+                )
+            return tensor
         rows, cols = spec.shape
         format = self.recipe.format_of(spec.kind)
         parts = [self._get(handle, file, spec.name + p.name, p.shape, p.dtype) for p in planes(format, rows, cols)]

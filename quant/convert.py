@@ -43,7 +43,7 @@ from dsv2_local.quant.local import PARTIAL, require_config
 from dsv2_local.quant.pieces import ConversionPlan, Piece, check_tensors
 from dsv2_local.quant.quantize import quantize
 from dsv2_local.quant.schema import FORMAT_VERSION, Recipe
-from dsv2_local.quant.source import Source
+from dsv2_local.quant.source import Source, inside
 
 MAX_WORKERS = 16
 FP16_MAX = 65504.0
@@ -108,6 +108,7 @@ def convert(
     destination = place(destination)
     _check_source(source_dir)
     _check_outside(source_dir, destination)
+    inside(source_dir, "config.json")
     raw = read_config_json(source_dir)
     config = parse_config(raw, str(source_dir / "config.json"))
     source = Source(source_dir)
@@ -137,7 +138,7 @@ def convert(
 
 
 def _check_source(directory: Path) -> None:
-    """Raise ConversionError for what is no release, with what it is."""
+    """Raise a Dsv2Error for what is no release, with what it is, and for small files that are not there."""
     if is_checkpoint(directory):
         recipe = Manifest.load(directory).recipe
         raise ConversionError(f"{directory} is converted already (recipe {recipe}); load it with -m {directory}")
@@ -145,6 +146,7 @@ def _check_source(directory: Path) -> None:
     for path in _small_files(directory):
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link to {path.readlink()}, which is missing; download it again")
+        inside(directory, path.name)
 
 
 def _convert_piece(piece: Piece, recipe: Recipe, descriptor: int) -> Piece:
@@ -282,7 +284,8 @@ def _write_small_files(source_dir: Path, directory: Path, raw: dict[str, Any], r
     }
     config = json.dumps({**raw, "quantization_config": quantisation}, indent=2) + "\n"
     contents = {"config.json": config.encode()}
-    contents |= {path.name: path.read_bytes() for path in _small_files(source_dir) if path.is_file()}
+    small = {path.name for path in _small_files(source_dir) if path.is_file()}
+    contents |= {name: inside(source_dir, name).read_bytes() for name in small}
     for name, content in contents.items():
         _write_durably(directory / name, content)
     return {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}

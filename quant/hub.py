@@ -1,5 +1,6 @@
 """Fetch models from the Hugging Face hub; resuming, cache, token and endpoint are those of huggingface_hub."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
+def _is_directory(name: str) -> bool:
+    # Path.is_dir raises for a name that is too long.
+    return os.path.isdir(homes.expanded(Path(name)))  # noqa: PTH112
+
+
 def resolve(
     model: str, patterns: Sequence[str] = EVERYTHING, *, revision: str | None = None, token: str | None = None
 ) -> Path:
@@ -43,11 +49,11 @@ def resolve(
     if not model:
         raise InputError("the model's name is empty; is a variable not set?")
     path = homes.expanded(Path(model))
-    if path.is_dir():
+    if _is_directory(model):
         return path
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110
         raise InputError(f"{model} {local.about_file(path)}")
-    if path.is_symlink():
+    if os.path.islink(path):  # noqa: PTH114
         raise InputError(f"{model} is a link to {path.readlink()}, which does not exist")
     if not is_repository(model) or path.suffix in FILES:
         raise InputError(f"{model} is neither a directory nor a hub repository (owner/name){local.near(path)}")
@@ -74,7 +80,7 @@ def resolve_converted(model: str, verifying: Progress = no_progress) -> Path:
         HubError: the repository cannot be fetched, or holds a release that must be converted first.
     """
     directory = resolve(model, DESCRIPTION)
-    if homes.expanded(Path(model)).is_dir():
+    if _is_directory(model):
         local.require_converted(directory)
         return directory
     if not is_checkpoint(directory):

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dsv2_local.errors import CheckpointError
-from dsv2_local.model_files import read_object
+from dsv2_local.model_files import parse_object, read_object
 from dsv2_local.quant.local import what_file
+from dsv2_local.values import Fields, Number, Numbers, Object, Text, checked, shown
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
+_SIZES = Numbers(Number(0, 2**50, whole=True))
 MAX_HEADER = 100_000_000  # limit of the safetensors format
 
 
@@ -105,20 +107,48 @@ def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     raw = read_object(index, CheckpointError)
     if raw is None:
-        files = sorted(directory.glob("[!.]*.safetensors"))  # those with a dot are another system's
-        if not files:
+        files = [_shard(directory, path.name, "is") for path in sorted(directory.glob("[!.]*.safetensors"))]
+        if not files:  # those that begin with a dot are another system's
             raise CheckpointError(f"{directory} has no *.safetensors files (other formats are not read)")
-    else:
-        try:
-            files = [directory / name for name in sorted(set(raw["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}") from None
-    for file in files:
-        if not file.is_file():
-            listed = f"is listed in {INDEX} but" if raw is not None else "is"
-            what = f"a link to {file.readlink()}, which is missing" if file.is_symlink() else "missing"
-            raise CheckpointError(f"{file} {listed} {what}; download it again")
-    return files
+        return files
+    found = Fields(raw, str(index), CheckpointError)
+    weights = found.get("weight_map", Object())
+    if not weights:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    names = {found.read(f"weight_map of {shown(tensor)}", name, Text()) for tensor, name in weights.items()}
+    return [_shard(directory, name, f"is listed in {INDEX} but") for name in sorted(names)]
+
+
+def _shard(directory: Path, name: str, listed: str) -> Path:
+    """A file of weights, which must be there; `listed` says how it is known."""
+    path = directory / name
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} {listed} a link to {path.readlink()}, which is missing; download it again")
+    if not inside(directory, name).is_file():
+        raise CheckpointError(f"{path} {listed} missing; download it again")
+    return path
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a source's file, which must be in its directory, or in the hub cache that the directory is part of.
+
+    Raises:
+        CheckpointError: `name` or a link leads elsewhere, so that a conversion would copy what is not the model's.
+    """
+    path = directory / name
+    real = path.resolve()
+    in_blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith(
+        "models--"
+    )  # huggingface_hub's layout
+    if (
+        Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or not (in_blobs or real.is_relative_to(directory.resolve()))
+    ):
+        raise CheckpointError(
+            f"{path} leads out of {directory}, to {real}; put the file itself there if it is the model's"
+        )
+    return path
 
 
 def _read_header(file: Path) -> list[SourceTensor]:
@@ -133,22 +163,24 @@ def _read_header(file: Path) -> list[SourceTensor]:
             text = handle.read(length)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    try:
-        raw = json.loads(text)
-        raw.pop("__metadata__", None)
-        tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a corrupt header ({error!r}); download it again") from None
+    raw = parse_object(text, f"the header of {file}", CheckpointError)
+    raw.pop("__metadata__", None)
+    tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)
     _check_offsets(file, tensors, size)
     return tensors
 
 
-def _tensor(file: Path, data: int, name: str, entry: dict[str, Any]) -> SourceTensor:
-    shape, (start, end) = tuple(map(int, entry["shape"])), entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
+def _tensor(file: Path, data: int, name: str, entry: Any) -> SourceTensor:
+    where = f"{file}: {name}"
+    found = Fields(checked(where, entry, Object(), CheckpointError), where, CheckpointError)
+    shape, offsets = found.get("shape", _SIZES), found.get("data_offsets", _SIZES)
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise CheckpointError(f"{where} has no shape or no data_offsets; download the file again")
+    start, end = offsets
+    stored = found.get("dtype", Text())
+    dtype = DTYPES.get(stored)
     if dtype is None:
-        supported = ", ".join(DTYPES)
-        raise CheckpointError(f"{file}: {name} is {entry['dtype']}, which is not supported (only {supported})")
+        raise CheckpointError(f"{where} is {stored}, which is not supported (only {', '.join(DTYPES)})")
     if end - start != prod(shape) * dtype.itemsize or start < 0:
         raise CheckpointError(f"{file}: {name} has {end - start} bytes, which does not match its shape {shape}")
     return SourceTensor(name, file, dtype, shape, data + start)

@@ -179,6 +179,8 @@ def test_seeds_and_stop_strings(answer):
         (["run", "hi", "-m", "no-such-model"], b"", 2, "neither a directory nor a hub repository"),
         (["run", "hi", "-m", "tests"], b"", 1, "dsv2 quantize"),
         (["inspect", "tests"], b"", 1, "no config.json"),
+        (["inspect", "--verify", "tests"], b"", 1, "is not a converted checkpoint"),
+        (["plan", "a" * 300], b"", 1, "cannot be read: File name too long"),
         (["quantize", "tests", "out"], b"", 1, "no config.json"),
         (["quantize", "tests", "out", "--recipe", "q4"], b"", 2, "--recipe 'q4' is not one of nf4, mixed, int8, bf16"),
     ],
@@ -194,7 +196,7 @@ def test_mistakes_are_one_line_and_a_code(args, stdin, code, said):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [["plan", "deepseek-v2-lite", "--ram", "64GiB"], ["inspect"], ["inspect", "--json"]]
+    "command", [["plan", "deepseek-v2-lite", "--ram", "64GiB"], ["inspect"], ["inspect", "--json", "--verify"]]
 )
 def test_tables_that_nobody_reads_are_no_error(command):
     reader, writer = os.pipe()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from dsv2_local import locks
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands import quantize
-from dsv2_local.errors import CheckpointError, ConversionError
+from dsv2_local.errors import CheckpointError, ConversionError, Dsv2Error
 from dsv2_local.kernels.layout import expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant import convert as convert_module
@@ -152,7 +152,7 @@ def only_bin(source):
     ("damage", "text"),
     [
         (truncated, r"model.safetensors is truncated: .* ends 10 bytes"),
-        (corrupt, "model.safetensors has a corrupt header"),
+        (corrupt, "the header of .*model.safetensors is not valid JSON"),
         (only_bin, r"no .*safetensors"),
         (edited(lambda w: w.pop(UP)), f"lacks the tensor {UP}"),
         (edited(lambda w: w.update(extra=torch.zeros(2))), "model.safetensors: unknown tensor extra"),
@@ -446,3 +446,86 @@ def test_command(pristine, tmp_path, capsys):
     assert "bits per weight" in captured.err
     assert "routed experts" in captured.out
     assert "bits per weight" not in captured.out
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "model.safetensors", "config.json"])
+def test_links_that_leave_the_source_are_refused(source, tmp_path, name):
+    """A model from elsewhere must not make a conversion copy a private file of whoever converts it."""
+    private = tmp_path / "private"
+    private.write_bytes((source / name).read_bytes() if (source / name).exists() else b"secret")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(private)
+    with pytest.raises(CheckpointError, match=f"{name} leads out of .*private; put the file itself there"):
+        convert(source, tmp_path / "out", recipe=Recipe.BF16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_inside_the_source_and_into_the_hubs_cache_are_followed(source, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(path for path in source.iterdir() if path.is_file()):
+        (blobs / f"{number:040}").write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040}")
+    (snapshot / "README.md").symlink_to("config.json")
+    convert(snapshot, tmp_path / "out", recipe=Recipe.BF16)
+    assert (tmp_path / "out" / "README.md").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("index", "named"),
+    [
+        ({"weight_map": {"a": "../outside.safetensors"}}, "leads out of"),
+        ({"weight_map": {"a": "/etc/hostname"}}, "leads out of"),
+        ({"weight_map": {"a": 5}}, "weight_map of 'a' must be text, not 5"),
+        ({"weight_map": ["a"]}, "weight_map must be an object"),
+        ({}, "has no weight_map"), ([1], "not a JSON object"), ("[" * 100_000, "nested too deeply"),
+        ({"weight_map": {"a\x1b[2J": "\x1b]0;x\x07.safetensors"}}, r"\\x1b\]0;x\\x07.safetensors is listed"),
+    ],
+)  # fmt: skip
+def test_impossible_indexes_are_refused(source, tmp_path, index, named):
+    text = index if isinstance(index, str) else json.dumps(index)
+    (source / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=named):
+        convert(source, tmp_path / "out", recipe=Recipe.BF16)
+
+
+GOOD = {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ("[" * 100_000, "header of .* nested too deeply"), ({"a": 5}, "a must be an object, not 5"),
+        ({"a": {**GOOD, "shape": ["2"]}}, "a: shape must be a whole number, not '2'"),
+        ({"a": {**GOOD, "shape": [-1, -2]}}, "shape must be between 0 and"),
+        ({"a": {**GOOD, "shape": None}}, "no shape"),
+        ({"a": {**GOOD, "data_offsets": [0.5, 4.5]}}, "data_offsets must be"),
+        ({"a": {**GOOD, "data_offsets": [4]}}, "no data_offsets"), ({"a": {**GOOD, "dtype": 7}}, "dtype must be text"),
+        ({"a": {**GOOD, "dtype": "F8_E4M3"}}, "a is F8_E4M3, which is not supported"),
+        ({"a\n\x1b[31m": {**GOOD, "shape": [3]}}, r"a \\x1b\[31m has 4 bytes"),
+    ],
+)  # fmt: skip
+def test_impossible_headers_are_refused(source, tmp_path, header, named):
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CheckpointError, match=named) as caught:
+        convert(source, tmp_path / "out", recipe=Recipe.BF16)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("generation_config.json", {"eos_token_id": "1"}, "eos_token_id must be a whole number"),
+        ("generation_config.json", {"eos_token_id": 199}, "but vocab_size is 199"),
+        ("tokenizer.json", {}, "tokenizer.json cannot be used"),
+    ],
+)
+def test_a_file_that_cannot_be_used_later_is_told_before_the_conversion(source, tmp_path, file, content, error):
+    (source / file).write_text(json.dumps(content))
+    with pytest.raises(Dsv2Error, match=error):
+        quantize.run(
+            str(source), tmp_path / "out", recipe=Recipe.NF4, check=False, force=False, revision=None, token=None
+        )
+    assert not list(tmp_path.glob("out*"))

@@ -50,6 +50,7 @@ SKIPPED = {
     "dsv2 chat": "interactive; tests/test_chat.py, and test_the_conversation_is_real",
     "dsv2 chat --session trip": "interactive; tests/test_sessions.py",
     "dsv2 chat -m v2-lite": "interactive",
+    "dsv2 inspect --verify v2-lite": "has no v2-lite; tests/test_llm.py, tests/test_cli.py",
     "dsv2 bench --random-weights deepseek-v2": "takes the memory of a 236B model; tests/test_bench.py",
     "dsv2 quantize deepseek-ai/DeepSeek-V2-Lite-Chat v2-lite": "downloads; tests/test_hub.py",
 }

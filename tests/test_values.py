@@ -142,3 +142,16 @@ def test_small_files_are_read_whole_or_refused(tmp_path: Path):
         read_text(path, ConfigError)
     with pytest.raises(InputError, match="nested too deeply"):
         parse_object('{"a":' * 100_000, "it", InputError)
+
+
+@given(st.text(max_size=30), st.integers(0, 3000))
+def test_an_error_is_one_line_of_visible_characters(text, more):
+    message = str(InputError(text + "x" * more))
+    assert message.isprintable()
+    assert len(message) <= 2001
+    if text.isprintable() and len(text) + more <= 2000:
+        assert message == text + "x" * more
+
+
+def test_escape_sequences_are_shown_and_not_sent():
+    assert str(InputError("a\x1b[2J\n\u202eb\ud800é😀")) == "a\\x1b[2J \\u202eb\\ud800é😀"

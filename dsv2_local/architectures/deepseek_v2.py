@@ -10,7 +10,7 @@ from typing import Any
 from dsv2_local.architectures.config import VALUES, YARN_VALUES, ModelConfig, Yarn
 from dsv2_local.architectures.tensors import Kind, TensorSpec
 from dsv2_local.errors import ConfigError, UnsupportedModelError
-from dsv2_local.values import Fields, Number, Object, Text, shown
+from dsv2_local.values import Fields, Object, Text, shown
 
 
 def parse(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -98,7 +98,7 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             f"{where}: weights quantised as {method!r} are not supported; convert from the bf16, fp16 or fp32 release"
         )
     heads = source.get("num_attention_heads", VALUES["num_attention_heads"])
-    kv_heads = source.get("num_key_value_heads", Number(1, whole=True))
+    kv_heads = source.get("num_key_value_heads", VALUES["num_attention_heads"])
     if kv_heads is not None and kv_heads != heads:
         raise UnsupportedModelError(f"{where}: num_key_value_heads {kv_heads} differs from num_attention_heads {heads}")
 

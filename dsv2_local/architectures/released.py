@@ -1,5 +1,6 @@
 """The architectures of the released models, so that they can be planned and measured before they are downloaded."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     if name in RELEASED:
         return RELEASED[name], name
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
         return read_config_json(path), str(path / "config.json")
     raw = read_object(path, ConfigError)
     if raw is None:

@@ -4,6 +4,8 @@ stdout is for the model's text and for tables; everything else goes to stderr. r
 so that `dsv2 --help` stays fast.
 """
 
+import json
+import math
 import os
 import re
 import sys
@@ -13,7 +15,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dsv2_local.errors import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,9 +44,22 @@ def without_control_characters(text: str) -> str:
     return CONTROL.sub("", text)
 
 
+def json_text(value: Any, **layout: Any) -> str:
+    """A value as JSON, which knows no NaN and no infinity: they become null. `layout` is for `json.dumps`."""
+    return json.dumps(_of_json(value), allow_nan=False, **layout)
+
+
+def _of_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _of_json(item) for key, item in value.items()}
+    return [_of_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def notice(text: str) -> None:
     """Print one line on stderr."""
-    print(f"{_end_waiting()}dsv2: {text}", file=sys.stderr, flush=True)
+    print(f"{_end_waiting()}dsv2: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 _waiting = False  # whether the line of `waiting` is on the screen
@@ -73,7 +90,12 @@ def report_console() -> "Console":
     """A console for tables on stdout."""
     from rich.console import Console
 
-    return Console(highlight=False, emoji=False)
+    class ReportConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            """Lines may have names from files in them."""
+            super().print(*(one_line(text) if isinstance(text, str) else text for text in objects), **options)
+
+    return ReportConsole(highlight=False, emoji=False)
 
 
 def format_bytes(size: float) -> str:

@@ -1,6 +1,5 @@
 """`dsv2 inspect`: a model's architecture and the sizes of its parts, from its configuration and manifest alone."""
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from rich.table import Table
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import Kind, TensorSpec
-from dsv2_local.commands.console import ProgressBar, format_bytes, report_console
+from dsv2_local.commands.console import ProgressBar, format_bytes, json_text, report_console
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import checksums, hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
@@ -95,7 +94,7 @@ def show(model: str | None, as_json: bool, verify: bool = False) -> None:
             checksums.verify(directory, progress)
     facts = describe(directory) | ({"verified": True} if verify else {})
     if as_json:
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        sys.stdout.write(json_text(facts, indent=2) + "\n")
         return
     console = report_console()
     console.print(_heading(facts), markup=False, soft_wrap=True)

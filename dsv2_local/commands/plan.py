@@ -1,11 +1,10 @@
 """`dsv2 plan`: which memory would hold what of a model, here or on another machine, and how fast it would run."""
 
-import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from typing import Any
 
 from rich.table import Table
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.released import read_config, stored_recipe
-from dsv2_local.commands.console import notice, report_console
+from dsv2_local.commands.console import json_text, notice, report_console
 from dsv2_local.commands.streams import is_unicode
 from dsv2_local.errors import InputError
 from dsv2_local.kernels.format import CacheDtype
@@ -25,7 +24,9 @@ from dsv2_local.offload.plan_request import RATES, Machine, Mode, PlanRequest, R
 from dsv2_local.offload.sizes import GIB, STAGING_BUFFERS
 from dsv2_local.options import one_of, size
 from dsv2_local.quant.schema import Recipe
+from dsv2_local.values import Number
 
+RATE = Number(1e-3, 1e9)  # GB/s or GFLOP/s
 BAR = 64  # width of a memory's bar in characters
 MARKS = ("█▓▒░▚▖◆·", "#%=-+~@.")  # for its parts in order, at last for what is free; in Unicode, and in ASCII
 
@@ -53,7 +54,7 @@ def run(options: PlanOptions, as_json: bool) -> None:
     """
     plan = make_plan(_plan_request(options), _machine(options))
     if as_json:
-        sys.stdout.write(json.dumps(facts(options, plan), indent=2) + "\n")
+        sys.stdout.write(json_text(facts(options, plan), indent=2) + "\n")
     else:
         _show(options, plan)
     for note in forecast.notes(plan):
@@ -91,11 +92,9 @@ def _rates(text: str, others: Rates) -> Rates:
     given = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        try:
-            given[name.strip()] = float(value)
-        except ValueError:
-            given[name.strip()] = 0.0
-        if name.strip() not in RATES or not 0 < given[name.strip()] < inf:
+        with suppress(ValueError):
+            given[name.strip()] = RATE.read(float(value))
+        if name.strip() not in RATES or name.strip() not in given:
             raise InputError(f"--rates {part!r} is not NAME=NUMBER with a name of {', '.join(RATES)}")
     return replace(others, **given)
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dsv2_local.commands import streams
+from dsv2_local.commands.console import notice
 from dsv2_local.errors import Dsv2Error
 
 INTERRUPTED = 130  # exit code that shells use for SIGINT
@@ -56,7 +57,7 @@ def _report(error: BaseException | None) -> int:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    print(f"dsv2: error: {_describe(error)}", file=sys.stderr)
+    notice(f"error: {_describe(error)}")
     return error.exit_code if isinstance(error, Dsv2Error) else Dsv2Error.exit_code
 
 

@@ -22,15 +22,16 @@ from rich.table import Table
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.console import notice
-from dsv2_local.errors import CheckpointError
 from dsv2_local.machine.homes import expanded
 from dsv2_local.machine.numa import spread_memory
 from dsv2_local.machine.resources import startable
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
+from dsv2_local.quant.local import require_config
 from dsv2_local.quant.schema import Recipe, parameters
 from dsv2_local.quant.verify import verify
+from dsv2_local.runtime.sampling_params import GenerationConfig
 from dsv2_local.text.tokenizer import Tokenizer
 
 SECONDS_A_LINE = 10.0  # between two lines of progress if stderr is not a terminal
@@ -51,7 +52,8 @@ def run(
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
     dst = expanded(dst)
-    _check_tokenizer(source, dst)
+    require_config(source)
+    _check_small_files(source, dst)
     spread_memory(os.sched_getaffinity(0))  # over the NUMA nodes, since inference reads it from the page cache next
     start = time.perf_counter()
     if finished := finished_files(dst):
@@ -69,12 +71,18 @@ def run(
         Console().print(_error_table(errors))
 
 
-def _check_tokenizer(source: Path, dst: Path) -> None:
-    """Say before a long conversion if its result will not understand text."""
-    try:
+def _check_small_files(source: Path, dst: Path) -> None:
+    """Read what loading the result will read, so that an error in it is told before hours of work.
+
+    Raises:
+        ConfigError: config.json or generation_config.json has an impossible value.
+        CheckpointError: a file of the tokenizer does.
+    """
+    GenerationConfig.load(source, load_config(source).vocab_size)
+    if os.path.lexists(source / "tokenizer.json"):
         Tokenizer(source)
-    except CheckpointError as error:
-        notice(f"{error}; without it {dst} will take token ids only, not text")
+    else:
+        notice(f"{source} has no tokenizer.json; without it {dst} will take token ids only, not text")
 
 
 def _closing(dst: Path, manifest: Manifest, weights: int, seconds: float) -> str:

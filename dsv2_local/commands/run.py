@@ -1,6 +1,5 @@
 """`dsv2 run`: a prompt from arguments, files and standard input; stdout gets the answer and nothing else."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,6 +11,7 @@ from dsv2_local.commands.console import (
     describe_experts,
     describe_stats,
     describe_stop,
+    json_text,
     notice,
     prompt_progress,
     without_control_characters,
@@ -112,7 +112,7 @@ def _write_text(out: TextIO, text: str) -> None:
 
 def _to_json(result: dict[str, Any], ascii: bool) -> str:
     """One line of JSON in which all control characters are escaped; `json` itself leaves those from 127 on."""
-    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(result, ensure_ascii=ascii))
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text(result, ensure_ascii=ascii))
 
 
 def _write(out: TextIO, text: str) -> None:

@@ -60,5 +60,5 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): {str(key): float(rate) for key, rate in rates.items()} for name, rates in known.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}

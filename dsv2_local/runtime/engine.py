@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv2_local.errors import ContextLengthError, InputError
+from dsv2_local.errors import ContextLengthError, InputError, NonFiniteError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.offload.device import typed_errors
@@ -165,7 +165,10 @@ class Engine:
             raise ContextLengthError(len(ids), self.context)
         with self.opened():
             self._switch_to(None, [])
-            return torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, no_progress)])
+            logits = torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, no_progress)])
+            if not logits.isfinite().all():
+                raise self._located(NonFiniteError("the logits"))
+            return logits
 
     def generate(self, request: Request, stats: Stats, progress: Progress = no_progress) -> Iterator[GeneratedToken]:
         """Prefill the prompt, and yield tokens until an end token (yielded too), max_tokens or a full context.
@@ -180,6 +183,7 @@ class Engine:
         Raises:
             ContextLengthError: the prompt and one more token do not fit in the context.
             InputError: the prompt is empty, a token id is outside the vocabulary, or the engine is closed.
+            NonFiniteError: the model computed NaN or infinity; nothing of it stays in the cache.
         """
         tokens = self._generate(request, stats, progress)
         while True:
@@ -201,7 +205,10 @@ class Engine:
         result = self._start(generation, prompt, stats, progress)
         while True:
             start = time.perf_counter()
-            token = sampler.choose(result)
+            try:
+                token = sampler.choose(result)
+            except NonFiniteError as error:
+                raise self._located(error) from None
             if stats.completion_tokens:  # the first token's time is part of the prefill
                 stats.decode_seconds += time.perf_counter() - start
             stats.completion_tokens += 1
@@ -223,6 +230,19 @@ class Engine:
                 stats.decode_seconds += result.seconds
             stats.context_used = self.cache.length
             text.append(token)
+
+    def _located(self, error: NonFiniteError) -> NonFiniteError:
+        """Find the part of the model that computed NaN or infinity, and empty the cache, which has them too."""
+        ids, self._result, self._early = self.tokens, None, False
+        self.adopt([])
+        self.cache.clear()
+        with typed_errors():
+            for start in range(0, len(ids), self.chunk):
+                if where := self.model.find_non_finite(torch.tensor(ids[start : start + self.chunk]), self.cache):
+                    error = NonFiniteError(where)
+                    break
+        self.cache.clear()
+        return error
 
     def _check(self, ids: list[int]) -> None:
         if not ids:

@@ -8,7 +8,7 @@ released modelling code. A `capture` argument is the piecewise CUDA graph that t
 the step runs now.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -240,12 +240,38 @@ class Transformer:
         capture: PiecewiseGraph | None = None,
     ) -> Tensor:
         """x [T, D] through all layers, or the first `layers` of them -> [T, D] on the last layer's device."""
+        for output in self._outputs(x, rotation, cache, layers, capture):
+            x = output
+        return x
+
+    def _outputs(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: LatentCache,
+        layers: int | None = None,
+        capture: PiecewiseGraph | None = None,
+    ) -> Iterator[Tensor]:
+        """The output of each layer in turn: [T, D] on its device."""
         for layer in self.layers[:layers]:
             if x.device != layer.device:
                 ops.use(layer.device)
                 x, rotation = (graphs.to_device(tensor, layer.device, capture) for tensor in (x, rotation))
             x = layer.forward(x, rotation, cache, capture)
-        return x
+            yield x
+
+    @torch.inference_mode()
+    def find_non_finite(self, ids: Tensor, cache: LatentCache) -> str | None:
+        """Run tokens as `forward` does; returns the first part whose output has NaN or infinity, or None."""
+        cache.reserve(len(ids))
+        x = self.embed(ids)
+        if not x.isfinite().all():
+            return "the embedding"
+        for layer, output in enumerate(self._outputs(x, self.rotation(cache.length, len(ids)), cache)):
+            if not (x := output).isfinite().all():
+                return f"layer {layer}"
+        cache.advance(len(ids))
+        return None if self.head(x).isfinite().all() else "the last norm or the head"
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsv2_local.errors import InputError
+from dsv2_local.errors import InputError, NonFiniteError
 from dsv2_local.runtime.sampling_params import SamplingParams
 from dsv2_local.runtime.step import StepResult, TopCandidates
 
@@ -41,6 +41,10 @@ class Sampler:
         """Choose the token that follows the last accepted one. The logits are not modified.
 
         If the top candidates are enough, the full logits are not copied from the GPU.
+
+        Raises:
+            NonFiniteError: a logit is NaN or infinite.
+            InputError: the logit bias names a token outside the vocabulary.
         """
         token, candidates = None, result.candidates()
         if candidates and not self._penalises:
@@ -55,7 +59,9 @@ class Sampler:
     def _sample(self, candidates: TopCandidates) -> int | None:
         """Draw a token; None if the candidates are not enough to determine it."""
         if self.params.temperature == 0:
-            return int(candidates.ids[candidates.values.argmax()])
+            best = candidates.values.argmax()
+            _check_finite(candidates.values[best])
+            return int(candidates.ids[best])
         kept = truncated(candidates, self.params)
         if kept is None:
             return None
@@ -88,6 +94,16 @@ class Sampler:
         return logits
 
 
+def _check_finite(largest: np.float32) -> None:
+    """Check the largest logit, which is NaN if any is.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+    """
+    if not np.isfinite(largest):
+        raise NonFiniteError("the logits")
+
+
 @cache
 def _all_ids(vocab: int) -> Ids:
     return np.arange(vocab)
@@ -99,11 +115,15 @@ def truncated(candidates: TopCandidates, params: SamplingParams) -> tuple[Ids, F
     Sorting a vocabulary of 100,000 tokens would take longer than a GPU's decode step, so only the most likely tokens
     are sorted: as many as are provably enough.
 
+    Raises:
+        NonFiniteError: a logit is NaN or infinite.
+
     Returns:
         Token ids, int64 [n], and their probabilities, fp64 [n], which sum to 1; the most likely token is always among
         them. None if the distribution has tokens that `candidates` lacks.
     """
     values, whole = candidates.values, candidates.mass is None
+    _check_finite(values.max())
     # The largest logit is subtracted first, so that a tiny temperature gives exp(0) = 1 and exp(-inf) = 0, not NaN.
     with np.errstate(over="ignore"):
         all_weights = np.exp((values - values.max()) / np.float32(params.temperature))

@@ -31,13 +31,14 @@ class SamplingParams:
     Attributes:
         temperature: logits are divided by it; 0 is greedy decoding, and then top_p, top_k and min_p have no effect.
         top_p: sample from the most likely tokens whose probabilities reach this sum; 1: from all.
-        top_k: sample from this many most likely tokens; 0: from all.
+        top_k: sample from this many most likely tokens; 0 or -1: from all.
         min_p: drop tokens with less than this fraction of the largest probability.
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in prompt or answer.
         presence_penalty: subtracted once from the logit of each token in the answer.
         frequency_penalty: subtracted from a token's logit for each time that the token occurs in the answer.
         logit_bias: token ids, and what is added to their logits.
-        seed: of the random numbers; None: a different answer every time.
+        seed: of the random numbers, which are then the same every time; -1 or None: different ones. The answer is the
+            same if the prompt is computed in the same steps; a reused prefix changes the rounding of logits.
     """
 
     temperature: float = 1.0

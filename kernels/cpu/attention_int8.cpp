@@ -91,9 +91,9 @@ struct Queries {
     Query* rope;       // [P / PAIR, ROWS, PAIR]
 
     void put_block(int64_t row, int64_t b, const float* x, int64_t count) {
-        float largest = 0;
-        for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::fabs(x[i]));
-        const float scale = largest / QUERY_LEVELS, inverse = scale > 1e-30f ? 1.0f / scale : 0.0f;
+        float largest = 0, zero = 0;  // `zero` becomes NaN with a NaN or an infinity
+        for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::fabs(x[i])), zero += x[i] * 0.0f;
+        const float scale = largest / QUERY_LEVELS + zero, inverse = scale > 1e-30f ? 1.0f / scale : 0.0f;
         int32_t total = 0;
         for (int64_t i = 0; i < BLOCK; i++) {
             const int32_t code = i < count ? int32_t(std::nearbyint(x[i] * inverse)) : 0;

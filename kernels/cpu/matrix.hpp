@@ -87,9 +87,12 @@ struct Activations {
 
     void quantize_block(int64_t row, int64_t b, const float* x) {
         typedef int8_t Char __attribute__((vector_size(LANES)));
-        Vec largest{};
-        for (int i = 0; i < BLOCK; i += LANES) largest = maximum(largest, absolute(load(x + i)));
-        const float scale = max_lane(largest) / 127.0f, inverse = scale > 1e-30f ? 1.0f / scale : 0.0f;
+        Vec largest{}, zero{};  // `zero` becomes NaN with a NaN or an infinity, which `maximum` may lose
+        for (int i = 0; i < BLOCK; i += LANES) {
+            largest = maximum(largest, absolute(load(x + i)));
+            zero += load(x + i) * 0.0f;
+        }
+        const float scale = max_lane(largest) / 127.0f + sum(zero), inverse = scale > 1e-30f ? 1.0f / scale : 0.0f;
         Int total{};
         for (int i = 0; i < BLOCK; i += LANES) {
             const Int q = round_to_int(load(x + i) * inverse);

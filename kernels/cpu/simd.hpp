@@ -162,7 +162,7 @@ inline Vec exponential(Vec x) {
     p = fma(p, r, splat(1.0f));
     p = fma(p, r, splat(1.0f));
     const Vec result = (Vec)((Int)p + (n << 23));
-    return x < low ? Vec{} : result;
+    return x < low ? Vec{} : (x == x ? result : x);  // NaN stays NaN
 }
 
 inline Vec silu(Vec x) {

@@ -4,7 +4,6 @@ Decoding a token reads every active weight once, so memory bandwidth limits it; 
 tokens, so arithmetic limits it. Both limits are measured in the same run, with the same threads.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from dsv2_local.commands.bench.hardware import Reader, forget_peak, last_level_c
 from dsv2_local.commands.bench.settings import BenchOptions, BenchPlan, settle
 from dsv2_local.commands.bench.subject import prepare
 from dsv2_local.commands.bench.timing import StatusLine
-from dsv2_local.commands.console import notice
+from dsv2_local.commands.console import json_text, notice
 from dsv2_local.commands.run_options import gather_prompt
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
@@ -36,7 +35,7 @@ def run(options: BenchOptions, as_json: bool) -> None:
         result = measure(settle(options), status)
     measurements.save(report.rates(result, last_level_cache_bytes()))
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        sys.stdout.write(json_text(result, indent=2) + "\n")
     else:
         report.show(result)
     sys.stdout.flush()
