@@ -253,11 +253,12 @@ def run(
 ) -> None:
     """Answer one prompt from arguments, files and standard input; for scripts."""
     from dsv2_local.commands.run_options import RunOptions, gather_prompt
+    from dsv2_local.machine.homes import expanded
 
     given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
     text = gather_prompt(prompt, file or [], sys.stdin, raw, read_stdin=stdin)
     newline = not no_newline
-    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache, newline)  # raises before loading
+    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache and expanded(cache), newline)
     with _load(load) as llm:
         _run(llm, options)
 

@@ -5,6 +5,7 @@ command line or a terminal (surrogateescape); tokenizers, files and streams fail
 """
 
 import codecs
+from contextlib import suppress
 
 from dsv2_local.errors import InputError
 
@@ -22,7 +23,7 @@ def text(value: str, where: str) -> str:
 
 
 def well_formed(value: str, where: str) -> str:
-    """`value` with the halves of surrogate pairs joined; `where` is what errors call it.
+    """`value` with the halves of surrogate pairs joined, and bytes decoded; `where` is what errors call it.
 
     Raises:
         InputError: a half lacks its other half, or stands for a byte that is not UTF-8.
@@ -30,6 +31,8 @@ def well_formed(value: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
+        with suppress(UnicodeError):  # bytes that the locale took for none of its own
+            return value.encode("utf-8", "surrogateescape").decode()
         try:
             return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
         except UnicodeDecodeError:

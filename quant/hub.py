@@ -121,10 +121,10 @@ def fetch(
     except LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached; go online and try again"
         raise _NotFoundError(f"{repository} is not in the cache, and {why}") from None
-    except PermissionError as error:
-        raise HubError(
-            f"{error.filename} cannot be written: {error.strerror}; set HF_HOME to a directory of yours"
-        ) from None
     except Exception as error:  # transport errors have the types of the HTTP library that huggingface_hub uses
+        if isinstance(error, OSError) and error.filename:
+            raise HubError(
+                f"{error.filename} cannot be written: {error.strerror}; set HF_HOME to a directory that can"
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(f"{repository} could not be fetched ({reason}); run the same command again to resume") from None

@@ -9,6 +9,7 @@ from dsv2_local import inlet
 from dsv2_local.commands import streams
 from dsv2_local.commands.console import notice
 from dsv2_local.errors import InputError
+from dsv2_local.machine.homes import expanded
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,18 @@ def gather_prompt(
         stdin: standard input.
         raw: whether to keep every character.
         read_stdin: whether to read it. None: unless it is a terminal, or a file that someone else has begun to read
-            although there is a prompt (in `while read line; do dsv2 run "$line"; done < lines`, all lines but one would
-            precede the first); a line on stderr says what was done.
+            although there is a prompt or a file. (In `while read line; do dsv2 run "$line"; done < lines`, all lines
+            but one would precede the first.) A line on stderr says what was done.
 
     Raises:
         InputError: all parts are empty, a part cannot be read, or it is not Unicode text.
     """
     parts = [inlet.decoded(_read(path), str(path)) for path in files]
-    if _wants_stdin(stdin, read_stdin, needed=prompt is None):
-        text = _standard_input(stdin, alone=prompt is None)
-        if text and prompt is not None and read_stdin is None:
-            notice(f"standard input was read and precedes the prompt ({len(text):,} characters); see --no-stdin")
+    alone = prompt is None and not files
+    if _wants_stdin(stdin, read_stdin, alone):
+        text = _standard_input(stdin, alone)
+        if text and not alone and read_stdin is None:
+            notice(f"standard input was read, too ({len(text):,} characters); see --no-stdin")
         parts.append(text)
     if prompt is not None:
         parts.append(inlet.text(prompt, "the prompt"))
@@ -127,7 +129,7 @@ def _joined_without_line_ends(parts: Sequence[str]) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with expanded(path).open("rb") as file:
             return streams.read_all(file.fileno(), str(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
