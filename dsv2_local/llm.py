@@ -8,7 +8,7 @@ from collections.abc import Generator as PyGenerator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Generation(Iterator[Chunk]):
         self.stats = Stats()
         self.text = ""
         self._chunks = self._run(tokens, text)
-        self._lock = Lock()
+        self._lock = RLock()
 
     def __next__(self) -> Chunk:
         with self._lock:
@@ -119,7 +119,7 @@ class LLM:
         experts: the routed experts.
         engine: runs sequences of token ids.
         threads: the CPU threads in use, with a warning if they are more than the cores.
-        notes: what makes the model slower than it could be, and what to do about it.
+        notes: what makes the model slower or its answers longer than they could be, and what to do about it.
     """
 
     def __init__(
@@ -158,8 +158,13 @@ class LLM:
         self.defaults = generation_config.params
         self._tokenizer = Tokenizer(directory) if os.path.lexists(directory / "tokenizer.json") else None
         self._end_tokens = frozenset({*self.config.eos_token_id, *generation_config.eos_token_id})
-        if self._tokenizer and self._tokenizer.eos_id is not None:
-            self._end_tokens |= {self._tokenizer.eos_id}
+        if self._tokenizer and (eos := self._tokenizer.eos_id) is not None:
+            if eos >= self.config.vocab_size:
+                raise CheckpointError(
+                    f"{directory}: eos_token is token {eos:,} of the tokenizer, but vocab_size is "
+                    f"{self.config.vocab_size:,}; copy the tokenizer of the model's own release"
+                )
+            self._end_tokens |= {eos}
         weights = placement.ModelWeights.of(checkpoint)
         self._placed = (
             placement.place_on_devices(weights, self.plan, list(devices), dtype, costs=costs, progress=progress)
@@ -169,6 +174,10 @@ class LLM:
         self.experts = self._placed.experts
         self._fingerprint = weights.fingerprint or ""
         self.notes = [*filter(None, [ops.gpu_notice(device)]), *forecast.notes(self.plan), *self._placed.notes]
+        if not self._end_tokens:
+            self.notes.append(
+                "no file of the model names an end token, so answers end at --max-tokens or a full context"
+            )
         self.engine = Engine(self._placed.model, request.context, request.cache_dtype, self.plan.chunk)
         self.engine.warm_up(preparing)
 
@@ -244,7 +253,7 @@ class LLM:
         """Continue `prompt`: text (BOS is prepended, special tokens in it are parsed) or token ids, used unchanged.
 
         Options; None means the model's default:
-            max_tokens: maximum tokens to generate; default: until an end token or a full context.
+            max_tokens: maximum tokens to generate; default, or -1: until an end token or a full context.
             temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
                 seed: see `SamplingParams`.
             stop: a string, or several; the answer ends before the first one that appears.
@@ -291,6 +300,8 @@ class LLM:
         progress: Progress = no_progress,
         **sampling: Any,
     ) -> Generation:
+        if max_tokens == -1:  # as other programs write "no limit"
+            max_tokens = None
         if max_tokens is not None:
             max_tokens = checked("max_tokens", max_tokens, Number(1, whole=True), InputError)
         if logprobs is not None:

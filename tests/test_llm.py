@@ -87,6 +87,12 @@ def test_stop_strings_across_tokens(llm):
     assert generation.stats.finish_reason == "stop"
 
 
+def test_minus_one_is_no_limit(llm):
+    generation = llm.generate([5] * 500, max_tokens=-1, temperature=0)
+    assert len([chunk for chunk in generation if chunk.token_id is not None]) == 13
+    assert generation.stats.context_used == 512
+
+
 def test_an_end_token_ends_the_answer_and_is_not_shown(llm):
     generation = llm.generate(PROMPT, temperature=0, logit_bias={100001: 1e4})
     assert "".join(chunk.text for chunk in generation) == ""
@@ -225,6 +231,23 @@ def test_damage_is_named(directory, tmp_path, damage, named):
     shutil.copytree(directory, copy)
     damage(copy)
     with pytest.raises(CheckpointError, match=named):
+        dsv2_local.load(copy)
+
+
+def test_an_end_token_that_is_never_met_is_no_end_token(directory, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    assert any("names an end token" in note for note in dsv2_local.load(copy).notes)
+    assert not any("names an end token" in note for note in dsv2_local.load(directory).notes)
+    small = {"vocab_size": 100_000, "bos_token_id": 0, "eos_token_id": None}
+    (copy / "config.json").write_text(json.dumps(config | small))
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="eos_token is token 100,001 of the tokenizer, but vocab_size is 100,000"):
         dsv2_local.load(copy)
 
 

@@ -248,7 +248,7 @@ def test_threads_are_pinned_to_the_cores_of_one_node_first(machine, allow):
 
 @pytest.mark.parametrize("requested", [0, -2])
 def test_fewer_than_one_thread_is_refused(tmp_path, requested):
-    with pytest.raises(InputError, match=f"--threads must be between 1 and 4,096, not {requested}"):
+    with pytest.raises(InputError, match=rf"--threads must be between 1 and 4,096, not {requested};"):
         choose_threads(requested, tmp_path)
 
 

