@@ -3,10 +3,8 @@
 Heavy modules are imported inside the commands, so that help and shell completion are fast.
 """
 
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import Parameter, signature
 from pathlib import Path
@@ -14,15 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv2_local import __version__
-from dsv2_local.errors import Dsv2Error, InputError
-from dsv2_local.options import one_of
+from dsv2_local import __version__, inlet
+from dsv2_local.errors import InputError
+from dsv2_local.options import DRAW, drawn_seed, one_of
 
 if TYPE_CHECKING:
     from dsv2_local.commands.run_options import RunOptions
     from dsv2_local.llm import LLM
-
-INTERRUPTED, BROKEN_PIPE = 130, 141  # exit codes that shells use for SIGINT and SIGPIPE
 
 app = typer.Typer(
     name="dsv2",
@@ -34,6 +30,14 @@ app = typer.Typer(
 
 session_commands = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(session_commands, name="sessions")
+
+
+def _unicode(option: typer.CallbackParam, value: str | list[str] | None) -> str | list[str] | None:
+    """Check the text of an option. Paths may have any bytes and are not checked."""
+    if isinstance(value, str):
+        return inlet.text(value, f"--{option.name}")
+    return value and [inlet.text(each, f"--{option.name}") for each in value]
+
 
 Model = Annotated[
     str | None,
@@ -54,7 +58,7 @@ CacheType = Annotated[
     str, typer.Option("--cache-type", help="Type of the KV cache: bf16, or int8 in 57 % of the bytes.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: one per physical core.")]
-System = Annotated[str | None, typer.Option(help="System message.")]
+System = Annotated[str | None, typer.Option(help="System message.", callback=_unicode)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _PANEL = "Sampling (default: the model's generation_config.json)"
@@ -111,18 +115,29 @@ class GenerationOptions:
     seed: Annotated[
         int | None,
         typer.Option(
-            help="The same seed repeats the answer, as far as rounding does: a reused prefix may change it.",
+            help="The same seed repeats the answer, as far as rounding does: a reused prefix may change it. -1: draws "
+            "one, and shows it.",
             rich_help_panel=_PANEL,
         ),
     ] = None
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End the answer before this string; may be given several times.", rich_help_panel=_PANEL),
+        typer.Option(
+            help="End the answer before this string; may be given several times.",
+            rich_help_panel=_PANEL,
+            callback=_unicode,
+        ),
     ] = None
 
     def given(self) -> dict[str, Any]:
-        """The options that were given on the command line, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The options that were given on the command line, by name; a drawn seed is shown on stderr."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.seed == DRAW:
+            from dsv2_local.commands.console import notice
+
+            given["seed"] = drawn_seed()
+            notice(f"drew --seed {given['seed']}")
+        return given
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -192,10 +207,16 @@ def chat(
         with _load(load) as llm:
             _run(llm, options)
         return
-    from dsv2_local.commands.chat import Chat
+    from dsv2_local.commands.terminal import Terminal
 
-    with _load(load) as llm:
-        Chat(llm, system, generation.given(), session=session).loop()
+    given = generation.given()
+    with Terminal() as terminal, _load(load, terminal.collect) as llm:
+        from dsv2_local.commands.chat import COMMANDS, Chat
+        from dsv2_local.commands.prompt import Prompt
+
+        llm.tokenizer.require_chat_template()
+        prompt = Prompt(terminal, COMMANDS)
+        Chat(llm, system, given, None, prompt.read, prompt.ask, session, terminal).loop()
 
 
 @app.command()
@@ -208,12 +229,19 @@ def run(
         list[Path] | None,
         typer.Option("-f", "--file", help="Put this file before the prompt; may be given several times."),
     ] = None,
+    stdin: Annotated[
+        bool | None,
+        typer.Option(help="Whether to read standard input. Default: unless it is a terminal, or read elsewhere too."),
+    ] = None,
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the chat template.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: the answer and its statistics.")
     ] = False,
     stream: Annotated[bool, typer.Option(help="Print the answer while it is generated.")] = True,
+    no_newline: Annotated[
+        bool, typer.Option("-N", "--no-newline", help="Do not add a newline after the answer.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log probabilities of this many most likely tokens per step.")
@@ -225,10 +253,12 @@ def run(
 ) -> None:
     """Answer one prompt from arguments, files and standard input; for scripts."""
     from dsv2_local.commands.run_options import RunOptions, gather_prompt
+    from dsv2_local.machine.homes import expanded
 
     given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
-    text = gather_prompt(prompt, file or [], sys.stdin)
-    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache)  # raises before the model is loaded
+    text = gather_prompt(prompt, file or [], sys.stdin, raw, read_stdin=stdin)
+    newline = not no_newline
+    options = RunOptions(text, given, system, raw, as_json, stream, stats, cache and expanded(cache), newline)
     with _load(load) as llm:
         _run(llm, options)
 
@@ -239,8 +269,7 @@ def list_sessions(invocation: typer.Context) -> None:
     if invocation.invoked_subcommand is None:
         from dsv2_local.commands import sessions
 
-        with _closed_pipe_is_no_error():
-            sessions.show()
+        sessions.show()
 
 
 @session_commands.command("delete")
@@ -261,7 +290,7 @@ def delete_sessions(
 @app.command()
 def quantize(
     source: Annotated[str, typer.Argument(help="Release to convert: a directory of safetensors or a hub repository.")],
-    destination: Annotated[Path, typer.Argument(help="Directory for the converted model.")],
+    destination: Annotated[str, typer.Argument(help="Directory for the converted model: a new or an empty one.")],
     recipe: Annotated[str, typer.Option(help="Formats of the weights: nf4, mixed, int8 or bf16.")] = "nf4",
     verify: Annotated[bool, typer.Option("--verify", help="Compare the result with the source afterwards.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
@@ -272,9 +301,12 @@ def quantize(
     from dsv2_local.commands import quantize
     from dsv2_local.quant.schema import Recipe
 
+    if not destination:  # a Path would be the current directory
+        raise InputError("the destination is empty; is a variable not set?")
+
     quantize.run(
         source,
-        destination,
+        Path(destination),
         recipe=one_of("--recipe", recipe, Recipe),
         check=verify,
         force=force,
@@ -307,8 +339,7 @@ def plan(
     if cache is not None:
         notice("--cache is now called --cache-type")
     options = plan.PlanOptions(model, recipe, vram, ram, context, cache or cache_type, rates, experts)
-    with _closed_pipe_is_no_error():
-        plan.run(options, as_json)
+    plan.run(options, as_json)
 
 
 @app.command()
@@ -324,8 +355,7 @@ def inspect(
     """Show a model's architecture, and the sizes of its weights and KV cache."""
     from dsv2_local.commands import inspect
 
-    with _closed_pipe_is_no_error():
-        inspect.show(model, as_json, verify)
+    inspect.show(model, as_json, verify)
 
 
 @app.command()
@@ -387,39 +417,30 @@ def bench(
     if record_trace is not None:
         bench.record_trace(options, record_trace, text)
         return
-    with _closed_pipe_is_no_error():
-        bench.run(options, as_json)
+    bench.run(options, as_json)
 
 
-def _load(options: LoadOptions) -> "LLM":
-    from dsv2_local.commands.loading import load
+def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None) -> "LLM":
+    """Load a model. Something is on the screen before torch is imported; `begun` is called after that."""
+    from dsv2_local.commands.console import notice, waiting
 
-    return load(**asdict(options))
+    if options.model is None:
+        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
+    with waiting(f"loading {options.model or 'dsv2-nano'} ..."):
+        begun()
+        from dsv2_local.commands.loading import load
+
+        return load(**asdict(options))
 
 
 def _run(llm: "LLM", options: "RunOptions") -> None:
     from dsv2_local.commands import run
 
-    with _closed_pipe_is_no_error():
-        run.run(llm, options, sys.stdout)
-
-
-@contextmanager
-def _closed_pipe_is_no_error() -> Iterator[None]:
-    """Exit with the shell's code for SIGPIPE if stdout's reader is gone, without an error at the final flush."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from None
+    run.run(llm, options, sys.stdout)
 
 
 def main() -> None:
-    """Run the command; a `Dsv2Error` becomes one line on stderr and its exit code."""
-    try:
-        app()
-    except Dsv2Error as error:
-        print(f"dsv2: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    """Run the command; it ends with its exit code, and with one line on stderr if it fails."""
+    from dsv2_local.commands import process
+
+    process.run(app)

@@ -120,11 +120,11 @@ def kill_and_resume(source: Path, directory: Path, recipe: str, kills: int, seco
     """
     whole, again, same, done = directory / "whole", directory / "again", [], 0
     expected = digests(whole)
-    while done < kills or again.with_name("again.partial").exists():
+    while done < kills or (again / ".partial").exists():
         if done < kills and killed_run(command(source, again, recipe), random.uniform(1, seconds)):
             done += 1
             continue
-        if not again.exists():
+        if not (again / "manifest.json").exists():
             subprocess.run(command(source, again, recipe), check=True, stderr=subprocess.DEVNULL)
         same.append(digests(again) == expected)
         shutil.rmtree(again)

@@ -9,8 +9,10 @@ Dsv2Error                    exit code 1
 ├── NonFiniteError           the model computed NaN or infinity; has the place
 ├── CacheFullError           running sequences hold all blocks of the KV cache
 ├── SavedCacheError          a saved cache cannot be written or read, or belongs to another model
+│   └── DamagedCacheError        its contents do not match their checksum
 ├── DeviceError              a copy or a kernel failed on a GPU
 │   └── DeviceMemoryError        the GPU has less free memory than the plan assumed
+├── OutputError              standard output cannot be written
 ├── HubError                 a hub repository cannot be reached, found or read
 ├── TemplateError            the chat template is missing or rejects the messages
 └── InputError               exit code 2: the request itself is wrong
@@ -113,6 +115,10 @@ class SavedCacheError(Dsv2Error):
     """A saved cache cannot be written or read, is damaged, or belongs to another model."""
 
 
+class DamagedCacheError(SavedCacheError):
+    """The contents of a saved cache do not match their checksum."""
+
+
 class DeviceError(Dsv2Error):
     """A copy or a kernel failed on a GPU."""
 
@@ -131,6 +137,10 @@ class DeviceMemoryError(DeviceError):
             f"{device} is out of memory: {requested / 2**30:,.2f} GiB requested, {free / 2**30:,.2f} GiB free; another "
             "program has taken memory since the plan was made: close it, or set a lower --vram"
         )
+
+
+class OutputError(Dsv2Error, OSError):
+    """Standard output is closed or full; an OSError too, as what a stream raises."""
 
 
 class HubError(Dsv2Error):

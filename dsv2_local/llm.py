@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv2_local import inlet
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.errors import CheckpointError, InputError, PlanError
@@ -195,16 +196,22 @@ class LLM:
             self.engine.close()
             self._placed.close()
 
-    def save_cache(self, path: Path, conversation: str = "") -> None:
+    def save_cache(self, path: Path, conversation: str = "", wanted: Callable[[int], bool] | None = None) -> bool:
         """Write the KV cache of the current sequence to a file, so that a later process need not prefill it again.
 
-        `conversation` is any text to store with it; `saved_cache.read_header` reads it back.
+        `conversation` is any text to store with it; `saved_cache.read_header` reads it back. `wanted` is called with
+        the tokens in the file as it is when no other process saves to it; False leaves it so.
+
+        Returns:
+            Whether the file was written.
 
         Raises:
             SavedCacheError: the file cannot be written.
         """
         with self.engine.opened():
-            saved_cache.save(path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation)
+            return saved_cache.save(
+                path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation, wanted
+            )
 
     def load_cache(self, path: Path) -> int:
         """Fill the KV cache from a file; returns the number of tokens loaded. Prompts with this prefix reuse it.
@@ -254,10 +261,11 @@ class LLM:
             progress: called with (tokens done, tokens of the prompt) before every chunk of the prefill.
 
         Raises:
-            InputError: an option is out of range (raised by this call), or a token id is (by the first `next`).
+            InputError: an option is out of range or text is not Unicode (raised by this call), or a token id is out of
+                range (by the first `next`).
             ContextLengthError: the prompt does not fit in the context (raised by the first `next`).
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        ids = self.tokenizer.encode(inlet.text(prompt, "the prompt")) if isinstance(prompt, str) else _token_ids(prompt)
         return self._generation(ids, strip=False, **options)
 
     def chat(
@@ -300,7 +308,7 @@ class LLM:
             logprobs = checked("logprobs", logprobs, Number(0, whole=True), InputError)
         request = Request(ids, self.defaults.override(**sampling), max_tokens, self._end_tokens, logprobs)
         tokens = partial(self.engine.generate, request, progress=progress)
-        stops = [checked("stop", each, Text(), InputError) for each in _listed("stop", stop)]
+        stops = [inlet.well_formed(checked("stop", each, Text(), InputError), "stop") for each in _listed("stop", stop)]
         return Generation(tokens, TextStream(self._tokenizer, self._end_tokens, stops, strip))
 
 

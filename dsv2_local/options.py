@@ -1,5 +1,6 @@
 """Parsing of option values, for the command line, the Python API and the commands of a chat."""
 
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,6 +14,14 @@ UNITS = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)} | 
 UNITS |= {f"{letter}{rest}": 1024**power for power, letter in enumerate("KMGT", 1) for rest in ("", "iB")}
 
 Choice = TypeVar("Choice", bound=StrEnum)
+
+DRAW = -1
+"""The seed that stands for one to be drawn."""
+
+
+def drawn_seed() -> int:
+    """A random seed, short enough to be typed again."""
+    return int.from_bytes(os.urandom(4)) >> 1
 
 
 def one_of(option: str, value: str, choices: Iterable[Choice]) -> Choice:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv2_local.errors import CheckpointError
 from dsv2_local.model_files import parse_object, read_object
+from dsv2_local.quant.local import what_file
 from dsv2_local.values import Fields, Number, Numbers, Object, Text, checked, shown
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -104,21 +105,28 @@ class Source:
 def _files(directory: Path) -> list[Path]:
     """The shards that the index lists, or all safetensors files if there is no index."""
     index = directory / INDEX
-    if not index.is_file():
-        files = sorted(inside(directory, path.name) for path in directory.glob("*.safetensors"))
-        if not files:
+    raw = read_object(index, CheckpointError)
+    if raw is None:
+        files = [_shard(directory, path.name, "is") for path in sorted(directory.glob("[!.]*.safetensors"))]
+        if not files:  # those that begin with a dot are another system's
             raise CheckpointError(f"{directory} has no *.safetensors files (other formats are not read)")
         return files
-    found = Fields(read_object(index, CheckpointError) or {}, str(index), CheckpointError)
+    found = Fields(raw, str(index), CheckpointError)
     weights = found.get("weight_map", Object())
     if not weights:
         raise CheckpointError(f"{index} has no weight_map; download it again")
     names = {found.read(f"weight_map of {shown(tensor)}", name, Text()) for tensor, name in weights.items()}
-    files = [inside(directory, name) for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file} is listed in {INDEX} but missing; download it again")
-    return files
+    return [_shard(directory, name, f"is listed in {INDEX} but") for name in sorted(names)]
+
+
+def _shard(directory: Path, name: str, listed: str) -> Path:
+    """A file of weights, which must be there; `listed` says how it is known."""
+    path = directory / name
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} {listed} a link to {path.readlink()}, which is missing; download it again")
+    if not inside(directory, name).is_file():
+        raise CheckpointError(f"{path} {listed} missing; download it again")
+    return path
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -145,12 +153,16 @@ def inside(directory: Path, name: str) -> Path:
 
 def _read_header(file: Path) -> list[SourceTensor]:
     """The tensors of one file in the order of their offsets, checked against the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{file} is truncated or not a safetensors file; download it again")
-        text = handle.read(length)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                what = what_file(file) or "truncated or not a safetensors file"
+                raise CheckpointError(f"{file} is {what}; download it again")
+            text = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     raw = parse_object(text, f"the header of {file}", CheckpointError)
     raw.pop("__metadata__", None)
     tensors = sorted((_tensor(file, 8 + length, *item) for item in raw.items()), key=lambda tensor: tensor.start)

@@ -1,27 +1,45 @@
 """The chat: conversation, commands and screen. The model is a fake, except in the tests in a terminal."""
 
+import errno
 import io
 import json
 import os
+import pty
 import random
+import re
+import shutil
+import signal
 import stat
 import sys
-from collections.abc import Iterator
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Timer
 from typing import Any
+from unittest.mock import Mock
 
 import pexpect
 import pytest
-from rich.console import Console
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console, ConsoleDimensions
 
+from dsv2_local import cli
 from dsv2_local.commands.chat import Chat
 from dsv2_local.commands.console import prompt_progress
-from dsv2_local.commands.markdown import Markdown, MarkdownStream, finished_blocks
-from dsv2_local.errors import CheckpointError, InputError
+from dsv2_local.commands.markdown import Markdown, MarkdownStream, finished_block
+from dsv2_local.commands.messages import as_message, as_typed, is_command
+from dsv2_local.commands.prompt import Prompt
+from dsv2_local.commands.terminal import Terminal
+from dsv2_local.errors import CheckpointError, InputError, TemplateError
 from dsv2_local.llm import Chunk
 from dsv2_local.runtime.engine import Stats
 from dsv2_local.runtime.sampling_params import SamplingParams
 from dsv2_local.runtime.saved_cache import read_header
 from tests.models import heed_signals
+from tests.screen import Screen
 
 
 class FakeGeneration:
@@ -163,12 +181,6 @@ def test_commands_never_end_the_chat(line, said):
     assert contents(chat) == ["hello?", "still here"]
 
 
-def test_two_slashes_are_a_message():
-    llm = FakeLLM(["x"])
-    talk(llm, "//etc/passwd is what?")
-    assert llm.asked[0][-1]["content"] == "/etc/passwd is what?"
-
-
 FULL = ("x" * 40, "y" * 40, "z" * 30)
 
 
@@ -253,52 +265,296 @@ def terminal(height: int = 10) -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=60, height=height, _environ={})
 
 
-def test_streamed_markdown_ends_as_if_printed_whole():
-    blocks: list[str] = []
+def streamed(console: Console, pieces: list[str]) -> str:
+    """What is written to the terminal if every piece is drawn when it comes."""
+    with MarkdownStream(console) as stream:
+        stream._closed.set()  # ends the thread that would draw at times of its own
+        stream._thread.join()
+        for piece in pieces:
+            stream.push(piece)
+            stream._draw()
+    return written(console)
+
+
+def written(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def in_pieces(text: str, rng: random.Random) -> list[str]:
+    pieces = []
+    while text:
+        size = rng.randrange(1, 9)
+        pieces.append(text[:size])
+        text = text[size:]
+    return pieces
+
+
+@pytest.mark.parametrize("height", [6, 40])
+def test_streamed_markdown_ends_as_if_printed_whole(height):
+    whole = Screen(60, height).write(streamed(terminal(height), [TEXT])).lines
+    assert [line for line in whole if "still two" in line]
+    assert whole[-2:] == ["The end.", ""]
     rng = random.Random(0)
     for _ in range(20):
-        console = terminal()
+        assert Screen(60, height).write(streamed(terminal(height), in_pieces(TEXT, rng))).lines == whole
+
+
+def test_a_table_taller_than_the_screen_is_shown_once():
+    table = "| name | value |\n|---|---|\n" + "".join(f"| row {n} | x{'x' * n} |\n" for n in range(20)) + "\nThe end.\n"
+    shown = Screen(60, 8).write(streamed(terminal(8), in_pieces(table, random.Random(1)))).lines
+    assert [sum(f"row {n} " in line for line in shown) for n in range(20)] == [1] * 20
+
+
+def test_finished_lines_of_code_are_never_drawn_again():
+    lines = [f"value_{n} = [{n}, 'text', None]  # comment {n}" for n in range(80)]
+    code = "```python\n" + "\n".join(lines) + "\n```\n"
+    out = streamed(terminal(30), in_pieces(code, random.Random(2)))
+    assert "\x1b[1A" not in out
+    assert len(out) < 100_000
+    assert [line for line in Screen(60, 30).write(out).lines if line] == lines
+
+
+def test_code_is_shown_as_it_is_and_long_lines_are_left_to_the_terminal():
+    code = ["def f():", "", "    return " + "x" * 100, "``", "~~~", "    ```", "\tend"]
+    for ending in ("\n```", "\n````\nafter", ""):
+        text = "```py\n" + "\n".join(code) + ending
+        for pieces in ([text], in_pieces(text, random.Random(3)), list(text)):
+            rest = "\n\nafter\n" if ending.endswith("after") else "\n"
+            whole = Screen(60, 30).write("\n".join(code).expandtabs(4) + rest)  # the terminal breaks the long line
+            assert Screen(60, 30).write(streamed(terminal(30), pieces)).lines == whole.lines
+
+
+def test_a_change_of_the_screen_repeats_no_line():
+    """Once the size has changed, or a shell has written to the screen, nobody knows where a line is."""
+    words = [f"word{n:03}" for n in range(120)]
+    text = " ".join(
+        f"**{word}**" if n % 9 == 5 else f"`{word}`" if n % 7 == 3 else word for n, word in enumerate(words)
+    )
+    for change in ("narrower", "wider", "lower"):
+        console, rng = terminal(20), random.Random(4)
         with MarkdownStream(console) as stream:
-            stream._print = blocks.append  # type: ignore[method-assign]
-            rest = TEXT
-            while rest:
-                size = rng.randrange(1, 9)
-                stream.push(rest[:size])
-                rest = rest[size:]
-        assert "".join(blocks) == TEXT
-        assert not any(block.count("```") % 2 for block in blocks)
-        blocks.clear()
+            stream._closed.set()
+            stream._thread.join()
+            for number, piece in enumerate(in_pieces(text + "\n\nThe end of it all.", rng)):
+                if number % 40 == 20:
+                    width, height = console.size
+                    new = {"narrower": (width - 3, height), "wider": (width + 3, height), "lower": (width, height - 2)}
+                    console.size = ConsoleDimensions(*new[change])
+                before = len(written(console))
+                stream.push(piece)
+                stream._draw()
+                if number % 40 == 20:
+                    assert "\x1b[" not in re.sub(r"\x1b\[[\d;]*m", "", written(console)[before:])
+        shown = " ".join(Screen(60, 20).write(written(console)).lines)
+        assert [len(re.findall(word, shown)) for word in words] == [1] * len(words)
+    stops = [0]
+    console = terminal(20)
+    with MarkdownStream(console, lambda: stops[0]) as stream:
+        stream._closed.set()
+        stream._thread.join()
+        stream.push("one two thr")
+        stream._draw()
+        console.file.write("\n[1]+  Stopped\n")
+        stops[0] = 1
+        stream.push("ee four")
+    assert Screen(60, 20).write(written(console)).lines == ["one two", "[1]+  Stopped", "one two three four", ""]
 
 
-def test_the_part_that_is_redrawn_is_never_taller_than_the_screen():
-    console = terminal(height=8)
-    with MarkdownStream(console) as stream:
-        for line in range(30):
-            stream.push(f"- item {line}\n")
-            assert stream._live is not None
-            assert len(console.render_lines(stream._live.renderable)) <= 8
+def test_generating_does_not_wait_for_the_drawing(monkeypatch):
+    drawn: list[threading.Thread] = []
+
+    def slow(self: MarkdownStream, last: bool = False) -> None:
+        drawn.append(threading.current_thread())
+        self._pushed.clear()
+        time.sleep(0.02)
+
+    monkeypatch.setattr(MarkdownStream, "_draw", slow)
+    start = time.monotonic()
+    with MarkdownStream(terminal()) as stream:
+        while time.monotonic() < start + 0.55:
+            stream.push("word ")
+            time.sleep(0.001)
+    assert 1 <= len(drawn) - 1 <= 2  # the first after 0.1 s, and after 0.02 s of drawing a pause of 0.4 s
+    assert threading.main_thread() not in drawn[:-1]
 
 
-def test_html_is_shown_and_control_characters_are_not():
+def test_an_error_of_the_drawing_ends_the_answer(monkeypatch):
+    console = terminal()
+
+    def gone(text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(console.file, "write", gone)
+
+    def answer() -> None:
+        with MarkdownStream(console) as stream:
+            for _ in range(200):
+                stream.push("word ")
+                time.sleep(0.01)
+            pytest.fail("nobody noticed")
+
+    with pytest.raises(OSError, match="Input/output"):
+        answer()
+
+
+def test_html_and_links_are_shown_and_control_characters_are_not():
     console = terminal(height=30)
-    console.print(Markdown("a <b>bold</b> word\n\n<div>block</div>"))
-    assert "<b>" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert "<div>" in console.file.getvalue()  # type: ignore[attr-defined]
+    console.print(Markdown("a <b>bold</b> word\n\n<div>block</div>\n\n[text](http://there)\n\n[1]: http://source"))
+    for part in ("<b>", "<div>", "http://there", "http://source"):
+        assert part in written(console)
+    assert "\x1b]" not in written(console)
     plain = io.StringIO()
     with MarkdownStream(Console(file=plain)) as stream:
         stream.push("a\x1b[2Jb\x07c\td\n")
     assert plain.getvalue() == "a[2Jbc\td\n"
+    assert "\x1b[2J" not in streamed(terminal(), ["a\x1b[2Jb ", "c\x9b2Jd", "\x07"])
 
 
 def test_where_blocks_end():
-    assert finished_blocks("one\n\ntwo") == 5
-    assert finished_blocks("one\n\n") == 0
-    assert finished_blocks("```\na\n\nb") == 0
-    assert finished_blocks("- a\n\n  more of a") == 0
+    assert finished_block("one\n\ntwo") == 5
+    assert finished_block("one\n\n") == 0
+    assert finished_block("- a\n\n  more of a") == 0
+    assert finished_block("- a\n  ```\n  b\n\nc\n") == 0  # inside the code of a list
+    assert finished_block("one\n```\na\n\nb") == 4
+    assert finished_block("one\n``") == 0
+    assert finished_block("one\n```") == 0  # perhaps ```code``` in a line
+
+
+def test_emoji_codes_are_text():
+    _, shown = talk(FakeLLM(), "/system :smile: [bold]")
+    assert "system: :smile: [bold]" in shown
+
+
+@given(st.text(alphabet="/a?* \n.", max_size=8))
+def test_text_can_always_be_sent_as_it_is(text):
+    assert not is_command(as_typed(text))
+    assert as_message(as_typed(text)) == text.rstrip("\r\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [
+        ("//help", "/help"),
+        ("//etc/passwd is what?", "/etc/passwd is what?"),
+        ("/etc/passwd is what?", "/etc/passwd is what?"),
+        ("/* sort */\nint x;", "/* sort */\nint x;"),
+        ("// main.cpp", "// main.cpp"),
+        ("/// doc", "/// doc"),
+        ("  indented\n", "  indented"),
+    ],
+)
+def test_what_is_a_message(typed, sent):
+    llm = FakeLLM(["x"])
+    talk(llm, typed)
+    assert llm.asked[0][-1]["content"] == sent
+
+
+def test_a_drawn_seed_is_kept_and_shown():
+    llm = FakeLLM(["x"])
+    chat, shown = talk(llm, "/set seed -1", "q")
+    seed = chat.conversation.settings["seed"]
+    assert seed >= 0
+    assert f"seed = {seed}" in shown
+    assert llm.options["seed"] == seed
+
+
+def test_ctrl_c_twice_does_not_end_the_chat(monkeypatch):
+    monkeypatch.setattr("dsv2_local.commands.chat.describe_stats", Mock(side_effect=[KeyboardInterrupt, "figures"]))
+    chat, shown = talk(FakeLLM(["half ", KeyboardInterrupt()], ["more"]), "q", "go on")
+    assert contents(chat) == ["q", "half ", "go on", "more"]
+    assert "figures" in shown
+
+
+@pytest.fixture
+def keyboard(monkeypatch) -> Iterator[int]:
+    """The other end of a terminal that is standard input; writing there is typing."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "r", encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield ours
+    os.close(ours)
+
+
+def modes(descriptor: int) -> list[Any]:
+    return termios.tcgetattr(descriptor)
+
+
+def test_keys_that_are_pressed_early_become_messages(keyboard, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = modes(keyboard)
+    os.write(keyboard, b"zero\nhalf")  # the terminal translates Enter, and shows what is typed
+    with Terminal() as terminal:
+        owned = modes(keyboard)
+        assert not owned[3] & (termios.ECHO | termios.ICANON)
+        assert owned[3] & termios.ISIG
+        terminal.collect()
+        prompt = Prompt(terminal, ["/help"])
+        os.write(keyboard, b" one\r\x1b[200~two\nlines\n\x1b[201~\r" + b"x" * 5_000 + b"\r")
+        wait_until(lambda: len(terminal._keys) > 5_000)
+        assert [prompt.read(""), prompt.read(""), prompt.read("")] == ["zero", "half one", "two\nlines\n"]
+        assert modes(keyboard) == owned
+        os.write(keyboard, b"y")
+        Timer(0.3, os.write, (keyboard, b"es\rnext\r")).start()
+        assert prompt.ask("sure?") == "es"  # the y was typed before the question
+        assert prompt.read("") == "x" * 5_000
+        assert prompt.read("") == "ynext"
+    assert modes(keyboard) == before
+
+
+def test_a_model_without_a_chat_template_is_refused_at_once(keyboard, monkeypatch):
+    llm = Mock(**{"tokenizer.require_chat_template.side_effect": TemplateError("this checkpoint has no chat template")})
+    llm.__enter__ = lambda self: self
+    llm.__exit__ = lambda *_: None
+    monkeypatch.setattr(cli, "_load", lambda *_: llm)
+    before = modes(keyboard)
+    with pytest.raises(TemplateError):
+        cli.app(["chat"], standalone_mode=False)
+    assert modes(keyboard) == before
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (b"\x1b[200~/help\x1b[201~\r", "//help"),
+        (b"\x1b[200~//x\x1b[201~\r", "///x"),
+        (b"\x1b[200~// x\r\n/y\x1b[201~\r", "// x\n/y"),
+        (b"a \x1b[200~/help\x1b[201~\r", "a /help"),
+        (b"one\\\rtwo\r", "one\ntwo"),
+        (b"\x1b[200~#define x \\\x1b[201~\r", "#define x \\"),  # the backslash was pasted
+        (b"one\x1b\rtwo\r", "one\ntwo"),
+        (b"caf\xe9\r", "caf\udce9"),
+        ("na\u00efve \U0001f600\r".encode(), "na\u00efve \U0001f600"),
+    ],
+)
+def test_keys(keyboard, monkeypatch, tmp_path, keys, message):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with Terminal() as terminal:
+        prompt = Prompt(terminal, [])
+        os.write(keyboard, keys)
+        assert prompt.read("") == message
+
+
+def test_ctrl_c_right_after_enter_stops_the_answer(keyboard, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with Terminal() as terminal:
+        prompt = Prompt(terminal, [])
+        Timer(0.3, os.write, (keyboard, b"one\r\x03two\r")).start()
+        assert prompt.read("") == "one"
+        with pytest.raises(KeyboardInterrupt):
+            terminal.check_interrupt()
+        terminal.check_interrupt()
+        assert prompt.read("") == "two"
 
 
 READY = r"\[\?2004h"
-"""What prompt_toolkit sends once it reads the keyboard. Before that the terminal turns Enter into a new line."""
+"""What is sent when a message ends, and again when the next one can be typed."""
 
 
 def terminal_environment() -> dict[str, str]:
@@ -307,18 +563,72 @@ def terminal_environment() -> dict[str, str]:
     return {**kept, "TERM": "xterm-256color", "NO_COLOR": "1"}
 
 
+MAIN = "from dsv2_local.cli import main; main()"
+
+
+def spawn(tmp_path: Path, *command: str) -> pexpect.spawn:
+    environment = terminal_environment() | {"XDG_STATE_HOME": str(tmp_path)}
+    return pexpect.spawn(
+        command[0], list(command[1:]), env=environment, encoding="utf-8", timeout=90, dimensions=(30, 140), echo=False,
+        preexec_fn=heed_signals,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def dsv2(tmp_path) -> Iterator[pexpect.spawn]:
     """The real chat, with the bundled model, in a pseudo-terminal."""
-    environment = terminal_environment() | {"XDG_STATE_HOME": str(tmp_path)}
-    command = ["-c", "from dsv2_local.cli import main; main()", "chat", "--temperature", "0"]
-    child = pexpect.spawn(
-        sys.executable, command, env=environment, encoding="utf-8", timeout=90, dimensions=(30, 140), echo=False,
-        preexec_fn=heed_signals,
-    )  # fmt: skip
+    child = spawn(tmp_path, sys.executable, "-c", MAIN, "chat", "--temperature", "0")
     child.expect("lists commands")
     child.expect(READY)
     yield child
+    child.close(force=True)
+
+
+def test_something_is_on_the_screen_before_torch_is_imported(tmp_path):
+    child = spawn(tmp_path, sys.executable, "-c", f"import sys; sys.modules['torch'] = None; {MAIN}", "chat")
+    child.expect("dsv2: using the bundled dsv2-nano")
+    child.expect("dsv2: loading dsv2-nano")
+    child.expect("torch")  # cannot be imported
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["\x04", "\x03", signal.SIGTERM])
+def test_a_terminal_is_left_as_it_was(tmp_path, end):
+    """However the chat ends, and while it is suspended; what is typed while it starts is not lost."""
+    if shutil.which("bash") is None:
+        pytest.skip("bash, for its control of jobs, is not here")
+    child = spawn(tmp_path, "bash", "--norc", "-i")
+    modes = "stty -a | tr ' ;' '\\n\\n' | grep -x -- '-*\\(echo\\|icanon\\|icrnl\\)' | tr '\\n' ' '; echo modes\r"
+    child.send(f"PS1='§ '; dsv2() {{ {sys.executable} -c '{MAIN}' \"$@\"; }}; stty echo\r")
+    child.send(modes)
+    child.expect("icrnl icanon echo modes")
+    child.send("dsv2 chat\r")
+    child.expect("loading dsv2-nano")
+    if end == "\x03":
+        child.send("wasted\x03")
+    else:
+        child.send("/set seed 5\rhalf")
+        child.expect("seed = 5")
+        child.expect("half")
+        child.send("\x1a")
+        child.expect("Stopped")
+        child.send(modes)
+        child.expect("icrnl icanon echo modes")
+        child.send("fg\r")
+        child.expect("half")
+        if end == signal.SIGTERM:
+            child.send("\x15/system kill me\r")
+            child.expect("system: kill me")
+            group = os.tcgetpgrp(child.child_fd)
+            os.kill(group, end)
+        else:
+            child.send("\x15" + end)
+    child.expect("§ ")
+    child.send(modes)
+    child.expect("icrnl icanon echo modes")
     child.close(force=True)
 
 

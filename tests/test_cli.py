@@ -1,15 +1,22 @@
 """The `dsv2` command as a user runs it, with the bundled model: pipes, exit codes, one-line errors."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dsv2_local.cli import GenerationOptions
+from dsv2_local.commands.run import run
+from dsv2_local.commands.run_options import RunOptions, gather_prompt
+from dsv2_local.errors import InputError
 from tests.models import heed_signals, save_random
+from tests.test_chat import FakeLLM
 
 DSV2 = [sys.executable, "-c", "from dsv2_local.cli import main; main()"]
 QUESTION = "What is a dog?"
@@ -31,7 +38,76 @@ def answer() -> str:
     """The bundled model's answer to QUESTION, from a plain `dsv2 run`."""
     done = dsv2("run", QUESTION, "--temperature", 0)
     assert done.returncode == 0, done.stderr
-    return done.stdout.decode()
+    assert done.stdout.decode() == done.stdout.decode().strip() + "\n"
+    return done.stdout.decode().strip()
+
+
+class TerminalText(io.StringIO):
+    """Text written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def printed(answer: str, out: io.StringIO | None = None, **options: Any) -> str:
+    """What `dsv2 run` prints if the model answers with `answer`, in a pipe unless `out` is a terminal."""
+    out = out or io.StringIO()
+    run(FakeLLM(list(answer)), RunOptions("question", **options), out)
+    return out.getvalue()
+
+
+def test_an_answer_ends_with_one_newline():
+    assert printed("a") == printed("a\n") == printed("a", TerminalText()) == printed("a", stream=False) == "a\n"
+    assert printed("") == "\n"
+    assert printed("a", newline=False) == "a"
+    assert printed("a", json=True).endswith("}\n")
+    assert printed("a", json=True, newline=False).endswith("}")
+
+
+def test_an_answer_does_not_control_the_terminal():
+    hostile = "a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\tb\n"
+    shown = "a]0;title[2J2J\tb\n"
+    assert printed(hostile, TerminalText()) == printed(hostile, TerminalText(), stream=False) == shown
+    assert printed(hostile) == printed(hostile, stream=False) == hostile  # a pipe gets all of it
+    line = printed(hostile, TerminalText(), json=True)
+    assert line.removesuffix("\n").isprintable()
+    assert json.loads(line)["text"] == hostile
+
+
+def test_raw_keeps_every_character(tmp_path):
+    def gathered(*files: str, prompt: str | None = None, raw: bool = True) -> str:
+        paths = [tmp_path / str(number) for number in range(len(files))]
+        for path, text in zip(paths, files, strict=True):
+            path.write_bytes(text.encode())
+        return gather_prompt(prompt, paths, TerminalText(), raw)
+
+    assert gathered(prompt="def f():\n") == "def f():\n"
+    assert gathered(prompt="def f():\n", raw=False) == "def f():"
+    assert gathered("x\n\n\n") == "x\n\n\n"
+    assert gathered(prompt=" \n") == " \n"
+    assert gathered("one\n", "two", "", "three\r\n\r\n", "four\n\n\n", prompt="five\r\n") == (
+        "one\n\ntwo\n\nthree\r\n\r\nfour\n\n\nfive\r\n"
+    )
+    with pytest.raises(InputError, match="there is no prompt"):
+        gathered(prompt="")
+
+
+def test_an_empty_system_message_is_none():
+    llm = FakeLLM(["a"], ["b"])
+    run(llm, RunOptions("question", system=""), io.StringIO())
+    assert llm.asked[0] == [{"role": "user", "content": "question"}]
+    RunOptions("text", raw=True, system="")  # and does not exclude --raw
+
+
+def test_a_seed_is_drawn_and_shown(capsys):
+    seeds = [GenerationOptions(seed=-1).given()["seed"] for _ in range(3)]
+    assert len(set(seeds)) == 3
+    assert capsys.readouterr().err.split() == [
+        word for seed in seeds for word in ("dsv2:", "drew", "--seed", str(seed))
+    ]
+    assert GenerationOptions(seed=7).given() == {"seed": 7}
+    assert capsys.readouterr().err == ""
+    assert json.loads(printed("a", json=True, generation={"seed": 7}))["seed"] == 7
 
 
 def test_stdout_is_the_answer_alone(answer):
@@ -47,7 +123,7 @@ def test_the_bundled_model_is_announced_on_stderr_alone():
 
 @pytest.mark.slow
 def test_stdin_and_files_come_before_the_argument(answer, tmp_path):
-    assert dsv2("run", stdin=QUESTION.encode() + b"\n").stdout.decode() == answer
+    assert dsv2("run", stdin=QUESTION.encode() + b"\n").stdout.decode() == answer + "\n"
     (tmp_path / "first.txt").write_text("one\n")
     done = dsv2("run", "--raw", "--json", "-n", 1, "-f", tmp_path / "first.txt", "three", stdin=b"two\n")
     alone = dsv2("run", "--raw", "--json", "-n", 1, "one\n\ntwo\n\nthree")
@@ -57,7 +133,7 @@ def test_stdin_and_files_come_before_the_argument(answer, tmp_path):
 
 @pytest.mark.slow
 def test_not_streaming_prints_the_same(answer):
-    assert dsv2("run", "--no-stream", QUESTION, "--temperature", 0).stdout.decode() == answer
+    assert dsv2("run", "--no-stream", QUESTION, "--temperature", 0).stdout.decode() == answer + "\n"
 
 
 def test_json_is_one_object(answer):
@@ -78,7 +154,9 @@ def test_seeds_and_stop_strings(answer):
 
     assert sampled(3) == sampled(3)
     word = answer.split()[2]
-    assert dsv2("run", QUESTION, "--temperature", 0, "--stop", word).stdout.decode() == answer[: answer.index(word)]
+    assert (
+        dsv2("run", QUESTION, "--temperature", 0, "--stop", word).stdout.decode() == answer[: answer.index(word)] + "\n"
+    )
 
 
 @pytest.mark.slow
@@ -88,6 +166,9 @@ def test_seeds_and_stop_strings(answer):
         (["run"], b"", 2, "there is no prompt"),
         (["run"], b"y\n" * 50_000, 2, "the context holds 2,048"),
         (["run"], b"ab\xffcd", 2, "byte 2 is 0xff"),
+        (["run", "a\udcffb"], b"", 2, "the prompt is not Unicode text: character 1 is byte 0xff"),
+        (["run", "hi", "--system", "a\udcffb"], b"", 2, "--system is not Unicode text: character 1 is byte 0xff"),
+        (["run", "hi", "--stop", "a\udcffb"], b"", 2, "--stop is not Unicode text: character 1 is byte 0xff"),
         (["run"], b"ab\0cd", 2, "byte 2 is NUL"),
         (["run", "hi", "--temperature", "-1"], b"", 2, "temperature must be at least 0"),
         (["run", "hi", "--context", "100000"], b"", 2, "between 2 and the model's 2,048"),
@@ -156,7 +237,7 @@ def test_ctrl_c_keeps_what_came_and_ends_quietly():
 @pytest.mark.slow
 def test_chat_without_a_terminal_answers_like_run(answer):
     done = dsv2("chat", "--temperature", 0, stdin=QUESTION.encode())
-    assert done.stdout.decode() == answer
+    assert done.stdout.decode() == answer + "\n"
     assert "not a terminal" in done.stderr.decode()
 
 

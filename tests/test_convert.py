@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -14,19 +15,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv2_local import locks
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands import quantize
 from dsv2_local.errors import CheckpointError, ConversionError, Dsv2Error
 from dsv2_local.kernels.layout import expert_matrices
 from dsv2_local.kernels.reference import dequantize
 from dsv2_local.quant import convert as convert_module
-from dsv2_local.quant.checkpoint import Checkpoint
+from dsv2_local.quant.checkpoint import Checkpoint, is_checkpoint
 from dsv2_local.quant.convert import convert
+from dsv2_local.quant.local import PARTIAL
 from dsv2_local.quant.pieces import ConversionPlan
 from dsv2_local.quant.schema import EXPERTS, Recipe, dense_files
 from dsv2_local.quant.source import Source
 from dsv2_local.quant.verify import verify
 from tests.models import save_random
+from tests.test_cli import dsv2
 
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"
 RUN = (
@@ -49,7 +53,8 @@ def source(pristine, tmp_path):
 
 
 def digests(directory):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+    files = [path for path in directory.iterdir() if path.is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def change(source, edit):
@@ -164,7 +169,7 @@ def test_a_bad_source_is_named(source, tmp_path, damage, text):
     damage(source)
     with pytest.raises(CheckpointError, match=text):
         convert(source, tmp_path / "out", recipe=Recipe.NF4)
-    assert not (tmp_path / "out").exists()
+    assert not is_checkpoint(tmp_path / "out")
 
 
 def test_inv_freq_is_ignored(source, tmp_path):
@@ -177,7 +182,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(pristine, tmp_path):
     convert(pristine, tmp_path / "whole", recipe=Recipe.NF4)
     random.seed(1)
     files = list(dense_files(Checkpoint(tmp_path / "whole").config))
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    out, partial = tmp_path / "out", tmp_path / "out" / PARTIAL
     for seen in random.sample(files, 2):
         process = subprocess.Popen([sys.executable, "-c", RUN, pristine, out])
         while process.poll() is None and not (partial / seen).exists():
@@ -205,7 +210,7 @@ class Stop:
 def test_an_interrupt_keeps_finished_files_and_progress_only_grows(pristine, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(pristine, tmp_path / "out", recipe=Recipe.NF4, report=Stop(60))
-    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").glob("*.safetensors")}
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / PARTIAL).glob("*.safetensors")}
     assert finished
     report = Stop()
     convert(pristine, tmp_path / "out", recipe=Recipe.NF4, report=report)
@@ -222,7 +227,7 @@ def test_a_partial_conversion_with_another_recipe_is_refused_unless_forced(prist
         convert(pristine, tmp_path / "out", recipe=Recipe.INT8, report=Stop(60))
     with pytest.raises(ConversionError, match="another source or recipe"):
         convert(pristine, tmp_path / "out", recipe=Recipe.NF4)
-    (tmp_path / "out.partial" / "experts-099.safetensors").write_bytes(b"of another model")
+    (tmp_path / "out" / PARTIAL / "experts-099.safetensors").write_bytes(b"of another model")
     convert(pristine, tmp_path / "out", recipe=Recipe.NF4, force=True)
     convert(pristine, tmp_path / "fresh", recipe=Recipe.NF4)
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
@@ -232,13 +237,15 @@ def test_an_existing_checkpoint_stays_until_the_new_one_is_finished(pristine, tm
     out = tmp_path / "out"
     convert(pristine, out, recipe=Recipe.INT8)
     before = digests(out)
+    (out / "notes").write_text("the user's own")
     with pytest.raises(ConversionError, match="--force"):
         convert(pristine, out, recipe=Recipe.NF4)
     with pytest.raises(KeyboardInterrupt):
         convert(pristine, out, recipe=Recipe.NF4, force=True, report=Stop(60))
-    assert digests(out) == before
+    assert {name: digest for name, digest in digests(out).items() if name in before} == before
     convert(pristine, out, recipe=Recipe.NF4, force=True)
     assert Checkpoint(out).recipe is Recipe.NF4
+    assert (out / "notes").read_text() == "the user's own"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -247,6 +254,152 @@ def test_bad_destinations(source, tmp_path):
     for bad in (source, source / "inside", tmp_path, tmp_path / "file"):
         with pytest.raises(ConversionError):
             convert(source, bad, recipe=Recipe.NF4, force=True)
+
+
+def there(tmp_path, kind):
+    """A destination in the current directory, and where it is."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    os.chdir(tmp_path)
+    if kind == ".":
+        os.chdir(disk)
+        return Path(), disk
+    if kind == "link":
+        Path("link").symlink_to("disk")
+        return Path("link"), disk
+    if kind == "dangling link":
+        Path("link").symlink_to("disk/deep/out")
+        return Path("link"), disk / "deep" / "out"
+    if kind == "home":
+        return Path("~/out"), disk / "out"
+    if kind == "lost+found":
+        (disk / "lost+found").mkdir()
+        (disk / ".DS_Store").write_text("")
+    return disk, disk
+
+
+@pytest.mark.parametrize("kind", [".", "link", "dangling link", "home", "lost+found"])
+def test_a_destination_is_a_place_and_not_a_name(pristine, tmp_path, monkeypatch, kind):
+    """It keeps its inode, so that a shell in it, a link to it or a mount on it show the result; resuming works too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "disk"))
+    destination, place = there(tmp_path, kind)
+    inode = place.stat().st_ino if place.exists() else None
+    with pytest.raises(KeyboardInterrupt):
+        convert(pristine, destination, recipe=Recipe.NF4, report=Stop(60))
+    finished = list((place / PARTIAL).glob("*.safetensors"))
+    assert finished
+    assert convert_module.finished_files(destination) == len(finished)
+    convert(pristine, destination, recipe=Recipe.NF4)
+    Checkpoint(place)
+    assert inode in (None, place.stat().st_ino)
+    assert not (place / PARTIAL).exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"disk", "link"}
+
+
+def test_destinations_of_the_command():
+    done = dsv2("quantize", "tests", "")
+    assert (done.returncode, done.stderr) == (2, b"dsv2: error: the destination is empty; is a variable not set?\n")
+    for command in (("quantize", "", "out"), ("run", "hi", "-m", ""), ("inspect", "")):
+        assert b"the model's name is empty" in dsv2(*command).stderr
+
+
+def test_space_is_that_of_the_disk_that_is_written(pristine, tmp_path, monkeypatch):
+    asked = []
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(1000))
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/out")
+    with pytest.raises(ConversionError, match=r"disk/out has 0\.00 GB free"):
+        convert(pristine, tmp_path / "link", recipe=Recipe.NF4)
+    assert asked == [tmp_path / "disk" / "out"]
+    assert list((tmp_path / "disk" / "out").iterdir()) == []
+    with pytest.raises(ConversionError, match="free"):
+        convert(pristine, tmp_path / "new" / "out", recipe=Recipe.NF4)
+    assert not (tmp_path / "new").exists()  # refused before anything was written
+
+
+@pytest.mark.parametrize("make", ["foreign", "link", "tokenizer"])
+def test_what_is_not_of_a_conversion_stays(pristine, tmp_path, make):
+    out = tmp_path / "out"
+    out.mkdir()
+    for partial in (out / PARTIAL, tmp_path / "out.partial"):
+        mine = (tmp_path / "elsewhere" if make == "link" else partial) / (
+            "tokenizer.json" if make == "tokenizer" else "thesis.txt"
+        )
+        mine.parent.mkdir(exist_ok=True)
+        if make == "link":
+            partial.symlink_to(tmp_path / "elsewhere")
+        mine.write_text("mine")
+        if partial.parent == out:
+            with pytest.raises(ConversionError, match="is a link" if make == "link" else f"holds {mine.name}"):
+                convert(pristine, out, recipe=Recipe.NF4, force=True)
+            partial.unlink() if make == "link" else shutil.rmtree(partial)
+        else:
+            convert(pristine, out, recipe=Recipe.NF4)
+            assert mine.read_text() == "mine"
+
+
+def test_stopped_while_files_are_moved_into_place_it_ends_the_same(pristine, tmp_path, monkeypatch):
+    """At each change of the file system, while another checkpoint is replaced."""
+    convert(pristine, tmp_path / "whole", recipe=Recipe.NF4)
+    convert(pristine, tmp_path / "before", recipe=Recipe.INT8)
+    (tmp_path / "before" / "NOTICE").write_text("the user's own")
+    monkeypatch.setattr(convert_module, "_put_in_place", lambda *_: None)
+    shutil.copytree(tmp_path / "before", tmp_path / "ready")
+    convert(pristine, tmp_path / "ready", recipe=Recipe.NF4, force=True)
+    monkeypatch.undo()
+    expected = digests(tmp_path / "whole") | {"NOTICE": digests(tmp_path / "before")["NOTICE"]}
+    out, stopped = tmp_path / "out", 0
+    while True:
+        shutil.copytree(tmp_path / "ready", out)
+        steps = iter(range(stopped + 1))
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "unlink", "rmdir"):
+                patch.setattr(Path, name, once_more(getattr(Path, name), steps))
+            try:
+                convert_module._put_in_place(out / PARTIAL, out)
+            except KeyboardInterrupt:
+                stopped += 1
+            else:
+                break
+        assert not is_checkpoint(out) or set(expected) <= set(digests(out))
+        begun, ended = stopped > 1, not (out / PARTIAL / "progress.json").exists()
+        convert(pristine, out, recipe=Recipe.NF4, force=not begun or ended)
+        assert digests(out) == expected
+        assert not (out / PARTIAL).exists()
+        shutil.rmtree(out)
+    assert stopped > len(expected)
+
+
+def once_more(function, steps):
+    def call(*args, **options):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    return call
+
+
+def test_a_lock_is_on_what_the_path_names(tmp_path):
+    """One process has the lock and deletes the directory; the next one must not hold a lock on what is gone."""
+    path = tmp_path / "locked"
+    path.mkdir()
+    first = locks.take(path, directory=True)
+    with pytest.raises(BlockingIOError):
+        locks.take(path, directory=True)
+    waiting = threading.Thread(target=lambda: taken.append(locks.take(path, directory=True, wait=True)))
+    taken = []
+    waiting.start()
+    time.sleep(0.05)
+    path.rename(tmp_path / "moved")
+    path.mkdir()
+    os.close(first)
+    waiting.join()
+    assert os.fstat(taken[0]).st_ino == path.stat().st_ino
+    with pytest.raises(BlockingIOError):
+        locks.take(path, directory=True)
+    os.close(taken[0])
 
 
 def test_a_second_conversion_at_the_same_time_is_refused(pristine, tmp_path):

@@ -1,6 +1,7 @@
 """machine/resources.py on directory trees that look like the /proc and /sys of other machines."""
 
 import os
+import threading
 
 import pytest
 
@@ -256,3 +257,21 @@ def test_values_of_this_machine_are_plausible():
     assert set(choose_threads(None).cpus) <= os.sched_getaffinity(0)
     assert cpu_features()
     assert memory_available() > 0
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(0, 1), (2, 1), (4, 3), (5, 4), (9, 4)])
+def test_fewer_threads_where_no_more_can_be_started(monkeypatch, limit, threads):
+    start, started = threading.Thread.start, []
+
+    def limited(thread):
+        if len(started) == limit:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    chosen = choose_threads(4)
+    assert chosen.count == threads
+    said = "can be started here; a higher limit of processes makes it faster"
+    assert (said in (chosen.warning or "")) == (threads < 4)
+    assert not any(thread.is_alive() for thread in started)

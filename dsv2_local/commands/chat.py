@@ -14,25 +14,25 @@ from pathlib import Path
 from shlex import quote
 from typing import IO, Any
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.filters import completion_is_selected
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
+from dsv2_local import inlet
 from dsv2_local.commands import sessions
 from dsv2_local.commands.console import (
     ProgressBar,
+    Stopwatch,
     describe_experts,
     describe_stats,
     describe_stop,
     format_bytes,
     prompt_progress,
+    without_control_characters,
 )
 from dsv2_local.commands.conversation import SETTINGS, Conversation
-from dsv2_local.commands.markdown import CONTROL, MarkdownStream
+from dsv2_local.commands.markdown import MarkdownStream
+from dsv2_local.commands.messages import as_message, is_command
 from dsv2_local.commands.shortening import drop_oldest, summarise_oldest
+from dsv2_local.commands.terminal import Terminal
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
 from dsv2_local.llm import LLM, Generation
 
@@ -51,8 +51,13 @@ HELP = """\
 /experts           show where the routed experts are, and how they were used
 /exit              leave the chat (so does Ctrl-D)
 
-Enter sends the message; Alt-Enter, or a \\ at the end of the line, starts a new line. Ctrl-C stops an answer and keeps
-what was written. To send a message that begins with /, type two: //like this."""
+Enter sends the message; Alt-Enter, or a \\ typed at the end of the line, starts
+a new line. Ctrl-C stops an answer and keeps what was written; Ctrl-Z suspends
+the chat. What is typed during an answer becomes the next message.
+
+A command is a / and one word. To send a message that looks like a command, type
+two: //like this. Pasted text is always a message."""
+COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 
 
 class Chat:
@@ -64,9 +69,10 @@ class Chat:
         system: str | None,
         options: dict[str, Any],
         console: Console | None = None,
-        read: Callable[[str], str] | None = None,
-        ask: Callable[[str], str] | None = None,
+        read: Callable[[str], str] = input,
+        ask: Callable[[str], str] = input,
         session: str | None = None,
+        terminal: Terminal | None = None,
     ) -> None:
         """Prepare the chat; `loop` runs it.
 
@@ -75,19 +81,19 @@ class Chat:
             system: the system message.
             options: options of `LLM.generate`.
             console: where to print; None: the terminal.
-            read: prints a prompt and reads a message; None: from the terminal, with history.
-            ask: prints a question and reads a choice; None: from the terminal, without history.
+            read: prints a prompt and reads a message.
+            ask: prints a question and reads a choice.
             session: name of the session to continue, or to begin if it does not exist. `system` and `options` override
                 what it has saved.
+            terminal: the terminal, if the messages come from one that is owned.
         """
         self.llm = llm
         self._stop = options.pop("stop", None)
         self.conversation = Conversation(system, options)
         self.console = console or Console(highlight=False)
-        self._read = read or _prompt_session().prompt
-        self._ask = ask or PromptSession[str]().prompt
+        self._read, self._ask, self._terminal = read, ask, terminal
         self._last: Generation | None = None
-        self._interrupted = False
+        self._interrupted, self._waited = False, 0.0  # seconds that the last answer took after its first token
         self._progress = prompt_progress(self.console)
         self._requested = session
         self._name: str | None = None  # of the session that this chat is
@@ -128,17 +134,18 @@ class Chat:
         hinted = False
         while True:
             try:
-                text = self._read("› ").strip()
+                text = self._read("› ")
+                if text.strip() in ("/exit", "/quit"):
+                    return
+                self._take_turn(text)
             except KeyboardInterrupt:
+                if self.conversation.unanswered:
+                    self.conversation.undo()
                 if not hinted:
                     self._say("leave with Ctrl-D or /exit")
                 hinted = True
-                continue
             except EOFError:
                 return
-            if text in ("/exit", "/quit"):
-                return
-            self._take_turn(text)
 
     def _take_turn(self, text: str) -> None:
         """Run a command or answer a message.
@@ -146,10 +153,11 @@ class Chat:
         Neither an error nor Ctrl-C ends the chat; a question that got no answer is removed from the conversation.
         """
         with self._surviving():
-            if text.startswith("/") and not text.startswith("//"):
+            text = inlet.text(text, "the message")
+            if is_command(text):
                 self.command(text)
-            elif text:
-                self.conversation.ask(text.removeprefix("/") if text.startswith("//") else text)
+            elif text.strip():
+                self.conversation.ask(as_message(text))
                 self.respond()
         if self.conversation.unanswered:
             self.conversation.undo()
@@ -164,7 +172,7 @@ class Chat:
         try:
             yield
         except (Dsv2Error, OSError, MemoryError) as error:
-            self.console.print(f"error: {error}", style="red", markup=False)
+            self._say(f"error: {error}", style="red")
         except KeyboardInterrupt:
             self._say("stopped")
 
@@ -174,15 +182,17 @@ class Chat:
         Raises:
             InputError: there is no such command, or its argument is wrong.
         """
-        name, _, argument = text[1:].partition(" ")
+        name, argument = ([*text[1:].split(maxsplit=1), "", ""])[:2]
         if name not in self.commands:
             near = difflib.get_close_matches(name, [*self.commands, "exit"], n=1)
-            hint = f"; did you mean /{near[0]}?" if near else "; /help lists the commands"
-            raise InputError(f"there is no command /{name}{hint}")
+            hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
+            raise InputError(f"there is no command /{name}; {hint} (a message begins with two: //{name})")
         self.commands[name](argument.strip())
 
     def respond(self) -> None:
         """Answer the last question. After Ctrl-C or an error, the part of the answer that was written is kept."""
+        if self._terminal:
+            self._terminal.check_interrupt()
         prompt = self.conversation.prompt()
         count = self.llm.count_tokens(prompt)
         if count >= self.llm.context:
@@ -202,14 +212,21 @@ class Chat:
 
     def _show(self, generation: Generation) -> bool:
         """Print the answer while it is generated; returns whether Ctrl-C stopped it."""
+        watch = Stopwatch()
         try:
-            with self._progress, MarkdownStream(self.console) as stream:
-                for chunk in generation:
+            with self._progress, MarkdownStream(self.console, self._stops) as stream:
+                for chunk in watch.over(generation):
                     stream.push(chunk.text)
         except KeyboardInterrupt:
             generation.close()
             return True
+        finally:
+            self._waited = watch.seconds
         return False
+
+    def _stops(self) -> int:
+        """How often the chat was suspended."""
+        return self._terminal.stops if self._terminal else 0
 
     def _offer_room(self, error: ContextLengthError) -> None:
         """Ask the user what to do about a conversation that no longer fits in the context."""
@@ -249,8 +266,8 @@ class Chat:
             if choice and choice in letters:
                 return choice
 
-    def _say(self, text: str) -> None:
-        self.console.print(text.translate(CONTROL), style="dim", markup=False)
+    def _say(self, text: str, style: str = "dim") -> None:
+        self.console.print(without_control_characters(text), style=style, markup=False, emoji=False)
 
     def _help(self, _: str) -> None:
         self.console.print(HELP, markup=False)
@@ -403,7 +420,7 @@ class Chat:
         if self._last is None:
             self._say("no answer yet")
         else:
-            self._say(describe_stats(self._last.stats, self._interrupted))
+            self._say(describe_stats(self._last.stats, self._waited, self._interrupted))
 
     def _experts(self, _: str) -> None:
         for line in describe_experts(self.llm):
@@ -442,47 +459,3 @@ class _Hangups:
         if number == signal.SIGHUP:
             self._console.file = Path(os.devnull).open("w")  # noqa: SIM115 (stays open until the process ends)
         raise SystemExit(128 + number)
-
-
-def _prompt_session() -> PromptSession[str]:
-    commands = WordCompleter([line.split()[0] for line in HELP.splitlines() if line.startswith("/")], sentence=True)
-    return PromptSession(
-        history=_history(),
-        completer=commands,
-        complete_while_typing=False,
-        key_bindings=_keys(),
-        multiline=True,
-        prompt_continuation="  ",
-    )
-
-
-def _history() -> History:
-    """The history of messages: a file that only the user can read, or in memory if it cannot be written."""
-    path = sessions.state() / "history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        return FileHistory(str(path))
-    except OSError:
-        return InMemoryHistory()
-
-
-def _keys() -> KeyBindings:
-    """Key bindings: Enter sends unless the line ends with a backslash; Alt-Enter and Ctrl-J start a new line."""
-    keys = KeyBindings()
-
-    @keys.add("enter", filter=~completion_is_selected)
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.newline(copy_margin=False)
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.newline(copy_margin=False)
-
-    return keys

@@ -6,12 +6,16 @@ so that `dsv2 --help` stays fast.
 
 import json
 import math
+import os
+import re
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsv2_local.errors import one_line
 
@@ -22,12 +26,22 @@ if TYPE_CHECKING:
     from dsv2_local.llm import LLM
     from dsv2_local.runtime.engine import Stats
 
+Item = TypeVar("Item")
+
 PROGRESS_AFTER = 1.0
 """Seconds until a progress bar appears."""
 BESIDE_BAR = 72
 """Columns for the text beside a bar, with a margin: "^C" typed at the end of a full line would wrap and stay there."""
 RECENT = 9
 """Number of latest calls over which the rate is measured, since prefill slows down as the context grows."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""The control characters but line end and tab. A terminal obeys them: an answer must not clear or rename it."""
+
+
+def without_control_characters(text: str) -> str:
+    """Text that cannot change the terminal on which it is shown."""
+    return CONTROL.sub("", text)
 
 
 def json_text(value: Any, **layout: Any) -> str:
@@ -45,11 +59,35 @@ def _of_json(value: Any) -> Any:
 
 def notice(text: str) -> None:
     """Print one line on stderr."""
-    print(f"dsv2: {one_line(text)}", file=sys.stderr, flush=True)
+    print(f"{_end_waiting()}dsv2: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+_waiting = False  # whether the line of `waiting` is on the screen
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show a line on stderr, if it is a terminal, until the block ends or something else is written there."""
+    global _waiting
+    if sys.stderr.isatty():
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        print(f"dsv2: {text}"[: columns - 1], end="", file=sys.stderr, flush=True)
+        _waiting = True
+    try:
+        yield
+    finally:
+        print(_end_waiting(), end="", file=sys.stderr, flush=True)
+
+
+def _end_waiting() -> str:
+    """What removes the line of `waiting` from the screen; nothing if it is not there."""
+    global _waiting
+    shown, _waiting = _waiting, False
+    return "\r\x1b[K" if shown else ""
 
 
 def report_console() -> "Console":
-    """A console for tables on stdout. It raises BrokenPipeError if the pipe is closed; rich would exit with code 1."""
+    """A console for tables on stdout."""
     from rich.console import Console
 
     class ReportConsole(Console):
@@ -57,10 +95,7 @@ def report_console() -> "Console":
             """Lines may have names from files in them."""
             super().print(*(one_line(text) if isinstance(text, str) else text for text in objects), **options)
 
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    return ReportConsole(highlight=False)
+    return ReportConsole(highlight=False, emoji=False)
 
 
 def format_bytes(size: float) -> str:
@@ -112,7 +147,8 @@ class ProgressBar:
                 # A timer, since a prefill chunk of a large model takes many seconds, until the next call.
                 self._timer = threading.Timer(PROGRESS_AFTER, self._show)
                 self._timer.daemon = True
-                self._timer.start()
+                with suppress(RuntimeError):  # no further thread can be started: then without a bar
+                    self._timer.start()
 
     def figures(self) -> str:
         """The work done and the total, the recent rate and the time left; until a rate is known, the time elapsed."""
@@ -139,10 +175,12 @@ class ProgressBar:
             console = self._console or Console(stderr=True)
             if self._timer is None or not console.is_terminal:
                 return
+            print(_end_waiting(), end="", file=sys.stderr, flush=True)
             bar = BarColumn(max(4, min(40, console.width - BESIDE_BAR)))
             self._bar = Progress(TextColumn(self._what), bar, FiguresColumn(), console=console, transient=True)
             self._bar.add_task(self._what, completed=self._state[0], total=self._state[1])
-            self._bar.start()
+            with suppress(RuntimeError):
+                self._bar.start()
 
     def _stop(self) -> None:
         with self._lock:
@@ -163,12 +201,36 @@ def prompt_progress(console: "Console | None" = None) -> ProgressBar:
     return ProgressBar("reading the prompt", console, "tokens")
 
 
-def describe_stats(stats: "Stats", interrupted: bool = False) -> str:
-    """The statistics of an answer in one line, with the reason if it was cut short."""
+class Stopwatch:
+    """Measures what a user waits for: the seconds from the first token of an answer until `seconds` is read.
+
+    `Stats.decode_seconds` has the time of the model alone, without what it takes to show the answer.
+    """
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+
+    def over(self, chunks: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over the answer's chunks; the first one starts the watch."""
+        for chunk in chunks:
+            self._start = self._start or time.monotonic()
+            yield chunk
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._start is None else time.monotonic() - self._start
+
+
+def describe_stats(stats: "Stats", seconds: float, interrupted: bool = False) -> str:
+    """The statistics of an answer in one line, with the reason if it was cut short.
+
+    `seconds` is the time that the answer took after its first token, as the user saw it.
+    """
+    rate = (stats.completion_tokens - 1) / seconds if seconds and stats.completion_tokens else 0.0
     reused = f", reused {stats.reused_tokens:,}" if stats.reused_tokens else ""
     parts = [
         f"prompt {stats.prompt_tokens:,} tokens{reused}, {stats.prefill_tok_s:,.1f} tok/s",
-        f"answer {stats.completion_tokens:,} tokens, {stats.decode_tok_s:,.1f} tok/s",
+        f"answer {stats.completion_tokens:,} tokens, {rate:,.1f} tok/s",
         f"context {stats.context_used:,}/{stats.context:,}",
     ]
     if stats.draft_tokens:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dsv2_local.errors import InputError
+from dsv2_local.options import DRAW, drawn_seed
 from dsv2_local.runtime.sampling_params import SamplingParams
 
 SETTINGS = {
@@ -78,7 +79,7 @@ class Conversation:
             raise InputError(f"max_tokens must be at least 1, not {number}")
         if name != "max_tokens":
             SamplingParams().override(**{name: number})  # raises if the value is out of range
-        self.settings[name] = number
+        self.settings[name] = drawn_seed() if (name, number) == ("seed", DRAW) else number
 
     def to_text(self, model: str) -> str:
         """The conversation and the name of its model, as JSON."""

@@ -15,6 +15,7 @@ from dsv2_local.commands.console import ProgressBar, format_bytes, json_text, re
 from dsv2_local.llm import bundled_model
 from dsv2_local.quant import checksums, hub
 from dsv2_local.quant.checkpoint import Manifest, is_checkpoint
+from dsv2_local.quant.local import require_config
 from dsv2_local.quant.schema import Recipe, dense_files, expert_layout, stored_bytes
 from dsv2_local.runtime.cache import bytes_per_token
 
@@ -83,9 +84,11 @@ def show(model: str | None, as_json: bool, verify: bool = False) -> None:
 
     Raises:
         CheckpointError: with `verify`, the model is not converted, or files differ from their checksums.
+        ConfigError: it has no config.json, or one that is not supported.
     """
     patterns = hub.EVERYTHING if verify else hub.DESCRIPTION
     directory = bundled_model() if model is None else hub.resolve(model, patterns)
+    require_config(directory)
     if verify:
         with ProgressBar("comparing files with their checksums") as progress:
             checksums.verify(directory, progress)

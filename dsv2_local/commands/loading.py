@@ -1,6 +1,7 @@
 """Loads a model for a command, with progress bars and notices about its speed on stderr."""
 
 from dsv2_local import llm
+from dsv2_local.commands import process
 from dsv2_local.commands.console import ProgressBar, notice
 from dsv2_local.kernels import ops
 from dsv2_local.llm import LLM
@@ -19,8 +20,7 @@ def load(
     threads: int | None,
 ) -> LLM:
     """Load a model as `llm.load` does; `vram` is a size such as "8GiB", or one per GPU, separated by commas."""
-    if model is None:
-        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
+    process.explain_lost_files()
     limits = vram_limits(vram)
     pinning = ProgressBar("copying experts to page-locked RAM")
     compiling = ProgressBar("compiling GPU kernels", unit="steps")

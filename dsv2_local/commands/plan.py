@@ -13,6 +13,7 @@ from rich.text import Text
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.released import read_config, stored_recipe
 from dsv2_local.commands.console import json_text, notice, report_console
+from dsv2_local.commands.streams import is_unicode
 from dsv2_local.errors import InputError
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.machine import measurements
@@ -27,7 +28,7 @@ from dsv2_local.values import Number
 
 RATE = Number(1e-3, 1e9)  # GB/s or GFLOP/s
 BAR = 64  # width of a memory's bar in characters
-MARKS = "█▓▒░▚▖◆"  # the characters for its parts, in order
+MARKS = ("█▓▒░▚▖◆·", "#%=-+~@.")  # for its parts in order, at last for what is free; in Unicode, and in ASCII
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ def _show(options: PlanOptions, plan: Plan) -> None:
     request = plan.request
     what = f"{options.model}, {request.recipe}, context {request.context:,} tokens ({request.cache_dtype} cache)"
     console.print(f"{what}: {_regime(plan)}", markup=False, soft_wrap=True)
+    marks = MARKS[0 if is_unicode(sys.stdout) else 1]
     for share in (*plan.gpus, plan.ram):
-        console.print(_table(share))
-        console.print(_bar(share))
+        console.print(_table(share, marks))
+        console.print(_bar(share, marks))
     for line in _forecast_lines(plan):
         console.print(line, markup=False, soft_wrap=True)
     sys.stdout.flush()
@@ -158,26 +160,26 @@ def _regime(plan: Plan) -> str:
     )
 
 
-def _table(share: MemoryShare) -> Table:
+def _table(share: MemoryShare, marks: str) -> Table:
     where = f", layers {share.layers[0]} to {share.layers[1] - 1}" if share.layers[1] else ""
     table = Table(title=f"{share.name}, {share.capacity / GIB:,.1f} GiB{where}", title_justify="left")
     table.add_column("")
     table.add_column("part")
     table.add_column("GiB", justify="right")
-    for mark, (name, nbytes) in zip(MARKS, share.parts.items(), strict=False):
+    for mark, (name, nbytes) in zip(marks, share.parts.items(), strict=False):
         count = f" ({share.slots:,})" if name == "expert slots" else ""
         table.add_row(mark, name + count, f"{nbytes / GIB:,.2f}")
-    table.add_row("·", "free", f"{share.free / GIB:,.2f}")
+    table.add_row(marks[-1], "free", f"{share.free / GIB:,.2f}")
     return table
 
 
-def _bar(share: MemoryShare) -> Text:
+def _bar(share: MemoryShare, marks: str) -> Text:
     """A bar of the memory's parts, in order, each with a length in proportion to its bytes."""
     bar, done = "", 0
-    for mark, nbytes in zip(MARKS, share.parts.values(), strict=False):
+    for mark, nbytes in zip(marks, share.parts.values(), strict=False):
         done += nbytes
         bar += mark * (round(BAR * done / share.capacity) - len(bar))
-    return Text(bar.ljust(BAR, "·"))
+    return Text(bar.ljust(BAR, marks[-1]))
 
 
 def _forecast_lines(plan: Plan) -> list[str]:

@@ -22,10 +22,13 @@ from rich.table import Table
 from dsv2_local.architectures.families import load_config
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.console import notice
+from dsv2_local.machine.homes import expanded
 from dsv2_local.machine.numa import spread_memory
+from dsv2_local.machine.resources import startable
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files
 from dsv2_local.quant.hub import resolve
+from dsv2_local.quant.local import require_config
 from dsv2_local.quant.schema import Recipe, parameters
 from dsv2_local.quant.verify import verify
 from dsv2_local.runtime.sampling_params import GenerationConfig
@@ -44,11 +47,13 @@ def run(
     Raises:
         Dsv2Error: any kind of error; finished files are kept, and the same call continues from there.
     """
-    local = Path(src).is_dir()
+    local = expanded(Path(src)).is_dir()
     source = resolve(src, revision=revision, token=token)
-    _check_small_files(source)
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
+    dst = expanded(dst)
+    require_config(source)
+    _check_small_files(source, dst)
     spread_memory(os.sched_getaffinity(0))  # over the NUMA nodes, since inference reads it from the page cache next
     start = time.perf_counter()
     if finished := finished_files(dst):
@@ -66,7 +71,7 @@ def run(
         Console().print(_error_table(errors))
 
 
-def _check_small_files(source: Path) -> None:
+def _check_small_files(source: Path, dst: Path) -> None:
     """Read what loading the result will read, so that an error in it is told before hours of work.
 
     Raises:
@@ -76,6 +81,8 @@ def _check_small_files(source: Path) -> None:
     GenerationConfig.load(source, load_config(source).vocab_size)
     if os.path.lexists(source / "tokenizer.json"):
         Tokenizer(source)
+    else:
+        notice(f"{source} has no tokenizer.json; without it {dst} will take token ids only, not text")
 
 
 def _closing(dst: Path, manifest: Manifest, weights: int, seconds: float) -> str:
@@ -96,7 +103,7 @@ def _error_table(errors: dict[Kind, float]) -> Table:
 @contextmanager
 def _reporting(what: str) -> Iterator[Report]:
     """Report progress on stderr: a bar if it is a terminal, else a line every `SECONDS_A_LINE`."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not startable(1):
         yield _plain_lines(what)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn())

@@ -1,19 +1,24 @@
 """`dsv2 run`: a prompt from arguments, files and standard input; stdout gets the answer and nothing else."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from dsv2_local.commands.console import (
+    CONTROL,
     ProgressBar,
+    Stopwatch,
     describe_experts,
     describe_stats,
     describe_stop,
     json_text,
     notice,
     prompt_progress,
+    without_control_characters,
 )
 from dsv2_local.commands.run_options import RunOptions
-from dsv2_local.errors import InputError
+from dsv2_local.commands.streams import is_unicode
+from dsv2_local.errors import InputError, OutputError
 from dsv2_local.llm import LLM, Chunk, Generation
 from dsv2_local.runtime import saved_cache
 from dsv2_local.runtime.engine import Stats
@@ -23,42 +28,55 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
     """Answer the prompt of `options` on `out`.
 
     The cache file, if there is one, is loaded first and saved afterwards (if `_is_worth_saving`). Ctrl-C stops the
-    prefill or the answer: what was generated is printed, what was read is saved, and KeyboardInterrupt is raised.
+    prefill or the answer: what was generated is printed, what was read is saved, and KeyboardInterrupt is raised. It is
+    saved too if `out` can no longer be written.
     """
     chunks: list[Chunk] = []
-    interrupted = False
-    loaded = _load_cache(llm, options.cache) if options.cache and options.cache.exists() else 0
+    stopped: BaseException | None = None
+    loaded = _load_cache(llm, options.cache) if options.cache else 0
     with prompt_progress() as progress:
-        generation = _start(llm, options, progress)
+        generation, watch = _start(llm, options, progress), Stopwatch()
         try:
-            for chunk in generation:
+            for chunk in watch.over(generation):
                 chunks.append(chunk)
                 if options.stream and not options.json:
-                    _write(out, chunk.text)
-        except KeyboardInterrupt:
-            interrupted = True
-    _finish(llm, options, generation, chunks, interrupted, out)
+                    _write_text(out, chunk.text)
+        except (KeyboardInterrupt, SystemExit, OutputError) as error:
+            stopped = error
+    interrupted = isinstance(stopped, KeyboardInterrupt)
+    if stopped is None or interrupted:
+        _finish(llm, options, generation, chunks, out)
+        if options.stats:
+            for line in (describe_stats(generation.stats, watch.seconds, interrupted), *describe_experts(llm)):
+                notice(line)
     stats = generation.stats
-    saved = options.cache if options.cache and _is_worth_saving(stats, loaded) else None
-    if saved:
-        llm.save_cache(saved)
+    saved = options.cache is not None and _save_cache(llm, options.cache, stats, loaded)
     if interrupted and stats.context_used < stats.prompt_tokens and (saved or not options.cache):
-        rest = f"saved in {saved}: the same command continues from there" if saved else "--cache FILE would save them"
+        continues = f"saved in {options.cache}: the same command continues from there"
+        rest = continues if saved else "--cache FILE would save them"
         notice(f"{describe_stop(stats)}; {rest}")
-    if interrupted:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
 
 
 def _load_cache(llm: LLM, path: Path) -> int:
-    """Load a cache file; returns its number of tokens.
+    """Load a cache file if there is one; returns its number of tokens.
 
     Raises:
         InputError: the file is a session of a chat, which saving would overwrite.
         SavedCacheError: the file cannot be read, is damaged, or belongs to another model.
     """
+    saved_cache.remove_abandoned(path)
+    if not saved_cache.holds_something(path):
+        return 0
     if saved_cache.read_header(path).conversation:
         raise InputError(f"--cache {path} is a session of `dsv2 chat`; choose another file")
     return llm.load_cache(path)
+
+
+def _save_cache(llm: LLM, path: Path, stats: Stats, loaded: int) -> bool:
+    """Save the KV cache if it is worth it, also beside what another run may have saved meanwhile."""
+    return _is_worth_saving(stats, loaded) and llm.save_cache(path, wanted=partial(_is_worth_saving, stats))
 
 
 def _is_worth_saving(stats: Stats, saved: int) -> bool:
@@ -74,22 +92,27 @@ def _is_worth_saving(stats: Stats, saved: int) -> bool:
 def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
     if options.raw:
         return llm.generate(options.text, **options.generation, progress=progress)
-    messages = [{"role": "system", "content": options.system}] if options.system is not None else []
+    messages = [{"role": "system", "content": options.system}] if options.system else []
     return llm.chat([*messages, {"role": "user", "content": options.text}], **options.generation, progress=progress)
 
 
-def _finish(
-    llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], interrupted: bool, out: TextIO
-) -> None:
+def _finish(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], out: TextIO) -> None:
     if options.json:
-        _write(out, json_text(_as_json(llm, options, generation, chunks), ensure_ascii=False) + "\n")
+        _write(out, _to_json(_as_json(llm, options, generation, chunks), ascii=not is_unicode(out)))
     elif not options.stream:
-        _write(out, generation.text)
-    if not options.json and out.isatty():
+        _write_text(out, generation.text)
+    if options.newline and (options.json or not generation.text.endswith("\n")):
         _write(out, "\n")
-    if options.stats:
-        for line in (describe_stats(generation.stats, interrupted=interrupted), *describe_experts(llm)):
-            notice(line)
+
+
+def _write_text(out: TextIO, text: str) -> None:
+    """Write text of the model: all of it to a pipe or file, but nothing that would control a terminal."""
+    _write(out, without_control_characters(text) if out.isatty() else text)
+
+
+def _to_json(result: dict[str, Any], ascii: bool) -> str:
+    """One line of JSON in which all control characters are escaped; `json` itself leaves those from 127 on."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text(result, ensure_ascii=ascii))
 
 
 def _write(out: TextIO, text: str) -> None:
@@ -100,6 +123,8 @@ def _write(out: TextIO, text: str) -> None:
 def _as_json(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk]) -> dict[str, Any]:
     stats = generation.stats
     result: dict[str, Any] = {"text": generation.text, "model": llm.name, "finish_reason": stats.finish_reason}
+    if "seed" in options.generation:
+        result["seed"] = options.generation["seed"]
     for name in ("prompt_tokens", "reused_tokens", "completion_tokens", "context_used", "context"):
         result[name] = getattr(stats, name)
     for name in ("prefill_seconds", "decode_seconds", "prefill_tok_s", "decode_tok_s"):

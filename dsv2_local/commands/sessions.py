@@ -1,10 +1,10 @@
 """Sessions, which are saved chats: one file each, with the conversation and its KV cache (`runtime/saved_cache.py`)."""
 
-import fcntl
 import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,20 +13,17 @@ from typing import IO
 from rich.markup import escape
 from rich.table import Table
 
+from dsv2_local import locks
 from dsv2_local.commands.console import format_bytes, notice, report_console
 from dsv2_local.commands.conversation import Conversation
-from dsv2_local.errors import Dsv2Error, InputError, SavedCacheError
+from dsv2_local.errors import DamagedCacheError, Dsv2Error, InputError, SavedCacheError
 from dsv2_local.llm import LLM
+from dsv2_local.machine import homes
 from dsv2_local.runtime import saved_cache
 
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200
 """Bytes. File systems allow 255, and the temporary name while a file is written is longer than the session's."""
-
-
-def state() -> Path:
-    """The directory for sessions and the history of a chat, under $XDG_STATE_HOME or ~/.local/state."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "dsv2-local"
 
 
 def file(name: str) -> Path:
@@ -44,7 +41,7 @@ def file(name: str) -> Path:
 
 
 def claim(name: str) -> IO[bytes]:
-    """Lock a session, so that no other chat opens it, until the returned file is closed or the process ends.
+    """Lock a session, so that no other chat opens it and nobody deletes it, until the returned file is closed.
 
     Raises:
         InputError: another chat has the session open, or the name is not valid.
@@ -53,14 +50,17 @@ def claim(name: str) -> IO[bytes]:
     path = file(name)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = path.with_name(f".{name}.lock").open("wb")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = locks.take(_lock(path))
     except BlockingIOError:
-        lock.close()
         raise InputError(f"session {name} is open in another chat; leave that chat first") from None
     except OSError as error:
         raise SavedCacheError(f"{path} cannot be written: {error.strerror}") from None
-    return lock
+    saved_cache.remove_abandoned(path)
+    return os.fdopen(lock, "rb")
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name.removesuffix(SUFFIX)}.lock")
 
 
 def save(name: str, llm: LLM, conversation: Conversation) -> None:
@@ -78,14 +78,19 @@ def load(name: str, llm: LLM) -> Conversation:
 
     Raises:
         InputError: there is no session of this name.
-        SavedCacheError: the file is damaged, or belongs to another model; the KV cache is unchanged.
+        SavedCacheError: the file is damaged, or belongs to another model; the KV cache is unchanged. If the
+            conversation is whole, damaged rows are reported on stderr instead, and will be computed again.
     """
     path = file(name)
     if not path.exists():
         raise InputError(f"there is no session {name}; {_known()}")
-    model, conversation = _read(path)[1:]
+    header, model, conversation = _read(path)
     try:
         llm.load_cache(path)
+    except DamagedCacheError as error:
+        if not header.sealed:
+            raise
+        notice(f"{str(error).removesuffix('; delete it')}; the conversation is whole, and will be read again")
     except SavedCacheError as error:
         if model != llm.name:
             raise SavedCacheError(
@@ -119,17 +124,21 @@ def check(names: Sequence[str]) -> None:
 
 
 def delete(names: Sequence[str]) -> None:
-    """Delete sessions.
+    """Delete sessions; none if a chat has one of them open.
 
     Raises:
+        InputError: a chat has one of them open.
         SavedCacheError: a file cannot be deleted.
     """
-    for name in names:
-        try:
-            file(name).unlink(missing_ok=True)
-            file(name).with_name(f".{name}.lock").unlink(missing_ok=True)
-        except OSError as error:
-            raise SavedCacheError(f"session {name} cannot be deleted: {error.strerror}") from None
+    with ExitStack() as claims:
+        for name in dict.fromkeys(names):
+            claims.enter_context(claim(name))
+        for name in names:
+            try:
+                file(name).unlink(missing_ok=True)
+                _lock(file(name)).unlink(missing_ok=True)
+            except OSError as error:
+                raise SavedCacheError(f"session {name} cannot be deleted: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class _Session:
 
 
 def _folder() -> Path:
-    return state() / "sessions"
+    return homes.state() / "sessions"
 
 
 def _table(found: list[_Session]) -> Table:
@@ -166,13 +175,13 @@ def _known() -> str:
     return f"the sessions are {', '.join(names)}" if names else "there are no sessions yet"
 
 
-def _read(path: Path) -> tuple[int, str, Conversation]:
-    """Read a session's number of tokens, model and conversation, without checking the file's checksum."""
+def _read(path: Path) -> tuple[saved_cache.SavedHeader, str, Conversation]:
+    """Read a session's header, model and conversation, without checking the rows."""
     header = saved_cache.read_header(path)
     if not header.conversation:
         raise SavedCacheError(f"{path} is not a session: it has no conversation (`dsv2 run --cache` can read it)")
     try:
-        return header.tokens, *Conversation.from_text(header.conversation)
+        return header, *Conversation.from_text(header.conversation)
     except InputError as error:
         raise SavedCacheError(f"{path} is damaged: {error}") from None
 
@@ -185,8 +194,8 @@ def _all() -> list[_Session]:
 
 def _describe(path: Path) -> _Session:
     try:
-        tokens, model, conversation = _read(path)
-        contents: tuple[str, ...] = (model, str(conversation.turns), str(tokens))
+        header, model, conversation = _read(path)
+        contents: tuple[str, ...] = (model, str(conversation.turns), str(header.tokens))
     except Dsv2Error as error:
         contents = (str(error).removeprefix(f"{path} "), "-", "-")
     stat = path.stat()

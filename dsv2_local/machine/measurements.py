@@ -7,13 +7,13 @@ from contextlib import suppress
 from math import inf
 from pathlib import Path
 
+from dsv2_local.machine import homes
 from dsv2_local.machine.resources import ROOT, physical_cores, processor
 
 
 def file() -> Path:
-    """The file of measurements, under $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "dsv2-local" / "rates.json"
+    """The file of measurements, in the cache directory."""
+    return homes.cache() / "rates.json"
 
 
 def save(rates: dict[str, float], root: Path = ROOT) -> None:
@@ -34,6 +34,7 @@ def keep(path: Path, text: str) -> None:
 
     A directory that cannot be written is not an error: the program works without the file.
     """
+    path = path.resolve()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.{os.getpid()}")

@@ -7,6 +7,7 @@ limit. "CPU" means a logical CPU with the kernel's number; a physical core is on
 import os
 import re
 import resource
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import floor, inf
@@ -17,6 +18,7 @@ from dsv2_local.values import Number, RefusedError
 
 ROOT = Path("/")
 MAX_THREADS = 4096
+SPARE_THREADS = 2  # beside those that compute: a progress bar, the keyboard
 FEW_CORES = 4  # below this, leaving cores idle costs too little to warn about
 
 
@@ -99,6 +101,8 @@ class Threads:
 def choose_threads(requested: int | None, root: Path = ROOT) -> Threads:
     """The requested number of threads, or the default for None; a count that costs speed is accepted with a warning.
 
+    There are fewer, with a warning, if no more can be started.
+
     Raises:
         InputError: fewer than one thread, or far too many.
     """
@@ -110,8 +114,36 @@ def choose_threads(requested: int | None, root: Path = ROOT) -> Threads:
     affinity = os.sched_getaffinity(0)
     cores, quota = physical_cores(affinity, root), cpu_quota(root)
     count = _fitting(len(cores), quota) if requested is None else requested
+    possible = 1 + max(0, startable(count - 1 + SPARE_THREADS) - SPARE_THREADS)
+    warning = _warning(count, len(cores), len(affinity), quota)
+    if possible < count:
+        count, warning = possible, _limit_warning(count, possible)
     cpus = tuple(cores[:count]) if count <= len(cores) else ()
-    return Threads(count, cpus, _warning(count, len(cores), len(affinity), quota))
+    return Threads(count, cpus, warning)
+
+
+def startable(count: int) -> int:
+    """How many of `count` further threads can be started now, as far as limits of the user and the container allow."""
+    end, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:  # the limit
+        pass
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return len(started)
+
+
+def _limit_warning(wanted: int, possible: int) -> str:
+    return (
+        f"only {_plural(possible, 'thread')} of {wanted} can be started here; a higher limit of processes makes it "
+        "faster (ulimit -u, or the container's pids limit)"
+    )
 
 
 def _fitting(cores: int, quota: float | None) -> int:

@@ -29,6 +29,17 @@ class ChatTemplates:
         self._sources = dict(sources)
         self._compiled: dict[str, Any] = {}
 
+    def require(self) -> None:
+        """Check that there is a template.
+
+        Raises:
+            TemplateError: there is none.
+        """
+        if not self._sources:
+            raise TemplateError(
+                "this checkpoint has no chat template; `dsv2 run --raw` and LLM.generate() continue text without one"
+            )
+
     def render(self, size: int, *, tools: list[Any] | None, **variables: Any) -> str:
         """Render a conversation.
 
@@ -41,8 +52,7 @@ class ChatTemplates:
             TemplateError: there is no template, it is damaged, it rejects the messages, or it does not end.
         """
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
-        if not self._sources:
-            raise TemplateError("this checkpoint has no chat template; use --raw, or generate() with plain text")
+        self.require()
         if name not in self._sources:
             raise TemplateError(f"none of the chat templates is the default one; they are {', '.join(self._sources)}")
         try:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dsv2_local import inlet
 from dsv2_local.errors import InputError
 from dsv2_local.values import shown
 
@@ -33,12 +34,12 @@ class Quoter:
         """A copy of a value of JSON, as templates expect it, with all texts in it quoted.
 
         Raises:
-            InputError: something in it is not a value of JSON, or it is nested too deeply.
+            InputError: something in it is not a value of JSON or not Unicode, or it is nested too deeply.
         """
         if depth > 100:
             raise InputError("a message is nested too deeply")
         if isinstance(value, str):
-            return self.text(value)
+            return self.text(inlet.text(value, "a message"))
         if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, Mapping):

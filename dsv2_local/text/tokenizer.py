@@ -12,15 +12,16 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from dsv2_local import inlet
 from dsv2_local.errors import InputError
 from dsv2_local.text import tokenizer_files
 from dsv2_local.text.added_tokens import AddedTokens
 from dsv2_local.text.chat_template import ChatTemplates, Message
+from dsv2_local.text.plain_text import PlainText
 from dsv2_local.text.quoting import Quoter
 from dsv2_local.text.tokenizer_files import failures_of
 from dsv2_local.values import shown
 
-SURROGATE = re.compile("[\ud800-\udfff]")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which programs pass a message's reasoning; templates read the first two."""
 
@@ -42,8 +43,10 @@ class Tokenizer:
         self._tokenizer, self.special_tokens, self._add_bos = files.tokenizer, files.special_tokens, files.add_bos
         self._templates = ChatTemplates(files.templates)
         self._added = AddedTokens(self._tokenizer)
-        self._plain = _without_added_tokens(self._tokenizer)
-        self._plain_later = _not_at_the_beginning(self._plain)
+        plain = _without_added_tokens(self._tokenizer)
+        later = _not_at_the_beginning(plain)
+        self._plain = PlainText(plain)
+        self._plain_later = self._plain if later is plain else PlainText(later)
 
     @property
     def bos_token(self) -> str:
@@ -61,7 +64,11 @@ class Tokenizer:
         return self._added.ids.get(self.eos_token)
 
     def encode(self, text: str) -> list[int]:
-        """Encode raw text. Special tokens in it are parsed, and BOS is prepended unless the text begins with it."""
+        """Encode raw text. Special tokens in it are parsed, and BOS is prepended unless the text begins with it.
+
+        Raises:
+            InputError: the text is not Unicode.
+        """
         if self.bos_token and self._add_bos and not text.startswith(self.bos_token):
             text = self.bos_token + text
         return self._encode(text)
@@ -83,7 +90,7 @@ class Tokenizer:
             documents: documents for the template, each with `title` and `text`.
 
         Raises:
-            InputError: a message lacks a role or a content, or holds what is no value of JSON.
+            InputError: a message lacks a role or a content, or holds what is neither a value of JSON nor Unicode.
             TemplateError: the checkpoint has no chat template, or it rejects the messages.
         """
         quoter = Quoter(self._added.ids, ignore_case=self._added.normalizes)
@@ -100,6 +107,14 @@ class Tokenizer:
         """Render a conversation as text with the chat template; arguments and errors are those of `encode_chat`."""
         quoter = Quoter(self._added.ids)
         return quoter.remove(self._render(messages, add_generation_prompt, tools, documents, quoter))
+
+    def require_chat_template(self) -> None:
+        """Check that the checkpoint has a chat template.
+
+        Raises:
+            TemplateError: it has none.
+        """
+        self._templates.require()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text, without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -125,15 +140,14 @@ class Tokenizer:
     def _encode(self, text: str, quoter: Quoter | None = None) -> list[int]:
         """Encode special tokens as their ids, and the text between them as plain text, with quotes removed."""
         ids: list[int] = []
-        if SURROGATE.search(text):
-            raise InputError("the text is not Unicode: it has half of a surrogate pair; leave that character out")
+        text = inlet.well_formed(text, "the prompt")
         with failures_of("tokenizer.json"):
             for part in self._added.split(text):
                 if part.token is not None:
                     ids.append(part.token)
                     continue
                 plain = self._plain if part.first else self._plain_later
-                ids += plain.encode(quoter.remove(part.text) if quoter else part.text, add_special_tokens=False).ids
+                ids += plain.encode(quoter.remove(part.text) if quoter else part.text)
         return ids
 
 
