@@ -86,8 +86,7 @@ def show(model: str | None, as_json: bool, verify: bool = False) -> None:
         CheckpointError: with `verify`, the model is not converted, or files differ from their checksums.
         ConfigError: it has no config.json, or one that is not supported.
     """
-    patterns = hub.EVERYTHING if verify else hub.DESCRIPTION
-    directory = bundled_model() if model is None else hub.resolve(model, patterns)
+    directory = bundled_model() if model is None else _directory(model, verify)
     require_config(directory)
     if verify:
         with ProgressBar("comparing files with their checksums") as progress:
@@ -101,6 +100,11 @@ def show(model: str | None, as_json: bool, verify: bool = False) -> None:
     for table in (_architecture(facts), _tensors(facts), _memory(facts)):
         console.print(table)
     sys.stdout.flush()
+
+
+def _directory(model: str, verify: bool) -> Path:
+    """The model's directory; with `verify` its weights are fetched too, but not those of a release."""
+    return hub.resolve_converted(model) if verify else hub.resolve(model, hub.DESCRIPTION)
 
 
 def _heading(facts: dict[str, Any]) -> str:
