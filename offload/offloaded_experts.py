@@ -30,7 +30,7 @@ from dsv2_local.offload.layer_stream import LayerStream
 from dsv2_local.offload.native_placing import NativePlacing
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.sizes import PAIRS_AT_ONCE, STAGING_BUFFERS
-from dsv2_local.offload.sorted_pairs import SortedPairs, runs_of
+from dsv2_local.offload.streamed_layer import StreamedLayer
 
 FAILURES = 8  # consecutive layers that may fail on a device and be computed on the CPU; one more raises the error
 
@@ -89,29 +89,6 @@ class _Step:
         """Token and record index of the pairs in this range: int64 [n], on the device."""
         records = [indices[expert] for expert in self.dispatch.experts[part].tolist()]
         return _to(self.x, self.dispatch.tokens[part]), _to(self.x, np.array(records, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class _Addition:
-    """Pairs of a streamed layer, from position `first` in `pairs` on, whose outputs are added to y (fp32 [T, D]).
-
-    `runs`: (index of the expert's record, number of pairs) of successive experts.
-    """
-
-    x: Tensor
-    ids: Tensor
-    weights: Tensor
-    pairs: SortedPairs
-    first: int
-    runs: list[tuple[int, int]]
-    y: Tensor
-
-    def compute(self, records: Tensor, layout: ExpertLayout) -> None:
-        x, n = self.x, sum(count for _, count in self.runs)
-        out = torch.empty(n, x.shape[1], device=x.device)
-        tokens = self.pairs.tokens[self.first : self.first + n]
-        ops.sorted_expert_outputs(x, records, layout, tokens, self.runs, out)
-        ops.combine(out, self.pairs.rows, self.ids, self.weights, self.y, self.first)
 
 
 class DeviceExperts:
@@ -264,18 +241,11 @@ class DeviceExperts:
     def _start_streamed(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
         """Start a step of many tokens: all experts of the layer pass through the staging buffers, group by group."""
         self._observe()
-        groups, pairs = self._stream.enter(layer), SortedPairs(self.slots, ids, len(self.records[layer]))
+        groups = self._stream.enter(layer)
+        streamed = StreamedLayer(self.slots, self.layout, len(self.records[layer]), x, ids, weights)
 
         def finish() -> Tensor:
-            counts, first, last = pairs.counts(), 0, list[Event]()
-            y = torch.zeros(x.shape, device=x.device)
-            for group in groups:
-                indices = self._stream.take()
-                for runs in runs_of([(indices[expert], counts[expert]) for expert in group], PAIRS_AT_ONCE):
-                    last = [self._queue_addition(_Addition(x, ids, weights, pairs, first, runs, y), last)]
-                    first += sum(count for _, count in runs)
-                self._stream.advance()
-            self._device.join(last[0])
+            y = streamed.through(groups, self._stream)
             self._stats.streamed_layers += 1
             return y
 
@@ -343,11 +313,6 @@ class DeviceExperts:
         return self.slots.compute(
             lambda: ops.expert_outputs(x, records, layout, tokens, slots, target, len(indices)), reads=indices.values()
         )
-
-    def _queue_addition(self, addition: "_Addition", after: Sequence[Event]) -> Event:
-        records, layout = self.slots.records, self.layout
-        reads = [slot for slot, _ in addition.runs]
-        return self.slots.compute(lambda: addition.compute(records, layout), reads=reads, after=after)
 
     def _host_outputs(self, layer: int, x: Tensor, dispatch: Dispatch) -> Tensor:
         """Compute the last group of pairs on the CPU: x [T, D] in RAM -> fp32 [n, D]."""
