@@ -312,7 +312,7 @@ def shorten() -> None:
 
     settings.READ_BYTES = gpu_rates.LINK_BYTES = gpu_rates.MEMORY_BYTES = 1 << 20
     settings.last_level_cache_bytes = lambda: 0  # type: ignore[attr-defined, assignment]
-    hardware.FILLED_SECONDS, hardware.MATMUL_SIZE, gpu_rates.MATRIX = 0.0, 64, 64
+    hardware.FILLED_SECONDS, gpu_rates.MATRIX, gpu_rates.CPU_MATRIX = 0.0, 64, 64
     gpu_timing.PART_REPEATS = gpu_timing.WARM_UP_STEPS = 1
 
 

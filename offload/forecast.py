@@ -97,6 +97,7 @@ def _gpu_forecast(plan: Plan) -> Forecast:
         # If the CPU computes the experts, it does most of the work.
         flops / ((rates.cpu_gflops if mode is Mode.CPU else rates.gpu_gflops * PREFILL_EFFICIENCY) * GB),
         layers * LAUNCH_SECONDS,
+        plan.ram_experts * sizes.expert / (rates.ram * GB) if mode is Mode.CPU else 0.0,  # read once per chunk
         streamed / (link * GB),
         plan.disk_experts * sizes.expert / (rates.disk * GB),
     )

@@ -76,6 +76,7 @@ def small(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_rates, "LINK_BYTES", 1 << 16)
     monkeypatch.setattr(gpu_rates, "MEMORY_BYTES", 1 << 16)
     monkeypatch.setattr(gpu_rates, "MATRIX", 64)
+    monkeypatch.setattr(gpu_rates, "CPU_MATRIX", 64)
     monkeypatch.setattr(calibration, "measure", lambda *_: Costs(fetch=1.0, read=1.0, token=0.1))
     monkeypatch.setattr(Watch, "correction", lambda self: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -11,12 +11,15 @@ from torch import Tensor
 from dsv2_local.commands.bench import hardware
 from dsv2_local.commands.bench.hardware import Reader
 from dsv2_local.kernels import ops
+from dsv2_local.kernels.format import Format, matrix_nbytes
+from dsv2_local.kernels.layout import Matrix
 from dsv2_local.offload.device import Device
 from dsv2_local.offload.plan_request import Rates
 
 LINK_BYTES = 256 << 20  # of one copy over the PCIe link
 MEMORY_BYTES = 1 << 30  # that a pass over GPU memory reads, and that it writes
 MATRIX = 8192  # rows and columns of the GPU's matrix product
+CPU_MATRIX, CPU_TOKENS = 4096, 512  # rows and columns of the nf4 matrix that the CPU multiplies, and by how many tokens
 REPEATS = 10  # of each measurement on the GPU
 
 
@@ -28,7 +31,7 @@ class MachineRates:
         read_gb_s: reading RAM with the threads of the CPU kernels.
         link_gb_s: copies from page-locked RAM to GPU memory.
         gpu_gb_s: a GPU kernel that adds 1 to a large tensor, bytes read and written.
-        matmul_gflops: torch's fp32 matrix product on the CPU.
+        matmul_gflops: the CPU kernels' product of a prompt and an nf4 matrix.
         gpu_matmul_gflops: torch's bf16 matrix product on the GPU.
         threads, kernels: of the CPU.
     """
@@ -68,7 +71,7 @@ def measure(device: Device, threads: int, records: Sequence[Tensor], locked: boo
     source = records[0].view(-1) if locked else device.page_locked((LINK_BYTES,), torch.uint8)
     measured = MachineRates(
         harmonic_mean(passes), _link(device, source[:LINK_BYTES]), _memory(device),
-        hardware.matmul_rate(threads), _matmul(device), threads, ops.variant(),
+        _cpu_product(), _matmul(device), threads, ops.variant(),
     )  # fmt: skip
     free_cached(device)
     return measured
@@ -105,6 +108,15 @@ def _memory(device: Device) -> float:
     b = torch.empty_like(a)
     torch.add(a, 1, out=b)
     return 2 * a.nbytes / 1e9 / seconds_of(device, lambda: torch.add(a, 1, out=b), REPEATS)
+
+
+def _cpu_product() -> float:
+    nbytes = matrix_nbytes(Format.NF4, CPU_MATRIX, CPU_MATRIX)
+    matrix = Matrix.from_bytes(Format.NF4, CPU_MATRIX, CPU_MATRIX, torch.randint(256, (nbytes,), dtype=torch.uint8))
+    assert matrix.scales is not None
+    matrix.scales.uniform_(0.75, 1.25)
+    x = torch.randn(CPU_TOKENS, CPU_MATRIX)
+    return 2 * CPU_TOKENS * CPU_MATRIX**2 / 1e9 / hardware.best_seconds(lambda: ops.linear(x, matrix))
 
 
 def _matmul(device: Device) -> float:

@@ -201,7 +201,7 @@ def _heading(result: dict[str, Any]) -> tuple[str, ...]:
         ),
         f"machine: {machine['threads']} threads, {machine['kernels']} kernels, RAM {machine['read_gb_s']:,.1f} GB/s, "
         f"link {machine['link_gb_s']:,.1f} GB/s, GPU memory {machine['gpu_gb_s']:,.0f} GB/s, matrix products "
-        f"{machine['matmul_gflops']:,.0f} GFLOP/s (CPU, fp32) and {machine['gpu_matmul_gflops']:,.0f} (GPU, bf16)",
+        f"{machine['matmul_gflops']:,.0f} GFLOP/s (CPU, nf4) and {machine['gpu_matmul_gflops']:,.0f} (GPU, bf16)",
     )
 
 

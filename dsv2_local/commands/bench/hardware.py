@@ -65,12 +65,12 @@ def matmul_rate(threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return 2 * MATMUL_SIZE**3 / 1e9 / _best_seconds(lambda: torch.mm(a, b))
+        return 2 * MATMUL_SIZE**3 / 1e9 / best_seconds(lambda: torch.mm(a, b))
     finally:
         torch.set_num_threads(before)
 
 
-def _best_seconds(work: Callable[[], object]) -> float:
+def best_seconds(work: Callable[[], object]) -> float:
     """The shortest of at least three runs, which together take `FILLED_SECONDS`; a first run does not count."""
     work()
     seconds: list[float] = []
