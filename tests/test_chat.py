@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Timer
 from typing import Any
 from unittest.mock import Mock
 
@@ -493,8 +492,11 @@ def test_keys_that_are_pressed_early_become_messages(keyboard, monkeypatch, tmp_
         wait_until(lambda: len(terminal._keys) > 5_000)
         assert [prompt.read(""), prompt.read(""), prompt.read("")] == ["zero", "half one", "two\nlines\n"]
         assert modes(keyboard) == owned
+        collected = len(terminal._keys)
         os.write(keyboard, b"y")
-        Timer(0.3, os.write, (keyboard, b"es\rnext\r")).start()
+        wait_until(lambda: len(terminal._keys) > collected)
+
+        type_while_reading(keyboard, b"es\rnext\r")
         assert prompt.ask("sure?") == "es"  # the y was typed before the question
         assert prompt.read("") == "x" * 5_000
         assert prompt.read("") == "ynext"
@@ -510,6 +512,16 @@ def test_a_model_without_a_chat_template_is_refused_at_once(keyboard, monkeypatc
     with pytest.raises(TemplateError):
         cli.app(["chat"], standalone_mode=False)
     assert modes(keyboard) == before
+
+
+def type_while_reading(keyboard: int, keys: bytes) -> None:
+    """Type keys once prompt_toolkit reads the keyboard, for which Ctrl-C is a key."""
+
+    def type_them() -> None:
+        wait_until(lambda: not modes(keyboard)[3] & termios.ISIG)
+        os.write(keyboard, keys)
+
+    threading.Thread(target=type_them).start()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -545,7 +557,7 @@ def test_ctrl_c_right_after_enter_stops_the_answer(keyboard, monkeypatch, tmp_pa
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with Terminal() as terminal:
         prompt = Prompt(terminal, [])
-        Timer(0.3, os.write, (keyboard, b"one\r\x03two\r")).start()
+        type_while_reading(keyboard, b"one\r\x03two\r")
         assert prompt.read("") == "one"
         with pytest.raises(KeyboardInterrupt):
             terminal.check_interrupt()
