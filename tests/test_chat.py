@@ -512,6 +512,23 @@ def test_keys_that_are_pressed_early_become_messages(keyboard, monkeypatch, tmp_
     assert modes(keyboard) == before
 
 
+def test_a_chat_that_was_started_in_the_background_owns_the_terminal(keyboard, monkeypatch):
+    """Setting the modes there stops the process, and fails with EINTR once `fg` continues it."""
+    before, once = modes(keyboard), termios.tcsetattr
+    stopped = Mock(side_effect=lambda *_: monkeypatch.setattr(termios, "tcsetattr", once))
+
+    def interrupted(*arguments: Any) -> None:
+        stopped(*arguments)
+        raise termios.error(errno.EINTR, "Interrupted system call")
+
+    monkeypatch.setattr(termios, "tcsetattr", interrupted)
+    with Terminal():
+        assert not modes(keyboard)[3] & (termios.ECHO | termios.ICANON)
+        monkeypatch.setattr(termios, "tcsetattr", interrupted)
+    assert modes(keyboard) == before
+    assert stopped.call_count == 2
+
+
 def test_a_model_without_a_chat_template_is_refused_at_once(keyboard, monkeypatch):
     llm = Mock(**{"tokenizer.require_chat_template.side_effect": TemplateError("this checkpoint has no chat template")})
     llm.__enter__ = lambda self: self
