@@ -132,6 +132,13 @@ def test_ctrl_c_at_the_prompt_leaves_nothing_and_says_how():
     assert shown.count("leave with Ctrl-D or /exit") == 1
 
 
+@pytest.mark.parametrize("line", ["/exit", "/quit ", "/exit now"])
+def test_leaving(line):
+    llm = FakeLLM()
+    talk(llm, line, "never asked")
+    assert llm.asked == []
+
+
 def test_undo_retry_clear():
     llm = FakeLLM(["a"], ["b"], ["c"], [KeyboardInterrupt()])
     chat, _ = talk(llm, "q1", "q2", "/retry")
@@ -401,6 +408,8 @@ def test_html_and_links_are_shown_and_control_characters_are_not():
     console.print(Markdown("a <b>bold</b> word\n\n<div>block</div>\n\n[text](http://there)\n\n[1]: http://source"))
     for part in ("<b>", "<div>", "http://there", "http://source"):
         assert part in written(console)
+    image = streamed(terminal(), ["see ![this](http://image) here"])
+    assert Screen(60, 10).write(image).lines[0] == "see !this (http://image) here"
     assert "\x1b]" not in written(console)
     plain = io.StringIO()
     with MarkdownStream(Console(file=plain)) as stream:
@@ -440,6 +449,8 @@ def test_text_can_always_be_sent_as_it_is(text):
         ("// main.cpp", "// main.cpp"),
         ("/// doc", "/// doc"),
         ("  indented\n", "  indented"),
+        (" /exit", " /exit"),
+        ("\n/quit\n", "\n/quit"),
     ],
 )
 def test_what_is_a_message(typed, sent):
@@ -501,6 +512,23 @@ def test_keys_that_are_pressed_early_become_messages(keyboard, monkeypatch, tmp_
         assert prompt.read("") == "x" * 5_000
         assert prompt.read("") == "ynext"
     assert modes(keyboard) == before
+
+
+def test_a_chat_that_was_started_in_the_background_owns_the_terminal(keyboard, monkeypatch):
+    """Setting the modes there stops the process, and fails with EINTR once `fg` continues it."""
+    before, once = modes(keyboard), termios.tcsetattr
+    stopped = Mock(side_effect=lambda *_: monkeypatch.setattr(termios, "tcsetattr", once))
+
+    def interrupted(*arguments: Any) -> None:
+        stopped(*arguments)
+        raise termios.error(errno.EINTR, "Interrupted system call")
+
+    monkeypatch.setattr(termios, "tcsetattr", interrupted)
+    with Terminal():
+        assert not modes(keyboard)[3] & (termios.ECHO | termios.ICANON)
+        monkeypatch.setattr(termios, "tcsetattr", interrupted)
+    assert modes(keyboard) == before
+    assert stopped.call_count == 2
 
 
 def test_a_model_without_a_chat_template_is_refused_at_once(keyboard, monkeypatch):

@@ -58,6 +58,7 @@ the chat. What is typed during an answer becomes the next message.
 A command is a / and one word. To send a message that looks like a command, type
 two: //like this. Pasted text is always a message."""
 COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
+LEAVING = ("/exit", "/quit")
 
 
 class Chat:
@@ -135,7 +136,7 @@ class Chat:
         while True:
             try:
                 text = self._read("› ")
-                if text.strip() in ("/exit", "/quit"):
+                if is_command(text) and text.split()[0] in LEAVING:
                     return
                 self._take_turn(text)
             except KeyboardInterrupt:

@@ -22,8 +22,9 @@ from dsv2_local.commands.console import without_control_characters
 from dsv2_local.commands.growing_lines import GrowingLines, Line
 from dsv2_local.machine.resources import startable
 
-# HTML and definitions of links are shown as plain text; rich would omit them.
-PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
+# HTML and definitions of links are shown as plain text, which rich would omit, and images as links: rich would put them
+# before the text, without their address.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
 INTERVAL = 0.1
 """Seconds between two drawings."""
 SHARE = 20

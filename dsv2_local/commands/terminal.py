@@ -4,6 +4,7 @@ Nothing that is typed while no message is being read appears on the screen or is
 next message, and Enter stays Enter. prompt_toolkit is imported with the first prompt, since importing it takes a while.
 """
 
+import errno
 import os
 import select
 import signal
@@ -142,14 +143,14 @@ class Terminal:
         modes[LFLAG] |= termios.ISIG | termios.NOFLSH
         modes[CC][termios.VMIN], modes[CC][termios.VTIME] = 1, 0
         modes[CC][termios.VQUIT] = b"\0"  # Ctrl-\ would end the process at once
-        termios.tcsetattr(self._stdin, termios.TCSANOW, modes)
+        _set_modes(self._stdin, modes)
         self._write(PASTE_ON)
 
     def _release(self) -> None:
         """Restore the modes that the terminal had before."""
         self._write(PASTE_OFF + SHOW_CURSOR)
         with suppress(termios.error):  # it may be gone
-            termios.tcsetattr(self._stdin, termios.TCSANOW, self._before)
+            _set_modes(self._stdin, self._before)
 
     def _write(self, codes: bytes) -> None:
         # Not through sys.stdout: a signal may have interrupted a write there.
@@ -177,6 +178,16 @@ class Terminal:
     def _resume(self, number: int, frame: FrameType | None) -> None:
         self.stops += 1
         self._own()
+
+
+def _set_modes(terminal: int, modes: list[Any]) -> None:
+    """Set the modes of a terminal. In the background this stops the process, and fails when it is continued."""
+    while True:
+        try:
+            return termios.tcsetattr(terminal, termios.TCSANOW, modes)
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                raise
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
