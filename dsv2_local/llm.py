@@ -295,6 +295,8 @@ class LLM:
         Options and errors are those of `generate`. White space before the first word of the answer is removed: the
         chat template inserts its own when the answer becomes part of the next prompt.
         """
+        if isinstance(messages, Sequence) and not messages:
+            raise InputError("there is no message to answer")
         ids = self.tokenizer.encode_chat(messages, tools=tools, documents=documents)
         return self._generation(ids, strip=True, **options)
 

@@ -264,13 +264,20 @@ def test_white_space_that_is_an_added_token_stays_one(tmp_path):
 
 def test_where_templates_and_special_tokens_are_read_from(tmp_path, vocabulary):
     """As transformers reads them, from whichever file."""
-    show = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ sep_token }}|{{ messages[0].content }}"
+    show = (
+        "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ sep_token }}|{{ image_token }}|{{ other_token }}|"
+        "{{ messages[0].content }}"
+    )
     flagged = {"__type": "AddedToken", "content": "<pad>", "lstrip": False, "normalized": False}
     cases: dict[str, dict[str, Any]] = {
         "map alone": {"tokenizer_config.json": {"chat_template": show},
                       "special_tokens_map.json": {"bos_token": {"content": BOS}, "eos_token": EOS}},
         "map over settings": {"tokenizer_config.json": {"chat_template": show, "bos_token": EOS, "eos_token": EOS},
                               "special_tokens_map.json": {"bos_token": BOS}},
+        "null in the map": {"tokenizer_config.json": {"chat_template": show, "bos_token": BOS, "eos_token": EOS},
+                            "special_tokens_map.json": {"bos_token": None}},
+        "further names": {"tokenizer_config.json": {"chat_template": show, "bos_token": BOS, "image_token": "the",
+                                                    "extra_special_tokens": {"other_token": "and"}}},
         "settings with all added tokens": {
             "tokenizer_config.json": {
                 "chat_template": show, "bos_token": BOS, "eos_token": EOS, "added_tokens_decoder": {
@@ -297,6 +304,9 @@ def test_where_templates_and_special_tokens_are_read_from(tmp_path, vocabulary):
         for more in ({}, {"tools": TOOLS}):
             expected = theirs.apply_chat_template(PLAIN[:1], tokenize=False, **more)
             assert ours.render(PLAIN[:1], False, **more) == expected, name
+        assert ours._encode(f"the x and {EOS}") == theirs(f"the x and {EOS}", add_special_tokens=False)["input_ids"], (
+            name
+        )
 
 
 @pytest.mark.parametrize(

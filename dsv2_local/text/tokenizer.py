@@ -30,7 +30,7 @@ class Tokenizer:
     """A checkpoint's `tokenizer.json` with the settings and chat templates of the files beside it.
 
     Attributes:
-        special_tokens: the special tokens that have a role, by its name (`tokenizer_files.NAMED`).
+        special_tokens: the special tokens that have a name, by it (see `TokenizerFiles`).
     """
 
     def __init__(self, directory: Path) -> None:
