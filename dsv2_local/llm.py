@@ -1,10 +1,12 @@
 """The Python API: `load` a model, then `generate` text or `chat`."""
 
+import inspect
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from collections.abc import Generator as PyGenerator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -81,15 +83,24 @@ class Generation(Iterator[Chunk]):
         self._lock = RLock()
 
     def __next__(self) -> Chunk:
-        with self._lock:
+        with self._opened():
             chunk = next(self._chunks)
             self.text += chunk.text
         return chunk
 
     def close(self) -> None:
         """Stop generating. `text` keeps what was yielded, and the KV cache what was computed."""
-        with self._lock:
+        with self._opened():
             self._chunks.close()
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        with self._lock:
+            if inspect.getgeneratorstate(self._chunks) == inspect.GEN_RUNNING:
+                raise InputError(
+                    "an answer cannot be used from its own progress callback; raise an error there to stop it"
+                )
+            yield
 
     def _run(
         self, tokens: Callable[[Stats], Iterator[GeneratedToken]], text: TextStream
@@ -196,7 +207,7 @@ class LLM:
             self.engine.close()
             self._placed.close()
 
-    def save_cache(self, path: Path, conversation: str = "", wanted: Callable[[int], bool] | None = None) -> bool:
+    def save_cache(self, path: str | Path, conversation: str = "", wanted: Callable[[int], bool] | None = None) -> bool:
         """Write the KV cache of the current sequence to a file, so that a later process need not prefill it again.
 
         `conversation` is any text to store with it; `saved_cache.read_header` reads it back. `wanted` is called with
@@ -208,17 +219,19 @@ class LLM:
         Raises:
             SavedCacheError: the file cannot be written.
         """
+        path = _path(path)
         with self.engine.opened():
             return saved_cache.save(
                 path, self.engine.tokens, self.engine.cache, self._fingerprint, conversation, wanted
             )
 
-    def load_cache(self, path: Path) -> int:
+    def load_cache(self, path: str | Path) -> int:
         """Fill the KV cache from a file; returns the number of tokens loaded. Prompts with this prefix reuse it.
 
         Raises:
             SavedCacheError: the file cannot be read, is damaged, or belongs to another model; the cache is unchanged.
         """
+        path = _path(path)
         with self.engine.opened():
             self.engine.cache_prefix()
             self.engine.adopt(saved_cache.load(path, self.engine.cache, self._fingerprint))
@@ -282,6 +295,8 @@ class LLM:
         Options and errors are those of `generate`. White space before the first word of the answer is removed: the
         chat template inserts its own when the answer becomes part of the next prompt.
         """
+        if isinstance(messages, Sequence) and not messages:
+            raise InputError("there is no message to answer")
         ids = self.tokenizer.encode_chat(messages, tools=tools, documents=documents)
         return self._generation(ids, strip=True, **options)
 
@@ -297,17 +312,19 @@ class LLM:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
-        progress: Progress = no_progress,
+        progress: Progress | None = None,
         **sampling: Any,
     ) -> Generation:
-        if max_tokens == -1:  # as other programs write "no limit"
-            max_tokens = None
         if max_tokens is not None:
-            max_tokens = checked("max_tokens", max_tokens, Number(1, whole=True), InputError)
+            limit = checked("max_tokens", max_tokens, Number(whole=True), InputError)
+            # Other programs write "no limit" as -1.
+            max_tokens = None if limit == -1 else checked("max_tokens", limit, Number(1, whole=True), InputError)
         if logprobs is not None:
             logprobs = checked("logprobs", logprobs, Number(0, whole=True), InputError)
+        if not (progress is None or callable(progress)):
+            raise InputError(f"progress must be a function, not {shown(progress)}")
         request = Request(ids, self.defaults.override(**sampling), max_tokens, self._end_tokens, logprobs)
-        tokens = partial(self.engine.generate, request, progress=progress)
+        tokens = partial(self.engine.generate, request, progress=progress or no_progress)
         stops = [inlet.well_formed(checked("stop", each, Text(), InputError), "stop") for each in _listed("stop", stop)]
         return Generation(tokens, TextStream(self._tokenizer, self._end_tokens, stops, strip))
 
@@ -480,6 +497,13 @@ def _listed(name: str, given: Any) -> list[Any]:
         raise InputError(f"{name} must be a value or a list of them, not {shown(given)}") from None
 
 
+def _path(given: Any) -> Path:
+    """A file that a caller names. Raises InputError if it is no name."""
+    if not isinstance(given, str | os.PathLike) or "\0" in str(given):
+        raise InputError(f"a file's name must be text or a path, not {shown(given)}")
+    return Path(given)
+
+
 def _token_ids(prompt: Any) -> list[int]:
     """Token ids in any type of integers and of sequences.
 
@@ -487,8 +511,8 @@ def _token_ids(prompt: Any) -> list[int]:
         InputError: the prompt is neither text nor token ids.
     """
     try:
-        if not isinstance(prompt, bytes | Mapping):
+        if not isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set):
             return list(map(operator.index, prompt))
-    except TypeError:
+    except Exception:  # whatever a foreign object raises
         pass
     raise InputError(f"the prompt must be text or a sequence of token ids, not {shown(prompt)}")

@@ -197,7 +197,7 @@ def _integer(value: Any) -> int | None:
         return int(value) if value.is_integer() else None
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception:  # whatever a foreign object's __index__ raises
         return None
 
 
@@ -209,6 +209,6 @@ def _number(value: Any) -> int | float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # whatever a foreign object's __float__ raises
         return None
     return number if isfinite(number) else None

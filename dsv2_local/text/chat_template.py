@@ -17,6 +17,7 @@ from jinja2.utils import Namespace
 
 from dsv2_local.errors import TemplateError
 from dsv2_local.text.bounded_jinja import BoundedEnvironment, Budget, TooMuchError, within
+from dsv2_local.text.quoting import Quoter, on_plain_text
 
 Message = Mapping[str, Any]
 """A message with the keys `role` (system, user, assistant or what else the template knows) and `content`."""
@@ -40,11 +41,11 @@ class ChatTemplates:
                 "this checkpoint has no chat template; `dsv2 run --raw` and LLM.generate() continue text without one"
             )
 
-    def render(self, size: int, *, tools: list[Any] | None, **variables: Any) -> str:
-        """Render a conversation.
+    def render(self, quoter: Quoter, *, tools: list[Any] | None, **variables: Any) -> str:
+        """Render a conversation, as text in which what was quoted still is.
 
         Args:
-            size: characters of the conversation, which bound the template's work.
+            quoter: has quoted the special tokens in all that follows; its size bounds the template's work.
             tools: descriptions of the functions that the model may call; a template named "tool_use" is for them.
             variables: the other names that the template may use.
 
@@ -56,10 +57,11 @@ class ChatTemplates:
         if name not in self._sources:
             raise TemplateError(f"none of the chat templates is the default one; they are {', '.join(self._sources)}")
         try:
-            with within(Budget(size)):
+            with within(Budget(quoter.size, quoter.seen)):
                 if name not in self._compiled:
                     self._compiled[name] = _environment().from_string(self._sources[name])
-                return str(self._compiled[name].render(tools=tools, **variables))
+                rendered: str = self._compiled[name].render(tools=tools, **variables)
+                return str.__str__(rendered)
         except TooMuchError as error:
             raise TemplateError(f"the chat template is refused: {error}") from None
         except RecursionError:
@@ -108,6 +110,8 @@ def _environment() -> BoundedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["namespace"] = _Namespace
+    for name in environment.filters:
+        environment.filters[name] = on_plain_text(environment.filters[name])
     return environment
 
 

@@ -30,7 +30,7 @@ class Tokenizer:
     """A checkpoint's `tokenizer.json` with the settings and chat templates of the files beside it.
 
     Attributes:
-        special_tokens: the special tokens that have a role, by its name (`tokenizer_files.NAMED`).
+        special_tokens: the special tokens that have a name, by it (see `TokenizerFiles`).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -135,7 +135,7 @@ class Tokenizer:
             "tools": None if tools is None else quoter.data(_sequence("tools", tools)),
             "documents": None if documents is None else quoter.data(_sequence("documents", documents)),
         }
-        return self._templates.render(quoter.size, add_generation_prompt=add_generation_prompt, **variables)
+        return self._templates.render(quoter, add_generation_prompt=add_generation_prompt, **variables)
 
     def _encode(self, text: str, quoter: Quoter | None = None) -> list[int]:
         """Encode special tokens as their ids, and the text between them as plain text, with quotes removed."""

@@ -32,7 +32,7 @@ class TokenizerFiles:
 
     Attributes:
         tokenizer: the tokenizer with all its added tokens.
-        special_tokens: the special tokens that have a role, by its name (`NAMED`).
+        special_tokens: the special tokens that have a name, by it: a role (`NAMED`), or another that templates know.
         add_bos: whether raw text begins with BOS.
         templates: the chat templates by their names.
     """
@@ -52,11 +52,10 @@ def read(directory: Path) -> TokenizerFiles:
     """
     settings, older = _read(directory / "tokenizer_config.json"), _read(directory / "special_tokens_map.json")
     tokenizer = _load(directory / "tokenizer.json")
-    named = _named_tokens(settings, older)
+    named, further = _named_tokens(settings, older), [*_further_tokens(settings), *_further_tokens(older)]
     with failures_of(str(directory / "tokenizer.json")):
         _add_flagged(tokenizer, settings)
-        further = (*_further_tokens(settings), *_further_tokens(older))
-        _add_special(tokenizer, (*(token for token, _ in named.values()), *further))
+        _add_special(tokenizer, [*(token for token, _ in named.values()), *(token for _, token in further)])
         for name in ("bos_token", "eos_token"):
             if name in named and tokenizer.token_to_id((token := named[name])[0].content) is None:
                 raise CheckpointError(
@@ -65,7 +64,8 @@ def read(directory: Path) -> TokenizerFiles:
                 )
     return TokenizerFiles(
         tokenizer,
-        {name: token.content for name, (token, _) in named.items()},
+        {name: token.content for name, token in further if name}
+        | {name: token.content for name, (token, _) in named.items()},
         settings.get("add_bos_token", Flag()) is not False,
         _templates(directory, settings),
     )
@@ -142,8 +142,9 @@ def _named_tokens(settings: Fields, older: Fields) -> dict[str, tuple[AddedToken
     named = {}
     for name in NAMED:
         for source in sources:
-            if token := _token(source, name, source.raw.get(name)):
-                named[name] = (token, source.where)
+            if name in source.raw:
+                if token := _token(source, name, source.raw[name]):
+                    named[name] = (token, source.where)
                 break
     return named
 
@@ -163,15 +164,22 @@ def _with_flags(source: Fields, **known: bool) -> AddedToken | None:
     return AddedToken(content, **{**flags, **known}) if content else None
 
 
-def _further_tokens(source: Fields) -> Iterator[AddedToken]:
-    """Special tokens without a role: a list of them, or an object with names that are of no use here."""
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        listed = source.raw.get(name)
-        if listed is not None and not isinstance(listed, list):
-            listed = list(source.get(name, Object()).values())
-        for value in listed or []:
-            if token := _token(source, name, value):
-                yield token
+def _further_tokens(source: Fields) -> Iterator[tuple[str, AddedToken]]:
+    """Special tokens without a role, each with its name: those of a list have none, those of an object its keys.
+
+    As in transformers, what is called `image_token` or otherwise so is one, too.
+    """
+    named = {name: value for name, value in source.raw.items() if name.endswith("_token") and name not in NAMED}
+    entries = [(name, name, value) for name, value in named.items() if isinstance(value, str | dict)]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = source.raw.get(key)
+        if isinstance(listed, list):
+            entries += [(key, "", value) for value in listed]
+        else:
+            entries += [(key, name, value) for name, value in (source.get(key, Object()) or {}).items()]
+    for key, name, value in entries:
+        if token := _token(source, key, value):
+            yield name, token
 
 
 def _add_flagged(tokenizer: FastTokenizer, settings: Fields) -> None:
