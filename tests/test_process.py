@@ -37,6 +37,12 @@ def test_a_closed_standard_input_is_empty():
     done = shell('"$@" <&-', "run", QUESTION, "--temperature", "0")
     assert (done.returncode, done.stderr) == (0, NANO)
     assert done.stdout == dsv2("run", QUESTION, "--temperature", 0).stdout != b""
+    assert shell('"$@" 0>/dev/null', "run", QUESTION, "--temperature", "0").stdout == done.stdout  # as of nohup
+
+
+def test_a_width_of_no_columns_is_none():
+    done = dsv2(*PLAN, COLUMNS="0")
+    assert (done.returncode, done.stdout) == (0, dsv2(*PLAN).stdout)
 
 
 @pytest.mark.slow
@@ -170,6 +176,19 @@ def test_an_endless_input_is_refused(monkeypatch):
         gather_prompt("ask", [Path("/")], io.StringIO(), read_stdin=False)
 
 
+def test_a_descriptor_above_those_of_select_is_read(tmp_path):
+    (tmp_path / "notes").write_text("notes")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert gather_prompt("ask", [tmp_path / "notes"], io.StringIO(), read_stdin=False) == "notes\n\nask"
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.slow
 def test_a_loop_asks_every_question(tmp_path):
     (tmp_path / "questions").write_text("one\ntwo\n")
@@ -278,6 +297,11 @@ def test_any_exception_is_one_line(restored, capsys, monkeypatch):
         1, "dsv2: error: No space left on device (file); DSV2_TRACEBACK=1 shows where\n"
     )  # fmt: skip
     assert "not enough memory" in failing(MemoryError())[1]
+    for text in (
+        "unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)",
+        "can't allocate memory: you tried",
+    ):
+        assert "not enough memory" in failing(RuntimeError(text))[1]
     assert "RecursionError" in failing(RecursionError("too deep"))[1]
     assert failing(KeyboardInterrupt()) == (130, "")
     assert failing(SystemExit(5)) == (5, "")

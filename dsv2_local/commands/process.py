@@ -64,7 +64,7 @@ def _report(error: BaseException | None) -> int:
 def _describe(error: BaseException | None) -> str:
     if isinstance(error, Dsv2Error):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch has RuntimeErrors for it
         return "there is not enough memory; choose a smaller --context, or close other programs"
     if isinstance(error, OSError) and error.strerror:
         if not _has_directory():
