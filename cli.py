@@ -427,12 +427,14 @@ def bench(
 def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None) -> "LLM":
     """Load a model. Something is on the screen before torch is imported; `begun` is called after that."""
     from dsv2_local.commands.console import notice, waiting
+    from dsv2_local.commands.process import held_signals
 
     if options.model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
     with waiting(f"loading {options.model or 'dsv2-nano'} ..."):
         begun()
-        from dsv2_local.commands.loading import load
+        with held_signals():
+            from dsv2_local.commands.loading import load
 
         return load(**asdict(options))
 

@@ -213,6 +213,20 @@ def test_signals_keep_what_was_read(tmp_path, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_while_it_starts_end_it_without_a_traceback(number):
+    command = [sys.executable, "-m", "dsv2_local", "run", QUESTION]
+    for delay in (0.05, 0.08, 0.12, 0.2, 0.3, 0.4):
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=environment(), preexec_fn=heed_signals) as child:  # fmt: skip
+            time.sleep(delay)
+            child.send_signal(number)
+            output, errors = child.communicate(timeout=60)
+        assert child.returncode in (-number, 128 + number)
+        assert (output, errors.removeprefix(NANO)) == (b"", b"")
+
+
+@pytest.mark.slow
 def test_a_reader_that_leaves_keeps_what_was_read(tmp_path):
     done = shell(
         '"$@" </dev/null | head -c 1 >&2; exit ${PIPESTATUS[0]}', "run", "--cache", str(tmp_path / "kept"), QUESTION
