@@ -294,8 +294,12 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="Formats of the weights: nf4, mixed, int8 or bf16.")] = "nf4",
     verify: Annotated[bool, typer.Option("--verify", help="Compare the result with the source afterwards.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Access token for gated repositories.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub repository.", callback=_unicode)
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="HF_TOKEN", help="Access token for gated repositories.", callback=_unicode)
+    ] = None,
 ) -> None:
     """Convert a DeepSeek-V2 release to 4-bit weights. If interrupted, run the same command to continue."""
     from dsv2_local.commands import quantize
@@ -423,12 +427,14 @@ def bench(
 def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None) -> "LLM":
     """Load a model. Something is on the screen before torch is imported; `begun` is called after that."""
     from dsv2_local.commands.console import notice, waiting
+    from dsv2_local.commands.process import held_signals
 
     if options.model is None:
         notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
     with waiting(f"loading {options.model or 'dsv2-nano'} ..."):
         begun()
-        from dsv2_local.commands.loading import load
+        with held_signals():
+            from dsv2_local.commands.loading import load
 
         return load(**asdict(options))
 

@@ -10,6 +10,12 @@ from contextlib import suppress
 from dsv2_local.errors import InputError
 
 BYTE_ORDER_MARK = "\ufeff"
+_MARKED = {  # that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 REMEDY = "use UTF-8 (iconv converts files; a terminal has a setting)"
 
 
@@ -43,24 +49,21 @@ def well_formed(value: str, where: str) -> str:
 
 
 def decoded(data: bytes, where: str) -> str:
-    """Text in UTF-8, or in UTF-16 that begins with a byte order mark, which is removed.
+    """Text in UTF-8, or in UTF-16 or UTF-32 that begins with a byte order mark, which is removed.
 
     A NUL is valid UTF-8 but a sign of a binary file, and refused.
 
     Raises:
         InputError: `data` is not text; the message has `where` it is from, and the position.
     """
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    encoding = next((name for mark, name in _MARKED.items() if data.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and b"\0" in data:
+        raise InputError(f"{where} is not text: byte {data.index(0):,} is NUL")
     try:
         value = data.decode(encoding)
     except UnicodeDecodeError as error:
-        if (at := data.find(b"\0", 0, error.start)) < 0:
-            wrong = f"byte {error.start:,} is 0x{data[error.start]:02x}"
-            raise InputError(
-                f"{where} is not {encoding.removesuffix('-sig').upper()} text: {wrong}; {REMEDY}"
-            ) from None
-    else:
-        at = value.find("\0") if encoding == "utf-16" else data.find(b"\0")
-        if at < 0:
-            return value
-    raise InputError(f"{where} is not text: byte {at:,} is NUL")
+        wrong = f"byte {error.start:,} is 0x{data[error.start]:02x}"
+        raise InputError(f"{where} is not {encoding.removesuffix('-sig').upper()} text: {wrong}; {REMEDY}") from None
+    if "\0" in value:
+        raise InputError(f"{where} is not text: character {value.index(chr(0)):,} is NUL")
+    return value

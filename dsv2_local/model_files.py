@@ -12,6 +12,8 @@ from typing import Any
 
 from dsv2_local.errors import Dsv2Error
 
+BEGINNING = 64
+GGUF = "a GGUF file"
 MAX_BYTES = 512 * 2**20
 """The largest small file that is read; the index of the 236B model has 3 MB, its tokenizer 5 MB."""
 
@@ -51,6 +53,17 @@ def read_object(path: Path, error: type[Dsv2Error]) -> dict[str, Any] | None:
     return None if text is None else parse_object(text, str(path), error)
 
 
+def what_begins(begin: bytes) -> str | None:
+    """What a file is instead of the model's, by its first `BEGINNING` bytes; None: nothing that can be recognised."""
+    if not begin.strip():
+        return "an empty file"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself (git lfs pull)"
+    if begin.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return "a web page"
+    return GGUF if begin.startswith(b"GGUF") else None
+
+
 def parse_object(text: str | bytes, where: str, error: type[Dsv2Error]) -> dict[str, Any]:
     """The object in a JSON text.
 
@@ -60,6 +73,8 @@ def parse_object(text: str | bytes, where: str, error: type[Dsv2Error]) -> dict[
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as reason:
+        if what := what_begins(text[:BEGINNING] if isinstance(text, bytes) else text[:BEGINNING].encode()):
+            raise error(f"{where} is {what}; download it again") from None
         why = "it is nested too deeply" if isinstance(reason, RecursionError) else str(reason)
         raise error(f"{where} is not valid JSON: {why}") from None
     if not isinstance(raw, dict):

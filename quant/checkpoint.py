@@ -11,8 +11,13 @@ Matrices are stored as the planes of `kernels.layout`: `NAME.codes` and `NAME.sc
 safetensors reader opens the files. They are memory-mapped: nothing is read before it is used.
 """
 
+import errno
 import hashlib
 import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -187,9 +192,11 @@ class Checkpoint:
         if not path.is_file() or file_sha256(path) != self.manifest.files[name].sha256:
             raise CheckpointError(f"{path} does not match its checksum; convert the model again")
 
-    def _open(self, file: str) -> Any:
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
         try:
-            return safe_open(self.directory / file, framework="pt")
+            with opened(self.directory / file) as handle:
+                yield handle
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.directory / file} cannot be opened: {error}") from None
 
@@ -205,6 +212,28 @@ class Checkpoint:
                 f"{self.directory / file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {shape}"
             )
         return tensor
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file of any name. `safe_open` takes names in UTF-8 only, and waits for what is in a pipe.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        SafetensorError: it is not in this format.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a file (a directory, a pipe or a device)")
+        try:
+            name = os.fsencode(path).decode()
+        except UnicodeDecodeError:
+            name = f"/proc/self/fd/{descriptor}"
+        with safe_open(name, framework="pt") as handle:
+            yield handle
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

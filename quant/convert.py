@@ -346,8 +346,8 @@ def _check_destination(destination: Path, force: bool) -> None:
     if is_checkpoint(destination):
         if not force:
             raise ConversionError(f"{destination} exists; use --force to replace it")
-    elif any(not path.name.startswith(".") and path.name != LOST for path in destination.iterdir()):
-        raise ConversionError(f"{destination} is a directory with other files; choose another destination")
+    elif others := [path.name for path in destination.iterdir() if not path.name.startswith(".") and path.name != LOST]:
+        raise ConversionError(f"{destination} is a directory with other files ({others[0]}); choose another one")
 
 
 @contextmanager

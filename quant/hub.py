@@ -90,6 +90,18 @@ def resolve_converted(model: str, verifying: Progress = no_progress) -> Path:
     return directory
 
 
+def _token(given: str | None) -> str | None:
+    """A token as a header of HTTP can have it: without the line end of the file that it was read from.
+
+    Raises:
+        InputError: it has another character that no token has.
+    """
+    token = (given or "").strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise InputError("the access token (--token or HF_TOKEN) has characters that no token has; copy it again")
+    return token or None
+
+
 def fetch(
     repository: str,
     patterns: Sequence[str] = EVERYTHING,
@@ -108,6 +120,7 @@ def fetch(
         RevisionNotFoundError,
     )
 
+    token = _token(token)
     try:
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=list(patterns)))
     except GatedRepoError:

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 from dsv2_local.errors import CheckpointError, ConfigError
+from dsv2_local.model_files import BEGINNING, GGUF, what_begins
 from dsv2_local.quant.checkpoint import MANIFEST, is_checkpoint
 
 PARTIAL = ".partial"
 """The directory inside a destination where an unfinished conversion lies."""
 
-GGUF = "a GGUF file"
 SAFETENSORS = "dsv2 converts a release's safetensors: dsv2 quantize RELEASE DIRECTORY"
 
 
@@ -25,16 +25,7 @@ def about_file(path: Path) -> str:
 
 def what_file(path: Path) -> str | None:
     """What a file is if it is not what its name says; None: nothing that can be recognised."""
-    begin = _beginning(path)
-    if path.suffix == ".gguf":
-        return GGUF
-    if not begin:
-        return "an empty file"
-    if begin.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the file itself (git lfs pull)"
-    if begin.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        return "a web page"
-    return GGUF if begin.startswith(b"GGUF") else None
+    return GGUF if path.suffix == ".gguf" else what_begins(_beginning(path))
 
 
 def _beginning(path: Path) -> bytes:
@@ -43,7 +34,7 @@ def _beginning(path: Path) -> bytes:
         if not path.is_file():
             return b""
         with path.open("rb") as file:
-            return file.read(64)
+            return file.read(BEGINNING)
     except OSError:
         return b""
 

@@ -25,6 +25,12 @@ except HubError as error:
 """
 
 
+@pytest.mark.parametrize("token", ["hf_“x”", "hf_a\nb", "hf_a b"])
+def test_what_no_token_has_is_refused_before_the_hub_is_asked(token):
+    with pytest.raises(InputError, match="characters that no token has"):
+        resolve("org/model", token=token)
+
+
 @pytest.fixture
 def hub():
     with serving(Hub("org/model", {"main": FILES, "old": {**FILES, "config.json": b'{"old": 1}'}})) as hub:
@@ -100,7 +106,7 @@ def test_failures_are_one_line_errors(hub, fetch, change, options, text):
 @pytest.mark.slow
 def test_the_token_is_sent(hub, fetch):
     hub.token = "secret"
-    assert read(fetch(token="secret"), "config.json") == b"{}"
+    assert read(fetch(token="secret\n"), "config.json") == b"{}"
 
 
 @pytest.mark.slow

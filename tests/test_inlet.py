@@ -54,6 +54,8 @@ def test_byte_order_marks_are_removed(encoding):
         (b"ab\0cd", "not text: byte 2 is NUL"),
         (b"GGUF\3\0\0\0\xff", "not text: byte 5 is NUL"),
         (b"\xff\xfea", "not UTF-16 text: byte 2 is 0x61"),
+        ("hi".encode("utf-16") + b"i", "not UTF-16 text: byte 6 is 0x69"),
+        ("hi\0".encode("utf-32"), "not text: character 2 is NUL"),
     ],
 )
 def test_bytes_that_are_no_text_are_named(data, wrong):

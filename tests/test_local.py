@@ -1,12 +1,14 @@
 """Paths that hold something else than the model that was asked for: each is named for what it is, without the hub."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from dsv2_local import llm
-from dsv2_local.commands import inspect, quantize
+from dsv2_local.commands import inspect, plan, quantize
 from dsv2_local.errors import CheckpointError, ConfigError, ConversionError, Dsv2Error, HubError, InputError
 from dsv2_local.quant import hub
 from dsv2_local.quant.convert import convert
@@ -84,6 +86,45 @@ def test_a_path_that_does_not_exist_is_no_repository(here, model, said):
     with pytest.raises(InputError, match=said) as error:
         llm.load(model)
     assert "cannot be reached" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("models/v2-lit", r"there is no model models/v2-lit; did you mean models/v2-lite\?"),
+        ("models/lora", "has no config.json; it is a LoRA adapter"),
+        ("", "the model's name is empty"),
+        ("no-such", "no-such is neither deepseek-v2 nor"),
+    ],
+)
+def test_a_plan_of_what_is_not_there(here, model, said):
+    (here / "v2-lite").mkdir()
+    files(here / "lora", adapter_config__json="{}")
+    with pytest.raises(Dsv2Error, match=said):
+        plan.run(plan.PlanOptions(model), as_json=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_small_file_that_was_not_downloaded(here, release, name):
+    copy = shutil.copytree(release, here / "copy")
+    for content, said in (("", "an empty file"), ("<html>", "a web page"), ("version https://git-lfs", "Git LFS")):
+        (copy / name).write_text(content)
+        with pytest.raises(Dsv2Error, match=f"{name} is .*{said}"):
+            quantize.run(str(copy), here / "out", **OPTIONS)
+
+
+def test_names_that_are_not_unicode(here, release):
+    name = os.fsdecode(b"models/caf\xe9")
+    quantize.run(str(release), Path(name), **OPTIONS)
+    with llm.load(name) as model:
+        list(model.generate([1], max_tokens=1))
+        model.save_cache(Path(name) / "cache")
+        assert model.load_cache(Path(name) / "cache") == 1
+
+
+def test_a_destination_below_what_does_not_exist(here, release, capsys):
+    quantize.run(str(release), Path("models/no-such/../out"), **OPTIONS)
+    assert f"{here / 'out'}: " in capsys.readouterr().err
 
 
 def test_a_repository_stays_one(here):

@@ -37,6 +37,12 @@ def test_a_closed_standard_input_is_empty():
     done = shell('"$@" <&-', "run", QUESTION, "--temperature", "0")
     assert (done.returncode, done.stderr) == (0, NANO)
     assert done.stdout == dsv2("run", QUESTION, "--temperature", 0).stdout != b""
+    assert shell('"$@" 0>/dev/null', "run", QUESTION, "--temperature", "0").stdout == done.stdout  # as of nohup
+
+
+def test_a_width_of_no_columns_is_none():
+    done = dsv2(*PLAN, COLUMNS="0")
+    assert (done.returncode, done.stdout) == (0, dsv2(*PLAN).stdout)
 
 
 @pytest.mark.slow
@@ -170,6 +176,19 @@ def test_an_endless_input_is_refused(monkeypatch):
         gather_prompt("ask", [Path("/")], io.StringIO(), read_stdin=False)
 
 
+def test_a_descriptor_above_those_of_select_is_read(tmp_path):
+    (tmp_path / "notes").write_text("notes")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert gather_prompt("ask", [tmp_path / "notes"], io.StringIO(), read_stdin=False) == "notes\n\nask"
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.slow
 def test_a_loop_asks_every_question(tmp_path):
     (tmp_path / "questions").write_text("one\ntwo\n")
@@ -191,6 +210,20 @@ def test_signals_keep_what_was_read(tmp_path, number):
         errors = child.communicate(timeout=60)[1]
     assert (child.returncode, errors) == (128 + number, NANO)
     assert kept.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_while_it_starts_end_it_without_a_traceback(number):
+    command = [sys.executable, "-m", "dsv2_local", "run", QUESTION]
+    for delay in (0.05, 0.08, 0.12, 0.2, 0.3, 0.4):
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=environment(), preexec_fn=heed_signals) as child:  # fmt: skip
+            time.sleep(delay)
+            child.send_signal(number)
+            output, errors = child.communicate(timeout=60)
+        assert child.returncode in (-number, 128 + number)
+        assert (output, errors.removeprefix(NANO)) == (b"", b"")
 
 
 @pytest.mark.slow
@@ -278,6 +311,11 @@ def test_any_exception_is_one_line(restored, capsys, monkeypatch):
         1, "dsv2: error: No space left on device (file); DSV2_TRACEBACK=1 shows where\n"
     )  # fmt: skip
     assert "not enough memory" in failing(MemoryError())[1]
+    for text in (
+        "unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)",
+        "can't allocate memory: you tried",
+    ):
+        assert "not enough memory" in failing(RuntimeError(text))[1]
     assert "RecursionError" in failing(RecursionError("too deep"))[1]
     assert failing(KeyboardInterrupt()) == (130, "")
     assert failing(SystemExit(5)) == (5, "")

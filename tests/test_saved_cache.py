@@ -1,6 +1,7 @@
 """Saved caches: a loaded cache gives bit-identical answers, and files that are not a cache of the model are refused."""
 
 import json
+import os
 import stat
 import textwrap
 import threading
@@ -145,10 +146,16 @@ def test_an_empty_file_is_written_and_what_is_no_file_is_refused(tmp_path):
     done = dsv2("run", "--cache", path, "-n", 1, "What is a dog?")
     assert done.returncode == 0
     assert saved_cache.read_header(path).tokens > 0
-    for nowhere in ("/dev/null", "/dev/stdout", "/", "/no/such/directory/file"):
+    for nowhere in ("/dev/null", "/dev/stdout", "/", "/no/such/directory/file", tmp_path / ("a" * 247)):
         done = dsv2("run", "--cache", nowhere, "hello")
         assert (done.returncode, done.stdout) == (2, b"")
         assert b"cannot be written" in done.stderr
+
+
+def test_a_pipe_is_no_saved_cache(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SavedCacheError, match="cannot be read: it is not a file"):
+        saved_cache.read_header(tmp_path / "pipe")
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from dsv2_local.commands import sessions
 from dsv2_local.commands.chat import Chat
 from dsv2_local.commands.conversation import Conversation
 from dsv2_local.errors import InputError, SavedCacheError
+from dsv2_local.runtime import saved_cache
 from tests.models import heed_signals, kill_half_way
 from tests.test_chat import READY, terminal_environment
 from tests.test_cli import dsv2
@@ -279,6 +280,29 @@ def test_sessions_are_listed_and_deleted(nano, state):
     assert {path.name for path in state.iterdir()} == {
         "new one.safetensors", ".new one.lock", ".hidden.safetensors", "notes.txt"
     }  # fmt: skip
+
+
+def test_what_is_no_session_hides_no_other(state, monkeypatch):
+    state.mkdir(parents=True, exist_ok=True)
+    (state / "link.safetensors").symlink_to("nowhere")
+    os.mkfifo(state / "pipe.safetensors")
+    (state / "gone.safetensors").touch()
+
+    read = saved_cache.read_header
+
+    def delete_meanwhile(path):
+        if path.name == "gone.safetensors":
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(saved_cache, "read_header", delete_meanwhile)
+    assert {session.name: session.contents[0] for session in sessions._all()} == {
+        "link": "cannot be read: No such file or directory",
+        "pipe": "cannot be read: it is not a file (a directory, a pipe or a device)",
+    }
+    sessions.check(["link", "pipe"])
+    sessions.delete(["link", "pipe"])
+    assert not list(state.glob("*.safetensors"))
 
 
 @pytest.mark.slow

@@ -60,6 +60,8 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     """What a config.json says, and where it stands."""
     if name in RELEASED:
         return RELEASED[name], name
+    if not name:
+        raise InputError("the model's name is empty; is a variable not set?")
     path = Path(name)
     if os.path.isdir(name):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
         return read_config_json(path), str(path / "config.json")

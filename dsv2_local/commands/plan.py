@@ -1,22 +1,25 @@
 """`dsv2 plan`: which memory would hold what of a model, here or on another machine, and how fast it would run."""
 
+import os
 import shutil
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from dsv2_local.architectures.config import ModelConfig
-from dsv2_local.architectures.released import read_config, stored_recipe
+from dsv2_local.architectures.released import RELEASED, read_config, stored_recipe
 from dsv2_local.commands.console import json_text, notice, report_console
 from dsv2_local.commands.streams import is_unicode
 from dsv2_local.errors import InputError
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.machine import measurements
+from dsv2_local.machine.homes import expanded
 from dsv2_local.machine.resources import lockable_memory, memory_available
 from dsv2_local.offload import forecast
 from dsv2_local.offload.plan import MemoryShare, Plan, make_plan
@@ -62,11 +65,34 @@ def run(options: PlanOptions, as_json: bool) -> None:
 
 
 def _plan_request(options: PlanOptions) -> PlanRequest:
-    config = read_config(options.model)
-    recipe = one_of("--recipe", options.recipe or stored_recipe(options.model) or Recipe.NF4, Recipe)
+    model = _located(options.model)
+    config = read_config(model)
+    recipe = one_of("--recipe", options.recipe or stored_recipe(model) or Recipe.NF4, Recipe)
     cache_dtype = one_of("--cache-type", options.cache_dtype, CacheDtype)
     experts = one_of("--experts", options.experts, Mode)
     return PlanRequest(config, recipe, _context(options.context, config), cache_dtype, experts)
+
+
+def _located(model: str) -> str:
+    """The model's name, or the path that it stands for.
+
+    Raises:
+        InputError: there is no such path, but one with a name like it.
+        ConfigError: it is a directory without a config.json; the message says what it holds.
+    """
+    if model in RELEASED or not model:
+        return model
+    path = expanded(Path(model))
+    directory = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
+    if os.path.lexists(path / "config.json" if directory else path):
+        return str(path)
+    from dsv2_local.quant.local import near, require_config  # imports torch, which a plan does not need
+
+    if directory:
+        require_config(path)
+    if meant := near(path):
+        raise InputError(f"there is no model {model}{meant}")
+    return str(path)
 
 
 def _context(text: str | None, config: ModelConfig) -> int:

@@ -7,7 +7,8 @@ import sys
 import termios
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -30,11 +31,13 @@ def run(command: Callable[[], object]) -> NoReturn:
     streams.repair()
     _modes = _terminal_modes()
     threading.excepthook = lambda failed: _report(failed.exc_value)
-    stopped = _raise_signals()
+    stopped = list[int]()
     try:
+        _raise_signals(stopped)
         code = _exit_code(command)
     except BaseException as error:  # the net: whatever it is, no traceback
         code = _report(error)
+    exec("")  # if an `exec` was interrupted, Python would end itself by SIGINT, whatever the exit code, but for another
     sys.exit(128 + stopped[0] if stopped and code == INTERRUPTED else code)
 
 
@@ -64,7 +67,7 @@ def _report(error: BaseException | None) -> int:
 def _describe(error: BaseException | None) -> str:
     if isinstance(error, Dsv2Error):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch has RuntimeErrors for it
         return "there is not enough memory; choose a smaller --context, or close other programs"
     if isinstance(error, OSError) and error.strerror:
         if not _has_directory():
@@ -126,9 +129,13 @@ LOST_FILE = (
 )
 
 
-def _raise_signals() -> list[int]:
-    """Raise KeyboardInterrupt at the first SIGTERM or SIGHUP that is not ignored (nohup); returns its number then."""
-    stopped: list[int] = []
+def _raise_signals(stopped: list[int]) -> None:
+    """Raise KeyboardInterrupt at Ctrl-C, and at the first SIGTERM or SIGHUP; `stopped` gets the number of these two.
+
+    Signals that are ignored already (as `nohup` does) stay so.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     heeded = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -139,4 +146,13 @@ def _raise_signals() -> list[int]:
 
     for each in heeded:
         signal.signal(each, stop)
-    return stopped
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Deliver Ctrl-C, SIGTERM and SIGHUP after the block, in which packages are imported that would swallow it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

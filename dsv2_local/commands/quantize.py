@@ -26,7 +26,7 @@ from dsv2_local.machine.homes import expanded
 from dsv2_local.machine.numa import spread_memory
 from dsv2_local.machine.resources import startable
 from dsv2_local.quant.checkpoint import Manifest
-from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files
+from dsv2_local.quant.convert import ConversionProgress, Report, convert, finished_files, place
 from dsv2_local.quant.hub import resolve
 from dsv2_local.quant.local import require_config
 from dsv2_local.quant.schema import Recipe, parameters
@@ -51,7 +51,7 @@ def run(
     source = resolve(src, revision=revision, token=token)
     # The hub's cache names a snapshot's directory after its commit.
     name = source.resolve().name if local else f"{src}@{source.name}"
-    dst = expanded(dst)
+    dst = place(dst)
     require_config(source)
     _check_small_files(source, dst)
     spread_memory(os.sched_getaffinity(0))  # over the NUMA nodes, since inference reads it from the page cache next

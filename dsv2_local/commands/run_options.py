@@ -1,5 +1,6 @@
 """What `dsv2 run` is asked, and the prompt: checked before the model is loaded, and without importing torch."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,9 @@ from dsv2_local.commands import streams
 from dsv2_local.commands.console import notice
 from dsv2_local.errors import InputError
 from dsv2_local.machine.homes import expanded
+
+LONGEST_NAME = 246
+"""Bytes of a cache file's name: file systems allow 255, and the temporary name is longer."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,17 @@ class RunOptions:
         if self.generation.get("logprobs") is not None and not self.json:
             raise InputError("--logprobs needs --json, which prints the log probabilities")
         if self.cache and not _is_place_for_file(self.cache):
-            raise InputError(f"--cache {self.cache} cannot be written: it is no file, or its directory does not exist")
+            raise InputError(f"--cache {self.cache} cannot be written: it is no file, or nothing can be written there")
 
 
 def _is_place_for_file(path: Path) -> bool:
-    """Whether a file is there, or could be."""
-    return path.is_file() or (not path.exists() and path.resolve().parent.is_dir())
+    """Whether a file is there, or could be (with the name of its directory while it is written)."""
+    try:
+        real = path.resolve()
+        fits = len(os.fsencode(real.name)) <= LONGEST_NAME
+        return path.is_file() or (fits and not path.exists() and os.access(real.parent, os.W_OK | os.X_OK))
+    except (OSError, RuntimeError):  # a name that is too long, links in a circle
+        return False
 
 
 def gather_prompt(

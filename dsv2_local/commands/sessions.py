@@ -119,7 +119,7 @@ def check(names: Sequence[str]) -> None:
     Raises:
         InputError: one does not, or its name is not valid.
     """
-    if missing := [name for name in names if not file(name).exists()]:
+    if missing := [name for name in names if not os.path.lexists(file(name))]:
         raise InputError(f"there is no session {missing[0]}; {_known()}")
 
 
@@ -189,15 +189,20 @@ def _read(path: Path) -> tuple[saved_cache.SavedHeader, str, Conversation]:
 def _all() -> list[_Session]:
     """All sessions, the latest first."""
     paths = [path for path in _folder().glob(f"*{SUFFIX}") if _is_name(path.name.removesuffix(SUFFIX))]
-    return sorted(map(_describe, paths), key=lambda session: session.written, reverse=True)
+    found = [session for path in paths if (session := _describe(path))]
+    return sorted(found, key=lambda session: session.written, reverse=True)
 
 
-def _describe(path: Path) -> _Session:
+def _describe(path: Path) -> _Session | None:
+    """A row of the list; None: somebody has deleted the session since."""
     try:
         header, model, conversation = _read(path)
         contents: tuple[str, ...] = (model, str(conversation.turns), str(header.tokens))
     except Dsv2Error as error:
         contents = (str(error).removeprefix(f"{path} "), "-", "-")
-    stat = path.stat()
+    try:
+        stat = path.lstat()
+    except FileNotFoundError:
+        return None
     written = datetime.fromtimestamp(int(stat.st_mtime)).astimezone()
     return _Session(path.name.removesuffix(SUFFIX), contents, stat.st_size, written)

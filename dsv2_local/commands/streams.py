@@ -1,6 +1,7 @@
 """The standard streams as a process inherits them: closed, full, silent, not blocking, or of a narrow encoding."""
 
 import codecs
+import fcntl
 import io
 import os
 import select
@@ -22,18 +23,26 @@ LARGEST = 1 << 28
 def repair() -> None:
     """Replace the streams of `sys` by ones that can be used whatever was inherited; call it once, before any output.
 
-    - A closed standard input is empty. Writing to a closed standard output is an error, as for a full one.
+    - A standard input that is closed, or open for writing alone (`nohup` does that), is empty. Writing to a closed
+      standard output is an error, as for a full one.
     - An error of standard output is an OutputError; if its reader has left, the process ends with `BROKEN_PIPE`. Output
       that follows is dropped, so that nothing fails again when the process ends.
+    - A width of 0 columns, in which tables would be invisible, is none.
     - Standard error never fails: lines that cannot be written are dropped.
     - Characters that the encoding of standard output lacks are written as escapes, and a line on stderr says so.
     """
-    if sys.stdin is None:  # type: ignore[unreachable, unused-ignore]
+    if sys.stdin is None or not _is_readable(0):  # type: ignore[redundant-expr, unused-ignore]
         sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123 (stays open until the process ends)
+    if not os.environ.get("COLUMNS", "").strip("0"):
+        os.environ.pop("COLUMNS", None)
     codecs.register_error("dsv2.escaped", _escaped)
     # Descriptors that cannot be written, so that errors are those of a closed stream
     sys.stdout = _text(sys.stdout, os.O_RDONLY, _stdout_failed, "dsv2.escaped")
     sys.stderr = _text(sys.stderr, os.O_WRONLY, lambda error: None, "backslashreplace")
+
+
+def _is_readable(descriptor: int) -> bool:
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
 
 
 class _Output(io.FileIO):
@@ -49,7 +58,7 @@ class _Output(io.FileIO):
                 written = super().write(data)
                 if written is not None:
                     return written
-                select.select([], [self], [])
+                _wait(self.fileno(), select.POLLOUT)
         except OSError as error:
             self._broken = True
             self._failed(error)
@@ -75,13 +84,20 @@ def _stdout_failed(error: OSError) -> None:
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
     """An encoding's error handler: the characters that it lacks become escapes such as \\u263a."""
-    if isinstance(error, UnicodeEncodeError) and not _escaped_before:
+    if isinstance(error, UnicodeEncodeError) and not error.encoding.startswith("utf") and not _escaped_before:
         _escaped_before.append(True)
         notice(f"standard output is {error.encoding}: other characters are written as escapes; LC_ALL=C.UTF-8 has all")
     return codecs.backslashreplace_errors(error)
 
 
 _escaped_before: list[bool] = []
+
+
+def _wait(descriptor: int, event: int, seconds: float | None = None) -> bool:
+    """Wait until a descriptor, which may be above those that `select` takes, is ready, has ended or has failed."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
 def is_unicode(stream: TextIO) -> bool:
@@ -98,7 +114,7 @@ def read_all(descriptor: int, where: str, advice: str = "") -> bytes:
     parts, size = list[bytes](), 0
     patience: float | None = PATIENCE
     while True:
-        if not select.select([descriptor], [], [], patience)[0]:
+        if not _wait(descriptor, select.POLLIN, patience):
             notice(f"waiting for {where}{advice}")
             patience = None
             continue

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv2_local import locks
 from dsv2_local.errors import DamagedCacheError, SavedCacheError
+from dsv2_local.quant.checkpoint import opened
 from dsv2_local.runtime.cache import LatentCache
 
 FORMAT, VERSION = "dsv2 cache", 2
@@ -196,7 +197,7 @@ def read_header(path: Path) -> SavedHeader:
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """Open a file of this format; yields it with its metadata."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             metadata = file.metadata() or {}
             name, _, version = metadata.get("format", "").rpartition(" ")
             if name != FORMAT or not version.isdecimal():
