@@ -185,6 +185,10 @@ class LLM:
         self.experts = self._placed.experts
         self._fingerprint = weights.fingerprint or ""
         self.notes = [*filter(None, [ops.gpu_notice(device)]), *forecast.notes(self.plan), *self._placed.notes]
+        if generation_config.left_out:
+            self.notes.append(
+                f"generation_config.json: not supported, left out: {', '.join(generation_config.left_out)}"
+            )
         if not self._end_tokens:
             self.notes.append(
                 "no file of the model names an end token, so answers end at --max-tokens or a full context"

@@ -12,7 +12,7 @@ from pathlib import Path
 from dsv2_local.errors import CheckpointError
 from dsv2_local.machine import measurements
 from dsv2_local.progress import Progress, no_progress
-from dsv2_local.quant.checkpoint import Manifest
+from dsv2_local.quant.checkpoint import Checkpoint, Manifest
 
 CHUNK = 1 << 22  # bytes that are read at a time
 
@@ -25,11 +25,13 @@ def verify(directory: Path, progress: Progress = no_progress) -> Manifest:
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CheckpointError: the directory is no checkpoint, or files are missing or differ; the text names them.
+        CheckpointError: the directory is no checkpoint, or files are missing, differ or are not listed; the text names
+            them.
+        ConfigError: config.json is not valid.
     """
     manifest = Manifest.load(directory)
     _verify(directory, manifest, manifest.files, progress)
-    return manifest
+    return Checkpoint(directory).manifest  # which has all files of the model
 
 
 def verify_once(directory: Path, progress: Progress = no_progress) -> None:

@@ -122,10 +122,13 @@ def _files(directory: Path) -> list[Path]:
 def _shard(directory: Path, name: str, listed: str) -> Path:
     """A file of weights, which must be there; `listed` says how it is known."""
     path = directory / name
-    if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"{path} {listed} a link to {path.readlink()}, which is missing; download it again")
-    if not inside(directory, name).is_file():
-        raise CheckpointError(f"{path} {listed} missing; download it again")
+    try:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} {listed} a link to {path.readlink()}, which is missing; download it again")
+        if not inside(directory, name).is_file():
+            raise CheckpointError(f"{path} {listed} missing; download it again")
+    except (OSError, ValueError):  # a name that no file can have
+        raise CheckpointError(f"{shown(name)} {listed} no name of a file; download {INDEX} again") from None
     return path
 
 

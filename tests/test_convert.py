@@ -477,6 +477,8 @@ def test_links_inside_the_source_and_into_the_hubs_cache_are_followed(source, tm
     [
         ({"weight_map": {"a": "../outside.safetensors"}}, "leads out of"),
         ({"weight_map": {"a": "/etc/hostname"}}, "leads out of"),
+        ({"weight_map": {"a": "a\0b"}}, "is listed in .* but no name of a file"),
+        ({"weight_map": {"a": "a" * 300}}, "is listed in .* but no name of a file"),
         ({"weight_map": {"a": 5}}, "weight_map of 'a' must be text, not 5"),
         ({"weight_map": ["a"]}, "weight_map must be an object"),
         ({}, "has no weight_map"), ([1], "not a JSON object"), ("[" * 100_000, "nested too deeply"),

@@ -304,6 +304,13 @@ def test_every_flipped_byte_is_found_without_the_source(directory, tmp_path, mon
         checksums.verify(copy)
 
 
+def test_a_manifest_that_lists_no_weights_verifies_nothing(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "copy")
+    change_manifest(tmp_path / "copy", files={})
+    with pytest.raises(CheckpointError, match=r"does not list dense.*safetensors"):
+        checksums.verify(tmp_path / "copy")
+
+
 def test_files_that_were_right_are_not_read_again(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     read = 0

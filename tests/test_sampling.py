@@ -226,6 +226,16 @@ def test_a_temperature_that_fp32_cannot_hold_is_greedy(temperature):
     assert SamplingParams(temperature=temperature) == SamplingParams(temperature=0)
 
 
+def test_settings_that_are_not_supported_are_told(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"num_beams": 1, "typical_p": null, "stop_strings": [], "guidance_scale": 1.0, "max_length": 20}')
+    assert GenerationConfig.load(tmp_path).left_out == ()
+    path.write_text('{"num_beams": 4, "no_repeat_ngram_size": 3, "max_new_tokens": 512, "typical_p": {}}')
+    assert GenerationConfig.load(tmp_path).left_out == (
+        "max_new_tokens", "no_repeat_ngram_size", "num_beams", "typical_p",
+    )  # fmt: skip
+
+
 def test_defaults_come_from_generation_config(tmp_path):
     assert GenerationConfig.load(tmp_path) == GenerationConfig()
     file = tmp_path / "generation_config.json"

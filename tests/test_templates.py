@@ -488,6 +488,18 @@ ENDLESS = {
     "lorem ipsum": "{{ lipsum(n=99999) }}",
     "searching": "{% set l = range(99999) | list %}{% for a in l %}{% for b in l %}{% if 'x' in l %}{% endif %}{% endfor %}"
     "{% endfor %}",
+    "lists that share": "{% set n = namespace(l=[1]) %}{% for i in range(40) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}",
+    "shared, by filters": "{% set n = namespace(l=[1]) %}{% for i in range(40) %}{% set n.l = (n.l + n.l) | batch(2) | list %}"
+    "{% endfor %}{{ n.l | pprint }}",
+    "shared, as JSON": "{% set n = namespace(l={}) %}{% for i in range(40) %}{% set n.l = dict(a=n.l, b=n.l) %}{% endfor %}{{ n.l | tojson }}",
+    "shared, compared": "{% set n = namespace(l=[1], m=[1]) %}{% for i in range(40) %}{% set n.l = [n.l, n.l] %}"
+    "{% set n.m = [n.m, n.m] %}{% endfor %}{{ n.l == n.m }}",
+    "shared, by ~": "{% set n = namespace(l=[1]) %}{% for i in range(40) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l ~ '' }}",
+    "shared, by %": "{% set n = namespace(l=[1]) %}{% for i in range(40) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ '%s' % [n.l] }}",
+    "shared, by format": "{% set n = namespace(l=[1]) %}{% for i in range(40) %}{% set n.l = [n.l, n.l] %}{% endfor %}"
+    "{{ '{}'.format(n.l) }}",
+    "shared texts": "{{ (['x' * 99999] * 99999) | join }}", "shared texts, method": "{{ ''.join(['x' * 99999] * 99999) }}",
+    "translate": "{{ ('x' * 99999).translate({120: 'y' * 99999}) }}",
     "nested source": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "long source": "x" * (bounded_jinja.MAX_SOURCE + 1),
 }  # fmt: skip
@@ -522,6 +534,13 @@ def test_every_error_of_a_template_is_a_template_error(both, expression):
     use(ours, theirs, "{{ " + expression + " }}")
     with pytest.raises(TemplateError, match="rejects these messages"):
         ours.render(PLAIN)
+
+
+def test_errors_of_templates_show_no_marks(both):
+    ours, theirs = both
+    use(ours, theirs, "{{ raise_exception('no ' + messages[0].content) }}")
+    with pytest.raises(TemplateError, match=f"rejects these messages: no {EOS}$"):
+        ours.encode_chat([{"role": "user", "content": EOS}])
 
 
 def test_ctrl_c_stops_a_template(both):

@@ -20,6 +20,12 @@ VALUES: dict[str, Value] = {
     "seed": Number(-1, 2**64 - 1, whole=True),
 }  # fmt: skip
 """What each number of `SamplingParams` may be."""
+UNSUPPORTED: dict[str, Any] = {
+    "begin_suppress_tokens": [], "bad_words_ids": [], "epsilon_cutoff": 0, "eta_cutoff": 0, "guidance_scale": 1,
+    "max_new_tokens": None, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "num_beams": 1,
+    "penalty_alpha": 0, "sequence_bias": {}, "stop_strings": [], "suppress_tokens": [], "typical_p": 1,
+}  # fmt: skip
+"""Settings of transformers that would change answers, with the value that means off, as null does."""
 _BIAS = Number(-1e9, 1e9)
 _TOKEN = Number(0, whole=True)
 
@@ -97,10 +103,17 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """A model's defaults, from its `generation_config.json`: how to sample, and which tokens end an answer."""
+    """A model's defaults, from its `generation_config.json`.
+
+    Attributes:
+        params: how to sample.
+        eos_token_id: tokens that end an answer.
+        left_out: names of its settings that are not supported.
+    """
 
     params: SamplingParams = SamplingParams()
     eos_token_id: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, directory: Path, vocabulary: float = inf) -> "GenerationConfig":
@@ -125,4 +138,5 @@ class GenerationConfig:
         params = SamplingParams().override(**given)
         if not source.get("do_sample", Flag()):
             params = params.override(temperature=0.0)
-        return cls(params, source.get("eos_token_id", TokenIds(vocabulary)) or ())
+        left_out = tuple(name for name, off in UNSUPPORTED.items() if raw.get(name) not in (None, off))
+        return cls(params, source.get("eos_token_id", TokenIds(vocabulary)) or (), left_out)

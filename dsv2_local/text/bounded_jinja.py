@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from itertools import chain
 from typing import Any, cast
 
 from jinja2 import nodes
@@ -30,6 +31,8 @@ MAX_SOURCE = 2**20
 MAX_NUMBER = 10**6
 """The largest width, count or exponent that is passed to an operation which may make something of this size."""
 MAX_BITS = 2**12
+LAZY = {"length", "count", "list", "first", "last", "map", "select", "reject", "selectattr", "rejectattr", "items"}
+"""Filters that look at the entries of a list, but not into them."""
 
 
 class TooMuchError(Exception):
@@ -64,6 +67,24 @@ class Budget:
         if self.room < 0:
             raise TooMuchError("what it makes is too large")
 
+    def check_expanded(self, *values: Any) -> None:
+        """Refuse lists in lists that are small, as they share their entries, but not once they are written out."""
+        known: dict[int, int] = {}
+        if sum(_expanded(value, known) for value in values) > self.room:
+            raise TooMuchError("what it makes is too large")
+
+
+def _expanded(value: Any, known: dict[int, int]) -> int:
+    """Characters and entries of a value when it is written out; `known` has those of its lists and objects, by id."""
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, list | tuple | dict):
+        return 1
+    if id(value) not in known:
+        parts = chain(value, value.values()) if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(value)]
+
 
 _budget: ContextVar[Budget] = ContextVar("_budget")
 
@@ -87,12 +108,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(optimized=False, **options)
+        super().__init__(optimized=False, finalize=_written, **options)
         self.globals.pop("lipsum", None)
         for name, function in list(self.filters.items()):
             self.add_filter(name, function)
         self.add_filter("_iterated", _iterated)
         self.add_filter("_joined", _joined)
+        self.add_filter("_written", _written)
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
         """Register a filter that counts as a step, and whose result is charged."""
@@ -100,6 +122,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             passed = 1 if hasattr(function, "jinja_pass_arg") else 0
+            if name not in LAZY:
+                _budget.get().check_expanded(*args[passed:], *kwargs.values())
             _check_growth(name, args[passed:], kwargs)
             return _charged(function(*args, **kwargs))
 
@@ -126,6 +150,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             text, count = (left, right) if isinstance(left, Sized) else (right, left)
             _budget.get().make(len(text) * max(0, count) if isinstance(count, int) else 0)
         elif operator == "%" and isinstance(left, str):
+            _written(right)
             _check_format(left, right)
         elif operator == "**":
             _check_numbers((right,))
@@ -148,11 +173,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counting(NodeTransformer):
-    """Puts the counting filters into a parsed template: around what loops iterate over, and in place of `~`."""
+    """Puts the counting filters into a parsed template.
+
+    They are around what loops iterate over and what is compared, and in place of `~`.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 (as in jinja2)
         self.generic_visit(node)
         node.iter = _filter(cast(nodes.Expr, node.iter), "_iterated")
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802 (as in jinja2)
+        self.generic_visit(node)
+        node.expr = _filter(node.expr, "_written")
+        for operand in node.ops:
+            operand.expr = _filter(operand.expr, "_written")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 (as in jinja2)
@@ -169,6 +204,13 @@ def _iterated(values: Any) -> Any:
     if isinstance(values, Sized):
         return _Counted(values)
     return _steps(values)  # an Undefined, too, or what cannot be iterated: jinja2's own error follows
+
+
+def _written(value: Any) -> Any:
+    """`value`, which is about to be written out or compared."""
+    if isinstance(value, list | tuple | dict):
+        _budget.get().check_expanded(value)
+    return value
 
 
 def _steps(values: Any) -> Iterator[Any]:
@@ -193,7 +235,7 @@ class _Counted:
 def _joined(parts: list[Any]) -> str:
     """The operator `~`."""
     _budget.get().step()
-    texts = [str(part) for part in parts]
+    texts = [str(_written(part)) for part in parts]
     _budget.get().make(sum(map(len, texts)))
     return _budget.get().seen("".join(texts))
 
@@ -213,6 +255,7 @@ def _check_growth(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     _check_numbers(tuple(others))
     if name in ("format", "format_map") and isinstance(first, str):
         _check_format(first, tuple(others))
+        _budget.get().check_expanded(*others)
     if not isinstance(first, Sized):
         return
     sizes = [len(other) if isinstance(other, str) else other for other in others if isinstance(other, str | int)]
@@ -221,6 +264,9 @@ def _check_growth(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     elif name == "join":  # of a list by the filter, with a string by the method
         lists = [len(other) for other in others if isinstance(other, Sized) and not isinstance(other, str)]
         _budget.get().make(len(first) * max(sizes + lists, default=0))
+        _budget.get().check_expanded(*others)
+    elif name == "translate" and isinstance(others[0], dict):
+        _budget.get().make(len(first) * max((len(str(text)) for text in others[0].values()), default=0))
     elif name in ("indent", "wordwrap", "expandtabs", "center", "ljust", "rjust", "zfill"):
         lines = first.count("\n") + first.count("\t") + 1 if isinstance(first, str) else 1
         _budget.get().make(lines * max(sizes, default=0))

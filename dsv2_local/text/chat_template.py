@@ -68,7 +68,7 @@ class ChatTemplates:
             raise TemplateError("the chat template is refused: it is nested too deeply") from None
         except Exception as error:  # whatever the expressions of a template raise
             what = str(error) if isinstance(error, JinjaError) else f"{type(error).__name__}: {error}"
-            raise TemplateError(f"the chat template rejects these messages: {what}") from None
+            raise TemplateError(f"the chat template rejects these messages: {quoter.remove(what)}") from None
 
 
 class _Generation(Extension):

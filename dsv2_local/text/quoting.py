@@ -88,7 +88,7 @@ class Quoter:
 
     def remove(self, text: str) -> str:
         """Remove the marks."""
-        return text.replace(self._mark, "")
+        return str.__str__(text).replace(self._mark, "")
 
     def own(self, text: str) -> dict[str, list[bool]]:
         """For each special token in a text with marks, in their order, whether it is not quoted."""
@@ -117,7 +117,7 @@ class _Quoted(str):
 
     @cached_property
     def _plain(self) -> str:
-        return self._quoter.remove(str.__str__(self))
+        return self._quoter.remove(self)
 
     @cached_property
     def _own(self) -> dict[str, list[bool]]:
@@ -141,7 +141,10 @@ def on_plain_text(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         alone = sum(isinstance(arg, _Quoted) for arg in args) == 1
         plain = [arg._plain if isinstance(arg, _Quoted) else arg for arg in args]
-        return _requoted(function(*plain, **kwargs), text._quoter, text._own if alone else {})
+        value = function(*plain, **kwargs)
+        if not isinstance(value, str | list | tuple):
+            return value
+        return _requoted(value, text._quoter, text._own if alone else {})
 
     return wrapped
 
