@@ -117,7 +117,7 @@ def _joined(parts: Sequence[_Captured | Callable[[], object]]) -> list[Callable[
     return joined
 
 
-def to_device(x: Tensor, device: torch.device, capture: PiecewiseGraph | None) -> Tensor:
+def to_device(x: Tensor, device: torch.device, capture: PiecewiseGraph | None = None) -> Tensor:
     """Copy x to a device, also during capture; a copy from RAM does not wait for earlier work of the device."""
     if x.device == device:
         return x

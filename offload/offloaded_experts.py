@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv2_local.errors import DeviceError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import ExpertLayout
-from dsv2_local.kernels.graphs import PiecewiseGraph
+from dsv2_local.kernels.graphs import PiecewiseGraph, to_device
 from dsv2_local.offload import native_placing
 from dsv2_local.offload.balance import Costs, Watch, divide, streaming_pays
 from dsv2_local.offload.device import Event
@@ -212,7 +212,7 @@ class DeviceExperts:
         counts = Counter(chosen.ravel().tolist())
         hits, misses = self.slots.cache.use(layer, sorted(counts))
         fetched, on_host = self._divide(layer, misses, counts)
-        batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), max(1, self.slots.buffer))]
+        batches = [fetched[i : i + self.slots.buffer] for i in range(0, len(fetched), self.slots.buffer)]
         dispatch = Dispatch(chosen, counts, [sorted(hits), *batches, on_host])
         step, out = _Step.of(x, ids, weights, dispatch), torch.empty(chosen.size, x.shape[1], device=x.device)
         indices = [self._fetch(layer, batch) for batch in batches[:STAGING_BUFFERS]]
@@ -386,6 +386,4 @@ class OffloadedExperts:
 
 
 def _to(like: Tensor, array: Ints) -> Tensor:
-    tensor = torch.from_numpy(array)
-    # From page-locked memory, since a copy from other memory waits for all work that is queued on the device.
-    return tensor if like.is_cpu else tensor.pin_memory().to(like.device, non_blocking=True)
+    return to_device(torch.from_numpy(array), like.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.graphs import to_device
 from dsv2_local.kernels.triton.dequantize import contiguous
 from dsv2_local.kernels.triton.linear import Bank, launch_stream, launch_tile, token_block
 from dsv2_local.kernels.triton.tuning import pdl_arguments, wait_for_previous_kernel
@@ -59,11 +60,11 @@ def sorted_expert_outputs(
     n, x = len(tokens), contiguous(x)
     if n <= STREAMED_PAIRS or layout.format is Format.BF16:
         slots = np.repeat(*np.array(runs, dtype=np.int64).T)
-        expert_outputs(x, records, layout, tokens, _to_device(slots, x.device), out)
+        expert_outputs(x, records, layout, tokens, to_device(torch.from_numpy(slots), x.device), out)
         return
     gate, up, down = Bank.of_records(layout, records)
     hidden, block = x.new_empty(n, gate.rows), token_block(n // len(runs))
-    pieces = _to_device(cut_runs(runs, block), x.device)
+    pieces = to_device(torch.from_numpy(cut_runs(runs, block)), x.device)
     shape = {"n": n, "pieces": pieces, "SPLIT": 1, "BT": block, "COUNT": 1}
     launch_tile(x, hidden, gate, up, len(pieces), sources=tokens, **shape)
     launch_tile(hidden, out, down, None, len(pieces), **shape)
@@ -77,12 +78,6 @@ def cut_runs(runs: Sequence[tuple[int, int]], block: int) -> NDArray[np.int64]:
         pieces += [(slot, start, min(start + block, end)) for start in range(first, end, block)]
         first = end
     return np.array(pieces, dtype=np.int64)
-
-
-def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    """A copy on the device, made without waiting for what is queued there."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def group_pairs(slots: Tensor, count: int, block: int, distinct: int) -> tuple[Tensor, Tensor]:
