@@ -20,6 +20,7 @@ from dsv2_local.kernels import cpu, ops
 from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype, ExpertLayout, Format, blocks_for, matrix_nbytes
 from dsv2_local.kernels.latents import row_shape, write_rows
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.quant import int8
 
 SHAPES = {"Lite's expert": (1408, 2048), "Lite's q_proj": (3072, 2048), "236B's expert": (1536, 5120)}  # [R, C]
@@ -86,11 +87,12 @@ def attention(tokens: int, context: int, cache: CacheDtype) -> tuple[Callable[[T
     for pool in caches:
         write_rows(pool, block_table, torch.randn(context, C + P), C)
     block_table[0] = context - tokens
+    metadata = AttentionMetadata.of(block_table[None], [tokens], [tokens == 1])
     w_uk, w_uv = (int8.quantize(torch.randn(H * rows, cols) / cols**0.5) for rows, cols in ((C, N), (V, C)))
     rotation = torch.ones(tokens, P // 2, dtype=torch.complex64)
 
     def product(q: Tensor, i: int) -> Tensor:
-        return ops.attention(q.view(tokens, H, N + P), rotation, caches[i], block_table, w_uk, w_uv, 0.1)
+        return ops.attention(q.view(tokens, H, N + P), rotation, caches[i], metadata, w_uk, w_uv, 0.1)
 
     absorbed = tokens * context * H * (2 * C + P)
     rebuilt = H * (tokens * (context - tokens / 2) * (N + P + V) + context * C * (N + V))

@@ -26,6 +26,7 @@ from dsv2_local.kernels import reference
 from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype, ExpertLayout, Format, blocks_for, matrix_nbytes
 from dsv2_local.kernels.latents import quantize_latents, row_shape
 from dsv2_local.kernels.layout import Matrix, expert_matrices, planes
+from dsv2_local.kernels.metadata import AttentionMetadata
 
 SHAPES = {
     "Lite expert": (1408, 2048),
@@ -134,12 +135,14 @@ def check_all(device: str, tiny: bool) -> dict[str, float]:
     heads = 4 if tiny else 16
     moved_weights = (Matrix(m.format, m.rows, m.cols, *(part.to(device) for part in m.parts)) for m in (uk, uv))
     w_uk, w_uv = moved_weights
-    q, latents = torch.randn(2, heads, N + P).bfloat16(), torch.randn(2, CACHE_BLOCK, uv.cols + P).bfloat16()
-    rotation, block_table = torch.polar(torch.ones(2, P // 2), torch.randn(2, P // 2)), torch.tensor([97, 1, 0])
-    exact = reference.attention(q.float(), rotation, latents.float(), block_table, uk, uv, 0.1, absorb=True)
-    inputs = [part.to(device) for part in (q, rotation, latents, block_table)]
-    for absorb, name in ((True, "absorbed"), (False, "materialised")):
-        errors[f"attention, {name}"] = relative_error(kernels.attention(*inputs, w_uk, w_uv, 0.1, absorb), exact)
+    q, latents = torch.randn(3, heads, N + P).bfloat16(), torch.randn(3, CACHE_BLOCK, uv.cols + P).bfloat16()
+    rotation, tables = torch.polar(torch.ones(3, P // 2), torch.randn(3, P // 2)), torch.tensor([[97, 1, 0], [9, 2, 2]])
+    for absorbed, name in ((True, "absorbed"), (False, "materialised")):
+        metadata = AttentionMetadata.of(tables, (2, 1), (absorbed, absorbed))
+        exact = reference.attention(q.float(), rotation, latents.float(), metadata, uk, uv, 0.1)
+        inputs = [part.to(device) for part in (q, rotation, latents)]
+        metadata = AttentionMetadata.of(tables.to(device), (2, 1), (absorbed, absorbed))
+        errors[f"attention, {name}"] = relative_error(kernels.attention(*inputs, metadata, w_uk, w_uv, 0.1), exact)
     return errors
 
 
@@ -200,31 +203,35 @@ def mixtures(device: str, tiny: bool) -> Iterator[Case]:
 
 
 def attentions(device: str, tiny: bool) -> Iterator[Case]:
-    """Absorbed attention of the last token of a context; the block table has the blocks of this context only."""
+    """Absorbed attention of the last token of contexts; the block tables have the blocks of these contexts only."""
     from dsv2_local.kernels import triton as kernels
 
+    sizes = [(1, 100), (3, 100)] if tiny else [(1, 4096), (1, 32768), (16, 4096)]  # sequences, positions of each
     for name, heads in ({"tiny": 4} if tiny else HEADS).items():
         uk, uv, N, P = latent_weights(heads, tiny, device)
-        for context, kind in product((100,) if tiny else (4096, 32768), (CacheDtype.BF16, CacheDtype.INT8)):
+        for (sequences, context), kind in product(sizes, (CacheDtype.BF16, CacheDtype.INT8)):
             C, blocks = uv.cols, blocks_for(context)
             width, dtype = row_shape(kind, C, P)
-            size = context * width * dtype.itemsize
+            size = sequences * context * width * dtype.itemsize
             count = 2 if tiny else turns_of(size, 1)
-            rows = (torch.randn(blocks * CACHE_BLOCK, C + P, device=device) for _ in range(count))
+            rows = (torch.randn(sequences * blocks * CACHE_BLOCK, C + P, device=device) for _ in range(count))
             written = [quantize_latents(part, C) if kind is CacheDtype.INT8 else part.bfloat16() for part in rows]
-            caches = [part.view(blocks, CACHE_BLOCK, width) for part in written]
-            q = torch.randn(1, heads, N + P, device=device).bfloat16()
-            rotation = torch.ones(1, P // 2, dtype=torch.complex64, device=device)
-            block_table = torch.tensor([context - 1, *range(blocks)], device=device)
+            caches = [part.view(sequences * blocks, CACHE_BLOCK, width) for part in written]
+            q = torch.randn(sequences, heads, N + P, device=device).bfloat16()
+            rotation = torch.ones(sequences, P // 2, dtype=torch.complex64, device=device)
+            tables = torch.arange(sequences * blocks).view(sequences, blocks)
+            tables = torch.cat((torch.full((sequences, 1), context - 1), tables), 1).to(device)
+            metadata = AttentionMetadata.of(tables, [1] * sequences, [True] * sequences)
             turn = partial(
-                lambda i, q, rotation, caches, block_table, uk, uv: kernels.attention(
-                    q, rotation, caches[i], block_table, uk, uv, 0.1, True
+                lambda i, q, rotation, caches, metadata, uk, uv: kernels.attention(
+                    q, rotation, caches[i], metadata, uk, uv, 0.1
                 ),
-                q=q, rotation=rotation, caches=caches, block_table=block_table, uk=uk, uv=uv,
+                q=q, rotation=rotation, caches=caches, metadata=metadata, uk=uk, uv=uv,
             )  # fmt: skip
             weights = sum(part.nbytes for matrix in (uk, uv) for part in matrix.parts)
-            operations = 2 * heads * (context * (2 * C + P) + C * (N + uv.rows // heads))
-            yield f"attention {name}, {context}, {kind}", 1, turn, len(caches), size + weights, operations
+            operations = 2 * sequences * heads * (context * (2 * C + P) + C * (N + uv.rows // heads))
+            label = f"attention {name}, {f'{sequences} x ' if sequences > 1 else ''}{context}, {kind}"
+            yield label, sequences, turn, len(caches), size + weights, operations
 
 
 def measure(device: str, tiny: bool) -> dict[str, Any]:

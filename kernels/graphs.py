@@ -18,22 +18,38 @@ from dsv2_local.kernels import cuda
 from dsv2_local.kernels.cuda import NativeCall, NativeReplay
 
 
+class GraphMemory:
+    """Where captured graphs have their tensors: a memory pool and a stream of each device.
+
+    Several steps that never run at the same time may share it: what one step no longer needs, the next ones use.
+    """
+
+    def __init__(self) -> None:
+        self._devices: dict[int, tuple[Any, torch.cuda.Stream]] = {}
+
+    def on(self, device: int) -> tuple[Any, torch.cuda.Stream]:
+        """The pool and the stream of the current device, which has this number."""
+        if device not in self._devices:
+            self._devices[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        return self._devices[device]
+
+
 class PiecewiseGraph:
     """One step as a list of CUDA graphs and of functions between them, in order.
 
-    Tensors that a step creates are allocated in the graphs' own memory pool. A replay reads and writes the tensors of
-    the captured run.
+    Tensors that a step creates are allocated in the graphs' own memory. A replay reads and writes the tensors of the
+    captured run.
 
     Attributes:
         fully_captured: whether nothing runs between graphs, so that a replay never waits for the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: GraphMemory | None = None) -> None:
+        """An empty step; `memory` is shared with other steps, None: its own."""
         self._parts: list[_Captured | Callable[[], object]] = []
         self._replay: list[Callable[[], object]] = []
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._pools: dict[int, Any] = {}
-        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._memory = memory or GraphMemory()
         self.fully_captured = True
 
     def capture(self, step: Callable[[], Tensor]) -> Tensor:
@@ -78,13 +94,10 @@ class PiecewiseGraph:
             part()
 
     def _begin_graph(self) -> None:
-        device = torch.cuda.current_device()
-        if device not in self._pools:
-            self._pools[device] = torch.cuda.graph_pool_handle()
-            self._streams[device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        torch.cuda.set_stream(self._streams[device])
+        pool, stream = self._memory.on(torch.cuda.current_device())
+        torch.cuda.set_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        self._graph.capture_begin(self._pools[device], capture_error_mode="thread_local")
+        self._graph.capture_begin(pool, capture_error_mode="thread_local")
 
     def _end_graph(self) -> None:
         graph = self._graph

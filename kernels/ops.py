@@ -19,6 +19,7 @@ from dsv2_local.kernels import cpu, reference
 from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.format import CacheDtype, ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix, planes
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.machine.numa import spread_memory
 from dsv2_local.machine.resources import Threads, choose_threads
 
@@ -240,7 +241,7 @@ def sorted_expert_outputs(
 
 
 def to_host(x: Tensor, ids: Tensor, host_x: Tensor, host_ids: Tensor) -> None:
-    """Write the input of one token's experts to page-locked RAM; see `reference.to_host`."""
+    """Write the input of experts to page-locked RAM; see `reference.to_host`."""
     _kernels(x).to_host(x, ids, host_x, host_ids)
 
 
@@ -265,28 +266,32 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def write_latents(
-    latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+    latents: Tensor, metadata: AttentionMetadata, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
-    """Append rows to a sequence in a layer's KV cache; see `reference.write_latents`."""
+    """Append rows to the sequences of a step in a layer's KV cache; see `reference.write_latents`."""
     chosen = _kernels(kv_a)
     if latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
-    chosen.write_latents(latents, block_table, kv_a, weight, eps, rotation)
+    chosen.write_latents(latents, metadata, kv_a, weight, eps, rotation)
 
 
 def attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, block_table: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, metadata: AttentionMetadata, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
-    """Latent attention, in the form that takes fewer multiplications; see `reference.attention`.
-
-    Per head and cached position, the absorbed form takes T·(2C + P) of them, the materialised form T·(N + P + V), plus
-    C·(N + V) to rebuild the key and the value.
-    """
-    T, N, C, V = len(q), w_uk.cols, w_uv.cols, w_uv.rows // q.shape[1]
-    P = q.shape[2] - N
-    absorb = T * (2 * C + P) <= T * (N + P + V) + C * (N + V)
+    """Latent attention of the sequences of a step; see `reference.attention`."""
+    C, V = w_uv.cols, w_uv.rows // q.shape[1]
     chosen = _kernels(q, w_uk.format)
     # The native and Triton kernels divide the matrices among heads in whole groups of 8 rows.
     if C % 8 or V % 8 or latents.dtype not in chosen.CACHES:
         chosen = _REFERENCE
-    return chosen.attention(q, rotation, latents, block_table, w_uk, w_uv, scale, absorb)
+    return chosen.attention(q, rotation, latents, metadata, w_uk, w_uv, scale)
+
+
+def most_absorbed(config: ModelConfig) -> int:
+    """The most tokens of a sequence for which absorbed attention takes no more multiplications than the other form.
+
+    Per head and cached position, the absorbed form takes T·(2C + P) of them, the materialised form T·(N + P + V), plus
+    C·(N + V) to rebuild the key and the value.
+    """
+    C, rebuilt = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    return C * rebuilt // (2 * C - rebuilt) if rebuilt < 2 * C else 1 << 62

@@ -19,6 +19,7 @@ from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.kernels.format import BLOCK, MAX_CANDIDATES, ROWS, ExpertLayout, Format
 from dsv2_local.kernels.latents import read_rows, write_rows
 from dsv2_local.kernels.layout import NF4_LEVELS, Matrix, expert_matrices, unpack_int8, unpack_nf4
+from dsv2_local.kernels.metadata import AttentionMetadata
 
 CACHES = (torch.bfloat16, torch.float32, torch.uint8)  # types of a KV cache that `attention` reads
 # Materialised attention computes as many heads at a time as keep scores, or keys and values, below this many numbers.
@@ -145,7 +146,7 @@ def sorted_expert_outputs(
 
 
 def to_host(x: Tensor, ids: Tensor, host_x: Tensor, host_ids: Tensor) -> None:
-    """Write one token's x [1, D] and ids (int64 [1, K]) to page-locked RAM, x as fp32.
+    """Write x [T, D] and ids (int64 [T, K]) to page-locked RAM, x as fp32.
 
     They are there once the work that is queued on the device so far is done.
     """
@@ -202,8 +203,8 @@ def top_candidates(logits: Tensor, limits: Tensor) -> Tensor:
 
     Args:
         logits: fp32 [T, V], here V is the size of the vocabulary.
-        limits: fp32 [2]: 1 / temperature, and the margin: candidates are the tokens whose logits are at most this far
-            below the largest.
+        limits: fp32 [T, 2], for each row 1 / temperature, and the margin: candidates are the tokens whose logits are at
+            most this far below the largest.
 
     Returns:
         int32 [T, 3 + 2 * MAX_CANDIDATES], per row: the number of candidates; the bits of two fp32 numbers, the largest
@@ -211,9 +212,8 @@ def top_candidates(logits: Tensor, limits: Tensor) -> Tensor:
         their logits. Candidates are in no particular order. If there are more than MAX_CANDIDATES, an arbitrary subset
         is returned. If a logit is NaN, the number of candidates may be 0.
     """
-    inverse_temperature, margin = limits
     out = torch.zeros(len(logits), 3 + 2 * MAX_CANDIDATES, dtype=torch.int32, device=logits.device)
-    for row, packed in zip(logits, out, strict=True):
+    for row, packed, (inverse_temperature, margin) in zip(logits, out, limits, strict=True):
         largest = row.max()
         (ids,) = (row >= largest - margin).nonzero(as_tuple=True)
         mass = ((row - largest) * inverse_temperature).exp().sum()
@@ -236,48 +236,50 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def write_latents(
-    latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+    latents: Tensor, metadata: AttentionMetadata, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
-    """Append the rows of T tokens to a sequence in a layer's KV cache, computed from kv_a [T, C + P].
+    """Append the rows of T tokens to their sequences in a layer's KV cache, computed from kv_a [T, C + P].
 
-    The latent is normalised with weight [C], the rope key rotated; `latents`, `block_table` and `rotation` are as in
-    `attention`. Length and block numbers are read from the block table at run time, so that a recorded or captured step
-    can be replayed at the next position.
+    The latent is normalised with weight [C], the rope key rotated; `latents`, `metadata` and `rotation` are as in
+    `attention`. Lengths and block numbers are read from the block tables at run time, so that a recorded or captured
+    step can be replayed at the next positions.
     """
     C = len(weight)
     rows = torch.cat((rms_norm(kv_a[:, :C], weight, eps), rotate(kv_a[:, C:], rotation)), 1)
-    write_rows(latents, block_table, rows, C)
+    for part, block_table, _ in metadata.sequences():
+        write_rows(latents, block_table, rows[part], C)
 
 
 def attention(
     q: Tensor,
     rotation: Tensor,
     latents: Tensor,
-    block_table: Tensor,
+    metadata: AttentionMetadata,
     w_uk: Matrix,
     w_uv: Matrix,
     scale: float,
-    absorb: bool,
 ) -> Tensor:
-    """Causal multi-head latent attention, in either of its two forms.
+    """Causal multi-head latent attention of the tokens of several sequences, in either of its two forms.
 
     Args:
         q: [T, H, N + P], the rope part not yet rotated; rotation: complex64 [T, P/2].
         latents: a layer's KV cache, normalised latents and rotated rope keys: [blocks, CACHE_BLOCK, C + P], or 8-bit
             rows (`kernels.latents`).
-        block_table: int64 [1 + n]: S - T, the number of positions before the queries; then the block numbers of all S.
+        metadata: whose rows these are, and the form; a query sees the positions of its own sequence up to its own.
         w_uk: [H·C, N]; w_uv: [H·V, C].
         scale: multiplies the scores; the same in both forms, derived from N + P.
-        absorb: whether to compute in latent space (cheaper for few queries) or from rebuilt keys and values (for many).
 
     Returns:
         [T, H·V].
     """
-    P = 2 * rotation.shape[1]
-    rows = read_rows(latents, block_table, int(block_table[0]) + len(q), w_uv.cols, q.dtype)
+    P, C = 2 * rotation.shape[1], w_uv.cols
     q_nope, q_rope = torch.split(q, [q.shape[2] - P, P], dim=2)
-    form = absorbed_attention if absorb else materialized_attention
-    return form(q_nope, rotate(q_rope, rotation), rows, w_uk, w_uv, scale)
+    q_rope, out = rotate(q_rope, rotation), q.new_empty(len(q), w_uv.rows)
+    for part, block_table, absorbed in metadata.sequences():
+        form = absorbed_attention if absorbed else materialized_attention
+        rows = read_rows(latents, block_table, int(block_table[0]) + part.stop - part.start, C, q.dtype)
+        out[part] = form(q_nope[part], q_rope[part], rows, w_uk, w_uv, scale)
+    return out
 
 
 def absorbed_attention(

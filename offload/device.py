@@ -136,10 +136,17 @@ def typed_errors() -> Iterator[None]:
     """Convert torch's errors about GPU memory and GPU state to DeviceError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{_first_line(error)} (use a shorter --context, or less memory with --vram)") from error
-    except torch.AcceleratorError as error:
-        raise DeviceError(f"{_first_line(error)} (start again; the driver's log may say more)") from error
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise typed(error) from error
+
+
+def typed(error: Exception) -> Exception:
+    """The DeviceError for an error of torch about GPU memory or GPU state; any other error itself."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return DeviceError(f"{_first_line(error)} (use a shorter --context, or less memory with --vram)")
+    if isinstance(error, torch.AcceleratorError):
+        return DeviceError(f"{_first_line(error)} (start again; the driver's log may say more)")
+    return error
 
 
 def _first_line(error: Exception) -> str:

@@ -43,6 +43,11 @@ class ExpertSlots:
         self._copies: dict[Event, int] = {}  # copies not yet known to be done, and their bytes
         self._readers: dict[int, Event] = {}  # by index: the last work that reads a record
 
+    @property
+    def staged(self) -> int:
+        """Experts that all staging buffers hold together."""
+        return STAGING_BUFFERS * self.buffer
+
     def fetch(self, layer: int, source: Tensor, experts: Sequence[int], free_only: bool) -> dict[int, int]:
         """Start copying experts that have no slot, and return the index of each one's record.
 

@@ -1,4 +1,4 @@
-"""Places one token's experts in native code, as `graph_experts.GraphExperts` does in Python.
+"""Places the experts of few tokens in native code, as `graph_experts.GraphExperts` does in Python.
 
 The code is `kernels/cuda/placing.cpp`. Python hands over addresses once, when a step is captured, and reads the
 counters once per step.
@@ -7,7 +7,7 @@ counters once per step.
 import ctypes
 from ctypes import c_double, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from dsv2_local.offload.device import NativeHandles
 from dsv2_local.offload.expert_cache import HALF_LIFE, ExpertCache, Policy
 from dsv2_local.offload.expert_slots import ExpertSlots
 
-MAX_CHOSEN = 64  # experts per token; the same in placing.cpp
+MAX_PAIRS = 1024  # token-expert pairs of a step; the same in placing.cpp
 _POLICIES = {Policy.LRU: 0, Policy.LFU: 1, Policy.LFU_AGEING: 2, Policy.LRFU: 3}
 _ARRAYS = (
     "slot", "worth_of", "used", "steps", "counts", "owner", "slot_worth", "pinned", "free", "free_count", "clock", "age"
@@ -33,7 +33,7 @@ class _Cache(ctypes.Structure):
 
 
 class _Costs(ctypes.Structure):
-    _fields_ = (("fetch", c_double), ("read", c_double), ("start", c_double))
+    _fields_ = tuple((name, c_double) for name in ("fetch", "read", "token", "start"))
 
 
 class _Done(ctypes.Structure):
@@ -49,13 +49,20 @@ class _Experts(ctypes.Structure):
         ("copy_end", c_void_p), ("records", c_uint64), ("nbytes", c_int64), ("chosen", c_int64), ("hidden", c_int64),
         ("intermediate", c_int64), ("ids", c_void_p), ("x", c_void_p), ("slot_table", c_void_p), ("sent", c_uint64),
         ("host_outputs", c_void_p), ("outputs", c_uint64), ("expert_outputs", c_void_p), ("cache", _Cache),
-        ("costs", _Costs), ("done", _Done), ("format", c_int32), ("stream_all", c_int32), ("fetched", c_int64),
-        ("on_host", c_int64), ("host_experts", c_int64 * MAX_CHOSEN), ("copies_timed", c_int32),
+        ("costs", _Costs), ("done", _Done), ("staged", c_int64), ("format", c_int32), ("stream_all", c_int32),
+        ("fetched", c_int64), ("on_host", c_int64), ("host_pairs", c_int64), ("host_cost", c_double),
+        ("host_tokens", c_int64 * MAX_PAIRS), ("host_experts", c_int64 * MAX_PAIRS), ("copies_timed", c_int32),
     )  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = (("experts", c_void_p), ("number", c_int64), ("records", c_void_p), ("count", c_int64))
+    _fields_ = (
+        ("experts", c_void_p),
+        ("number", c_int64),
+        ("records", c_void_p),
+        ("count", c_int64),
+        ("tokens", c_int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,16 +83,21 @@ class Done:
     host_expected: float
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """The tensors of `graph_experts.GraphBuffers` that native code reads and writes; `outputs` are those of the CPU."""
+class Buffers(Protocol):
+    """The tensors of `graph_experts.GraphBuffers` that native code reads and writes."""
 
-    ids: Tensor
-    x: Tensor
-    host_slots: Tensor
-    sent: Tensor
-    host_outputs: Tensor
-    outputs: Tensor
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def host_slots(self) -> Tensor: ...
+    @property
+    def sent(self) -> Tensor: ...
+    @property
+    def host_outputs(self) -> Tensor: ...
+    @property
+    def outputs(self) -> Tensor: ...
 
 
 class NativePlacing:
@@ -104,25 +116,26 @@ class NativePlacing:
             slots.records.data_ptr(), layout.nbytes, buffers.ids.shape[1], layout.hidden_size,
             layout.moe_intermediate_size, buffers.ids.data_ptr(), buffers.x.data_ptr(), buffers.host_slots.data_ptr(),
             buffers.sent.data_ptr(), buffers.host_outputs.data_ptr(), buffers.outputs.data_ptr(),
-            kernels.address("expert_outputs"), _cache(slots.cache), format=cpu.FORMATS[layout.format],
-            stream_all=stream_all,
+            kernels.address("expert_outputs"), _cache(slots.cache), staged=slots.staged,
+            format=cpu.FORMATS[layout.format], stream_all=stream_all,
         )  # fmt: skip
 
-    def calls(self, layer: int, records: Tensor) -> tuple[cuda.NativeCall, cuda.NativeCall]:
+    def calls(self, layer: int, records: Tensor, tokens: int) -> tuple[cuda.NativeCall, cuda.NativeCall]:
         """The calls before the graph of the cached experts of a layer, and before that of the copied experts.
 
         Args:
             layer: index of the layer in the model.
             records: uint8 [E, layout.nbytes] in RAM.
+            tokens: tokens of the step.
         """
-        argument = _Layer(ctypes.addressof(self._state), layer, records.data_ptr(), len(records))
+        argument = _Layer(ctypes.addressof(self._state), layer, records.data_ptr(), len(records), tokens)
         argument.keep = self, records  # both live as long as the calls
         place, finish = (cuda.NativeCall(cuda.address(name), argument, self._device) for name in FUNCTIONS)
         return place, finish
 
     def set_costs(self, costs: Costs) -> None:
         """The costs by which the following steps divide missing experts between copies and the CPU."""
-        self._state.costs = _Costs(costs.fetch, costs.read, costs.start)
+        self._state.costs = _Costs(costs.fetch, costs.read, costs.token, costs.start)
 
     def take_done(self) -> Done:
         """What was done since this was called last."""
@@ -135,10 +148,10 @@ class NativePlacing:
 FUNCTIONS = ("dsv2_place", "dsv2_finish")
 
 
-def usable(layout: ExpertLayout, chosen: int) -> bool:
-    """Whether native code can place `chosen` experts a token, and the CPU's native kernels can compute them."""
+def usable(layout: ExpertLayout, pairs: int) -> bool:
+    """Whether native code can place that many token-expert pairs, and the CPU's native kernels can compute them."""
     native = cuda.library() is not None and cpu.kernels() is not None
-    return native and layout.format in cpu.FORMATS and chosen <= MAX_CHOSEN
+    return native and layout.format in cpu.FORMATS and pairs <= MAX_PAIRS
 
 
 def _cache(cache: ExpertCache) -> _Cache:

@@ -122,6 +122,7 @@ class DeviceExperts:
         self.graph_buffers = graph_buffers
         self._device = slots.device
         self.native = self._native_placing()
+        self._compiled = set[int]()  # numbers of tokens for which a step can be captured
         self._stream = LayerStream(slots, records)
         self._stats = ExpertStats()
         self._failures = 0
@@ -134,10 +135,9 @@ class DeviceExperts:
         handles = self._device.native_handles() if self.graph_buffers else None
         if not self.graph_buffers or not handles:
             return None
-        if not native_placing.usable(self.layout, self.graph_buffers.ids.shape[1]):
+        if not native_placing.usable(self.layout, self.graph_buffers.ids.numel()):
             return None
-        buffers = self.graph_buffers.for_native_code()
-        return NativePlacing(self.slots, self.layout, handles, buffers, self.mode is Mode.STREAM)
+        return NativePlacing(self.slots, self.layout, handles, self.graph_buffers, self.mode is Mode.STREAM)
 
     @property
     def stats(self) -> ExpertStats:
@@ -153,6 +153,9 @@ class DeviceExperts:
 
     def start(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
         """See `model.Experts`; not for use while a step is being captured."""
+        if self.graph_buffers and len(x) <= self.graph_buffers.max_rows and len(x) not in self._compiled:
+            self._compiled.add(len(x))
+            self.graph_buffers.compile(x, ids, self.slots.records, self.layout)
         if self.mode is Mode.CPU:
             return lambda: self._compute_on_cpu(layer, x, ids, weights)
         streams = self._streams(layer, *ids.shape)
@@ -271,13 +274,13 @@ class DeviceExperts:
             self._count(done.on_host, done.host_seconds)
             self._host_watch.observe(done.host_expected, done.host_seconds)
 
-    def place(self, layer: int, experts: list[int]) -> tuple[dict[int, int], dict[int, int], list[int]]:
-        """See `graph_experts.ExpertPlacer`."""
+    def place(self, layer: int, counts: Mapping[int, int]) -> tuple[dict[int, int], dict[int, int], list[int]]:
+        """See `graph_experts.ExpertPlacer`. What the staging buffers cannot hold is left to the CPU."""
         self._stream.reset()
         self._observe()
         self.slots.cache.release()
-        hits, misses = self.slots.cache.use(layer, sorted(experts))
-        fetched, on_host = self._divide(layer, misses, dict.fromkeys(experts, 1))
+        hits, misses = self.slots.cache.use(layer, sorted(counts))
+        fetched, on_host = self._divide(layer, misses, counts, self.slots.staged)
         indices: dict[int, int] = {}
         for start in range(0, len(fetched), max(1, self.slots.buffer)):
             indices |= self._fetch(layer, fetched[start : start + self.slots.buffer])
@@ -292,15 +295,19 @@ class DeviceExperts:
         self._count(len(counts), seconds)
         self._host_watch.observe(self.costs.start + sum(map(self.costs.host, counts)), seconds)
 
-    def _divide(self, layer: int, misses: list[int], counts: Mapping[int, int]) -> tuple[list[int], list[int]]:
-        """Split missing experts into those to copy and those for the CPU, both in ascending order."""
-        if self.mode is Mode.STREAM:
+    def _divide(
+        self, layer: int, misses: list[int], counts: Mapping[int, int], most: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Split missing experts into those to copy, at most `most`, and those for the CPU, both in ascending order."""
+        most = len(misses) if most is None else most
+        if self.mode is Mode.STREAM and len(misses) <= most:
             return misses, []
         if self.mode is Mode.CPU:
             return [], misses
         worth = self.slots.cache.worth
         misses.sort(key=lambda expert: (counts[expert], worth((layer, expert))), reverse=True)
-        fetched = divide([counts[expert] for expert in misses], self.costs)
+        wanted = most if self.mode is Mode.STREAM else divide([counts[expert] for expert in misses], self.costs)
+        fetched = min(wanted, most)
         return sorted(misses[:fetched]), sorted(misses[fetched:])
 
     def _fetch(self, layer: int, experts: Sequence[int]) -> dict[int, int]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dsv2_local.kernels.format import CACHE_BLOCK, blocks_for
+from dsv2_local.kernels.metadata import AttentionMetadata
 
 
 def scattered(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -22,6 +23,43 @@ def scattered(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return blocks, torch.cat((torch.tensor([length]), order))
 
 
+def scattered_together(
+    sequences: list[Tensor], lengths: list[int], absorbed: list[bool], room: int = 0
+) -> tuple[Tensor, AttentionMetadata]:
+    """Put the rows [S, …] of several sequences into the blocks of one cache; returns it with their metadata.
+
+    The rows from `lengths` on are those of the step, in the given form of attention. The tables have `room` more
+    entries than the longest sequence has blocks; entries past a sequence's blocks are -1.
+    """
+    parts, tables, first = [], [], 0
+    for rows, length in zip(sequences, lengths, strict=True):
+        blocks, table = scattered(rows, length)
+        table[1:] += first
+        first += len(blocks)
+        parts.append(blocks)
+        tables.append(table)
+    most = max(map(len, tables)) + room
+    padded = torch.stack([torch.cat((table, torch.full((most - len(table),), -1))) for table in tables])
+    counts = [len(rows) - length for rows, length in zip(sequences, lengths, strict=True)]
+    return torch.cat(parts), AttentionMetadata.of(padded, counts, absorbed)
+
+
+def moved(metadata: AttentionMetadata, device: str) -> AttentionMetadata:
+    """The same metadata on a device."""
+    return AttentionMetadata.of(metadata.block_tables.to(device), metadata.counts, metadata.absorbed)
+
+
 def gathered(blocks: Tensor, block_table: Tensor, count: int) -> Tensor:
     """The first `count` rows of a sequence, from its blocks."""
     return blocks[block_table[1 : 1 + blocks_for(count)]].flatten(0, 1)[:count]
+
+
+def paged(rows: Tensor, length: int, absorbed: bool) -> tuple[Tensor, AttentionMetadata]:
+    """`scattered_together` of one sequence."""
+    return scattered_together([rows], [length], [absorbed])
+
+
+def alone(metadata: AttentionMetadata, index: int) -> AttentionMetadata:
+    """The metadata of one of several sequences."""
+    part = slice(index, index + 1)
+    return AttentionMetadata.of(metadata.block_tables[part], metadata.counts[part], metadata.absorbed[part])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv2_local.kernels import cpu, graphs, ops
 from dsv2_local.kernels.graphs import PiecewiseGraph
@@ -25,26 +26,67 @@ class ImmediateGraph(PiecewiseGraph):
             call()
 
 
+def batch(tokens: int, rng: random.Random, distinct: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Random input of a layer for so many tokens, of which all after the first `distinct` are copies of the last."""
+    x, ids, weights = step(distinct or tokens, rng)
+    rows = torch.arange(tokens).clamp(max=len(x) - 1)
+    return x[rows], ids[rows], weights[rows]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize("buffer", [2, 5])
 @pytest.mark.parametrize("slots", [0, 5, EXPERTS])
 @pytest.mark.parametrize("mode", [Mode.HYBRID, Mode.STREAM])
-def test_every_expert_is_computed_once_wherever_it_is_stored(records, mode, slots, buffer):
+def test_every_expert_is_computed_once_wherever_it_is_stored(records, mode, slots, buffer, tokens):
     """On the torch reference, because the native kernels do not skip negative slots."""
     rng = random.Random(slots)
     with kernels(cpu.REFERENCE):
         experts = offloaded(records, rng, mode, slots, buffer)
         (device,) = experts.devices
-        device.graph_buffers = GraphBuffers(device.slots.device, LAYOUT.hidden_size, PER_TOKEN, torch.float32)
-        for turn in range(60):
+        device.graph_buffers = GraphBuffers.allocate(device.slots.device, LAYOUT.hidden_size, PER_TOKEN)
+        uses, overflows = 0, False
+        for turn in range(60 if tokens == 1 else 25):
             layer = rng.choice(list(records))
-            x, ids, weights = step(1, rng)
+            x, ids, weights = batch(tokens, rng, rng.randint(1, tokens))
+            before = experts.stats
             got = experts.start(layer, x, ids, weights, ImmediateGraph())()
-            assert torch.equal(got, ops.experts(x, records[layer], LAYOUT, ids, weights)), turn
+            assert (got - ops.experts(x, records[layer], LAYOUT, ids, weights)).norm() < 1e-5 * got.norm(), turn
+            done, distinct = experts.stats - before, len(ids.unique())
+            assert done.hits + done.misses == distinct
+            assert done.fetched_bytes == (done.misses - done.host_experts) * LAYOUT.nbytes
+            uses, overflows = uses + distinct, overflows or done.misses > device.slots.staged
         stats = experts.stats
-        assert (stats.hits > 0, stats.host_experts > 0) == (slots > 0, mode is Mode.HYBRID)
-        assert stats.hits + stats.misses == 60 * 3
+        assert stats.hits + stats.misses == uses
         assert stats.fetched_bytes > 0
+        assert (stats.hits > 0) == (slots > 0)
+        assert (stats.host_experts > 0) == (mode is Mode.HYBRID or overflows)
+        assert overflows == (tokens == 4 and buffer == 2)
         experts.close()
+
+
+def test_rows_that_pad_a_batch_add_nothing(records):
+    """What is fetched, counted and computed by the CPU is that of the rows without their copies."""
+    rng, placed = random.Random(3), []
+    given = [(list(records)[turn % len(records)], batch(2, rng)) for turn in range(30)]
+    with kernels(cpu.REFERENCE):
+        for padding in (0, 2):
+            experts = offloaded(records, rng, Mode.HYBRID, 7, 3)
+            (device,) = experts.devices
+            device.graph_buffers = GraphBuffers.allocate(device.slots.device, LAYOUT.hidden_size, PER_TOKEN)
+            pairs, compute = [], device.compute_on_host
+            device.compute_on_host = lambda *given, pairs=pairs, compute=compute: (
+                pairs.append(len(given[2])),
+                compute(*given),
+            )
+            for layer, (x, ids, weights) in given:
+                rows = torch.tensor([0, 1, *[1] * padding])
+                got = experts.start(layer, x[rows], ids[rows], weights[rows], ImmediateGraph())()
+                assert torch.equal(got[2:], got[[1] * padding])
+            cache = device.slots.cache
+            placed.append((cache.total, device.slots.fetched, pairs, cache.slot.tolist(), cache.worth_of.tolist()))
+            experts.close()
+    assert placed[0] == placed[1]
+    assert sum(placed[0][2]) > 0
 
 
 class Graph:

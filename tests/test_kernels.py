@@ -20,14 +20,16 @@ from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.cpu.recording import CALL_ARGUMENTS
-from dsv2_local.kernels.format import ExpertLayout, Format
+from dsv2_local.kernels.format import CacheDtype, ExpertLayout, Format
+from dsv2_local.kernels.latents import quantize_latents
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.machine import resources
 from dsv2_local.quant import int8, nf4
 from dsv2_local.quant.quantize import quantize
 from tests.conftest import kernels
 from tests.models import TINY
-from tests.paging import gathered, scattered
+from tests.paging import alone, gathered, paged, scattered_together
 
 # Relative error of a product in norm: 8-bit activations cost 0.6 %; nf4 levels rounded to 8 bits cost 0.3 %.
 TOLERANCE = {Format.NF4: 0.008, Format.INT8: 0.007}
@@ -184,9 +186,12 @@ def test_attention_in_both_forms(native, heads, N, P, C, V, tokens, cached):
     w_uk, w_uv = int8.quantize(torch.randn(heads * C, N) / N**0.5), int8.quantize(torch.randn(heads * V, C) / C**0.5)
     q, latents = torch.randn(tokens, heads, N + P), torch.randn(cached + tokens, C + P).bfloat16()
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    args = (q, rotation, *scattered(latents, cached), w_uk, w_uv, 0.11)
-    exact = reference.attention(*args, True)
-    absorbed, materialised = native.attention(*args, True), native.attention(*args, False)
+
+    def run(kernel: Any, absorbed: bool) -> Tensor:
+        return kernel.attention(q, rotation, *paged(latents, cached, absorbed), w_uk, w_uv, 0.11)
+
+    exact = run(reference, True)
+    absorbed, materialised = run(native, True), run(native, False)
     errors = [(ours - exact).norm(dim=1) / exact.norm(dim=1) for ours in (absorbed, materialised)]
     assert errors[0].max() < 0.02, "absorbed"  # two quantised products, and bf16 queries where the CPU has bf16
     assert errors[1].max() < 1e-4, "materialised"  # fp32 throughout
@@ -196,10 +201,10 @@ def test_attention_ignores_cache_rows_past_the_last_position(native):
     """They may contain anything, even NaN."""
     H, N, P, C, V = SHAPES[1]
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
-    cache, block_table = scattered(torch.randn(9, C + P).bfloat16(), 7)
+    latents = torch.randn(9, C + P).bfloat16()
     q, rotation = torch.randn(2, H, N + P), torch.ones(2, P // 2, dtype=torch.complex64)
-    for absorb in (True, False):
-        assert native.attention(q, rotation, cache, block_table, w_uk, w_uv, 0.1, absorb).isfinite().all()
+    for absorbed in (True, False):
+        assert native.attention(q, rotation, *paged(latents, 7, absorbed), w_uk, w_uv, 0.1).isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [12, 40])
@@ -207,14 +212,69 @@ def test_attention_of_a_token_does_not_depend_on_other_tokens(native, tokens):
     H, N, P, C, V = 16, 32, 16, 64, 48
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     q, cached = torch.randn(tokens, H, N + P), 500
-    cache, block_table = scattered(torch.randn(cached + tokens, C + P).bfloat16(), cached)
+    latents = torch.randn(cached + tokens, C + P).bfloat16()
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    whole = native.attention(q, rotation, cache, block_table, w_uk, w_uv, 0.1, True)
+    whole = native.attention(q, rotation, *paged(latents, cached, True), w_uk, w_uv, 0.1)
     for start, end in ((0, 1), (3, 8), (tokens - 1, tokens)):
-        block_table[0] = cached + start
-        part = native.attention(q[start:end], rotation[start:end], cache, block_table, w_uk, w_uv, 0.1, True)
+        seen = paged(latents[: cached + end], cached + start, True)
+        part = native.attention(q[start:end], rotation[start:end], *seen, w_uk, w_uv, 0.1)
         assert torch.equal(part, whole[start:end]) or native.variant == "portable"
         assert off(part, whole[start:end]) < 1e-6
+
+
+# The tokens in the cache and in the step of each sequence, in the forms of attention that follow.
+RAGGED = [(0, 1), (63, 1), (500, 3), (64, 70), (7, 0), (1, 12), (300, 33), (129, 1)]
+FORMS = [True, True, True, False, True, True, False, True]
+
+
+def together(kind: CacheDtype, C: int, P: int) -> tuple[Tensor, AttentionMetadata]:
+    """The sequences of `RAGGED` in one cache; the fourth and the seventh begin with the blocks of the third."""
+    rows = [torch.randn(cached + tokens, C + P) for cached, tokens in RAGGED]
+    stored = [quantize_latents(part, C) if kind is CacheDtype.INT8 else part.bfloat16() for part in rows]
+    cache, metadata = scattered_together(stored, [cached for cached, _ in RAGGED], FORMS, room=2)
+    tables = metadata.block_tables
+    tables[3, 1:2], tables[6, 1:4] = tables[2, 1:2], tables[2, 1:4]
+    return cache, metadata
+
+
+@pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
+@pytest.mark.parametrize(("heads", "N", "P", "C", "V"), [*SHAPES, (5, 16, 6, 136, 16)])
+def test_attention_of_several_sequences_is_that_of_each_alone_to_the_bit(native, heads, N, P, C, V, kind):
+    w_uk, w_uv = matrix(Format.INT8, heads * C, N), matrix(Format.INT8, heads * V, C)
+    cache, metadata = together(kind, C, P)
+    total = sum(metadata.counts)
+    q, rotation = torch.randn(total, heads, N + P), torch.polar(torch.ones(total, P // 2), torch.randn(total, P // 2))
+    whole = native.attention(q, rotation, cache, metadata, w_uk, w_uv, 0.11)
+    exact = reference.attention(q, rotation, cache, metadata, w_uk, w_uv, 0.11)
+    end = 0
+    for index, count in enumerate(metadata.counts):
+        rows, end = slice(end, end + count), end + count
+        if not count:
+            continue
+        single = native.attention(q[rows], rotation[rows], cache, alone(metadata, index), w_uk, w_uv, 0.11)
+        assert torch.equal(whole[rows], single), index
+        assert off(single, exact[rows]) < 0.03, index
+
+
+@pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
+@pytest.mark.parametrize(("C", "P"), [(512, 64), (64, 16), (40, 6)])
+def test_latents_of_several_sequences_are_those_of_each_alone_to_the_bit(native, C, P, kind):
+    """Nothing else is written, neither to other rows nor to blocks of a sequence without tokens."""
+    cache, metadata = together(kind, C, P)
+    total = sum(metadata.counts)
+    kv_a, weight = torch.randn(total, C + P), torch.rand(C) + 0.5
+    rotation = torch.polar(torch.ones(total, P // 2), torch.randn(total, P // 2))
+    ours, single, exact = cache.clone(), cache.clone(), cache.clone()
+    native.write_latents(ours, metadata, kv_a, weight, 1e-6, rotation)
+    reference.write_latents(exact, metadata, kv_a, weight, 1e-6, rotation)
+    end = 0
+    for index, count in enumerate(metadata.counts):
+        rows, end = slice(end, end + count), end + count
+        native.write_latents(single, alone(metadata, index), kv_a[rows], weight, 1e-6, rotation[rows])
+    assert torch.equal(ours.view(torch.uint8), single.view(torch.uint8))
+    changed = [(written.view(torch.uint8) != cache.view(torch.uint8)).any(2) for written in (ours, exact)]
+    assert torch.equal(*changed)
+    assert int(changed[0].sum()) == total
 
 
 def test_sharp_attention(native):
@@ -223,7 +283,7 @@ def test_sharp_attention(native):
     w_uk, w_uv = matrix(Format.INT8, H * C, N), matrix(Format.INT8, H * V, C)
     q, latents = torch.randn(1, H, N + P) * 100, torch.randn(600, C + P).bfloat16()
     rotation = torch.ones(1, P // 2, dtype=torch.complex64)
-    args = (q, rotation, *scattered(latents, 599), w_uk, w_uv, 1.0, False)
+    args = (q, rotation, *paged(latents, 599, False), w_uk, w_uv, 1.0)
     assert off(native.attention(*args), reference.attention(*args)) < 1e-3
 
 
@@ -235,12 +295,12 @@ def test_rows(native, tokens):
     exact = reference.embedding(ids, embedding, torch.float32)
     assert torch.equal(native.embedding(ids, embedding, torch.float32), exact)
     kv_a, rotation = torch.randn(tokens, 72 + 16), torch.polar(torch.ones(tokens, 8), torch.randn(tokens, 8))
-    blocks, block_table = scattered(torch.zeros(60 + tokens, 88, dtype=torch.bfloat16), 60)  # across a block boundary
+    blocks, metadata = paged(torch.zeros(60 + tokens, 88, dtype=torch.bfloat16), 60, True)  # across a block boundary
     ours, theirs = blocks.clone(), blocks.clone()
-    native.write_latents(ours, block_table, kv_a, weight[:72], 1e-6, rotation)
-    reference.write_latents(theirs, block_table, kv_a, weight[:72], 1e-6, rotation)
+    native.write_latents(ours, metadata, kv_a, weight[:72], 1e-6, rotation)
+    reference.write_latents(theirs, metadata, kv_a, weight[:72], 1e-6, rotation)
     assert torch.equal(ours.isnan(), blocks.isnan())
-    ours, theirs = (gathered(written, block_table, 60 + tokens) for written in (ours, theirs))
+    ours, theirs = (gathered(written, metadata.block_tables[0], 60 + tokens) for written in (ours, theirs))
     assert torch.equal(ours[:60], torch.zeros(60, 88))
     assert torch.equal(native.add(x, x * 2), x + x * 2)
     assert off(ours.float(), theirs.float()) < 1e-3  # a few differ in the last bit

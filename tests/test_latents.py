@@ -15,12 +15,13 @@ from dsv2_local.errors import InputError
 from dsv2_local.kernels import cpu, ops, reference
 from dsv2_local.kernels.format import CacheDtype, Format, latent_nbytes
 from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.machine import resources
 from dsv2_local.quant import int8
 from dsv2_local.runtime.cache import LatentCache, bytes_per_token
 from tests.conftest import kernels
 from tests.models import TINY
-from tests.paging import gathered, scattered
+from tests.paging import gathered, paged, scattered
 
 SHAPES = [(512, 64), (64, 16), (40, 6), (130, 8), (24, 0)]  # C, P
 # The tolerance of `test_kernels` for a bf16 cache; with VNNI, queries are quantised to 8 bits too.
@@ -88,11 +89,11 @@ def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
     kv_a, weight = torch.randn(tokens, rank + rope), torch.rand(rank) + 0.5
     kv_a[1:2] = 0
     rotation = torch.polar(torch.ones(tokens, rope // 2), torch.randn(tokens, rope // 2))
-    blocks, block_table = scattered(torch.zeros(60 + tokens, latent_nbytes(rank, rope), dtype=torch.uint8), 60)
+    blocks, metadata = paged(torch.zeros(60 + tokens, latent_nbytes(rank, rope), dtype=torch.uint8), 60, True)
     ours, theirs = blocks.clone(), blocks.clone()
-    native.write_latents(ours, block_table, kv_a, weight, 1e-6, rotation)
-    reference.write_latents(theirs, block_table, kv_a, weight, 1e-6, rotation)
-    ours, theirs = (gathered(written, block_table, 60 + tokens) for written in (ours, theirs))
+    native.write_latents(ours, metadata, kv_a, weight, 1e-6, rotation)
+    reference.write_latents(theirs, metadata, kv_a, weight, 1e-6, rotation)
+    ours, theirs = (gathered(written, metadata.block_tables[0], 60 + tokens) for written in (ours, theirs))
     assert torch.equal(ours[:60], torch.zeros_like(ours[:60]))
     codes = (ours[:, :rank].view(torch.int8).int() - theirs[:, :rank].view(torch.int8)).abs()
     assert codes.max() <= 1  # a norm that differs in its last bit can be rounded to the next code
@@ -102,9 +103,9 @@ def test_native_rows_are_those_of_the_reference(native, rank, rope, tokens):
 
 def test_native_rows_of_nan_stay_nan(native):
     kv_a, rotation = torch.full((2, 72), float("nan")), torch.ones(2, 4, dtype=torch.complex64)
-    blocks, block_table = scattered(torch.zeros(2, latent_nbytes(64, 8), dtype=torch.uint8), 0)
-    native.write_latents(blocks, block_table, kv_a, torch.ones(64), 1e-6, rotation)
-    assert dequantize_latents(gathered(blocks, block_table, 2), 64).isnan().all()
+    blocks, metadata = paged(torch.zeros(2, latent_nbytes(64, 8), dtype=torch.uint8), 0, True)
+    native.write_latents(blocks, metadata, kv_a, torch.ones(64), 1e-6, rotation)
+    assert dequantize_latents(gathered(blocks, metadata.block_tables[0], 2), 64).isnan().all()
 
 
 class Case:
@@ -119,8 +120,9 @@ class Case:
         self.cached = cached
 
     def run(self, kernel, absorb: bool) -> Tensor:
-        arguments = (self.q, self.rotation, *scattered(self.rows, self.cached), self.w_uk, self.w_uv, 0.11)
-        return kernel.attention(*arguments, absorb)
+        blocks, block_table = scattered(self.rows, self.cached)
+        metadata = AttentionMetadata.of(block_table[None], [len(self.q)], [absorb])
+        return kernel.attention(self.q, self.rotation, blocks, metadata, self.w_uk, self.w_uv, 0.11)
 
     def tokens(self, start: int, end: int) -> "Case":
         """The queries of some tokens alone, over what they may see."""

@@ -18,11 +18,11 @@ from dsv2_local.offload.balance import Costs, Watch
 from dsv2_local.offload.device import NativeHandles
 from dsv2_local.offload.expert_cache import ExpertCache, Policy
 from dsv2_local.offload.expert_slots import ExpertSlots
-from dsv2_local.offload.graph_experts import GraphBuffers
+from dsv2_local.offload.graph_experts import GraphBuffers, GraphExperts
 from dsv2_local.offload.offloaded_experts import DeviceExperts
 from dsv2_local.offload.plan_request import Mode
 from dsv2_local.offload.simulated_device import SimulatedDevice
-from tests.test_graph_experts import ImmediateGraph
+from tests.test_graph_experts import ImmediateGraph, batch
 from tests.test_offload import EXPERTS, LAYERS, LAYOUT, PER_TOKEN, step
 from tests.test_offload import records as records
 
@@ -85,9 +85,9 @@ class FakeDevice(SimulatedDevice):
 def device_experts(
     records: dict[int, torch.Tensor], device: SimulatedDevice, mode: Mode, slots: int, costs: Costs, policy: Policy
 ) -> DeviceExperts:
-    buffer = 0 if mode is Mode.CPU else PER_TOKEN
+    buffer = 0 if mode is Mode.CPU else 2
     placed = ExpertSlots(device, LAYOUT, ExpertCache(slots, LAYERS, EXPERTS, policy), buffer)
-    buffers = GraphBuffers(device, LAYOUT.hidden_size, PER_TOKEN, torch.float32)
+    buffers = GraphBuffers.allocate(device, LAYOUT.hidden_size, PER_TOKEN)
     return DeviceExperts(placed, LAYOUT, records, mode, costs, buffers)
 
 
@@ -98,14 +98,13 @@ def on_reference(monkeypatch):
 
 
 def run(experts: DeviceExperts, layer: int, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    from dsv2_local.offload.graph_experts import GraphExperts
-
     assert experts.graph_buffers
     graph, capture = GraphExperts(experts, experts.graph_buffers, layer, *given), ImmediateGraph()
     graph.capture_hits(capture)
     return graph.capture_misses(capture)
 
 
+STATE = "slot", "worth_of", "used", "steps", "counts", "owner", "slot_worth", "pinned", "clock", "age"
 CASES = [
     (Mode.HYBRID, 0, Costs(1.0, 1.0, 0.5)),
     (Mode.HYBRID, 5, Costs(1.0, 0.5, 0.5)),
@@ -118,46 +117,42 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("policy", "mode", "slots", "costs"),
-    [(Policy.LRFU, *case) for case in CASES] + [(policy, *CASES[3]) for policy in Policy if policy is not Policy.LRFU],
+    ("tokens", "policy", "mode", "slots", "costs"),
+    [(tokens, Policy.LRFU, *case) for tokens in (1, 4) for case in CASES]
+    + [(16, Policy.LRFU, *case) for case in CASES[2:5]]
+    + [(tokens, policy, *CASES[3]) for tokens in (1, 2) for policy in Policy if policy is not Policy.LRFU],
 )
-def test_native_code_decides_as_python_does(records, on_reference, monkeypatch, policy, mode, slots, costs):
+def test_native_code_decides_as_python_does(records, on_reference, monkeypatch, policy, mode, slots, costs, tokens):
     monkeypatch.setattr(Watch, "correction", lambda self: None)  # times differ between the two
     rng = random.Random(slots)
     native = device_experts(records, FakeDevice(), mode, slots, costs, policy)
     python = device_experts(records, SimulatedDevice(), mode, slots, costs, policy)
     assert native.native
     assert python.native is None
-    for turn in range(12):
+    expected: dict[str, list[float]] = {"native": [], "python": []}
+    for name, placed in (("native", native), ("python", python)):
+        monkeypatch.setattr(placed._host_watch, "observe", lambda wanted, _, name=name: expected[name].append(wanted))
+    for turn in range(12 if tokens == 1 else 5):
         for layer in records:
-            given = step(1, rng)
+            given = batch(tokens, rng, rng.randint(1, tokens))
             ours, theirs = run(native, layer, given), run(python, layer, given)
             exact = reference.experts(given[0], records[layer], LAYOUT, *given[1:])
             assert (ours - exact).norm() < 0.05 * exact.norm(), turn
             assert (theirs - exact).norm() < 0.05 * exact.norm(), turn
-            for name in (
-                "slot",
-                "worth_of",
-                "used",
-                "steps",
-                "counts",
-                "owner",
-                "slot_worth",
-                "pinned",
-                "clock",
-                "age",
-            ):
+            for name in STATE:
                 a, b = (getattr(placed.slots.cache, name) for placed in (native, python))
                 assert np.array_equal(a, b), (turn, layer, name)
-            a, b = (placed.graph_buffers.host_slots for placed in (native, python))
+            a, b = (placed.graph_buffers.of(tokens).host_slots for placed in (native, python))
             assert torch.equal(a[0], b[0])  # hits
             assert torch.equal(a[1] >= 0, b[1] >= 0)  # fetched, into slots or staging
+            assert a[1].max() < max(1, len(native.slots.records))
             assert torch.equal(a[2], b[2])  # rows
             admitted = (a[1] >= 0) & (b[1] < slots)
             assert torch.equal(a[1][admitted], b[1][admitted])
     assert native.stats.hits == python.stats.hits
     assert native.stats.fetched_bytes == python.stats.fetched_bytes
     assert native.stats.host_experts == python.stats.host_experts
+    assert sum(expected["native"]) == pytest.approx(sum(expected["python"]))
 
 
 def test_a_layer_waits_for_the_router_then_copies_then_waits_for_the_copies(records, on_reference):

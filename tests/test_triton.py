@@ -97,7 +97,7 @@ def test_short_prompts_take_a_configuration_that_fits_in_registers(nf4, pair, bl
 
 
 @pytest.mark.parametrize("format", [*FORMATS, Format.BF16])
-@pytest.mark.parametrize("tokens", [1, 25])
+@pytest.mark.parametrize("tokens", [1, 25, 60])
 def test_experts(format, tokens):
     check.experts(DEVICE, FP32, format, 100, 44, tokens, 5)
 
@@ -109,20 +109,30 @@ def test_experts_in_bf16(tokens):
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize(("pairs", "count", "block"), [(1, 1, 16), (200, 7, 16), (33, 90, 16), (64, 2, 64)])
-def test_grouped_pairs(pairs, count, block, known):
-    """Every pair is in exactly one piece, that of its slot; no piece is larger than a block."""
-    slots = torch.randint(0, count, (pairs,)) // 2
-    distinct = len(slots.unique()) if known else min(pairs, count)
-    order, pieces = group_pairs(slots, count, block, distinct)
+@pytest.mark.parametrize("skipped", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("pairs", "count", "block"),
+    [(1, 1, 16), (200, 7, 16), (33, 90, 16), (64, 2, 64), (96, 3, 16), (128, 40, 16), (40, 1, 16)],
+)
+def test_grouped_pairs(pairs, count, block, skipped, known):
+    """Every pair is in exactly one piece, that of its slot, unless it has none; no piece is larger than a block."""
+    slots = torch.where(torch.rand(pairs) < skipped, -1, torch.randint(0, count, (pairs,)) // 2)
+    distinct = max(1, len(slots[slots >= 0].unique())) if known else min(pairs, count)
+    tokens = torch.randint(0, 9, (pairs,))
+    sources, order, pieces = group_pairs(tokens.to(DEVICE), slots.to(DEVICE), count, block, distinct)
+    assert torch.equal(sources.cpu(), tokens[order.cpu()])
     found = [(slot, int(order[place])) for slot, first, last in pieces.tolist() for place in range(first, last)]
-    assert sorted(found) == sorted((slot, pair) for pair, slot in enumerate(slots.tolist()))
+    assert sorted(found) == sorted((slot, pair) for pair, slot in enumerate(slots.tolist()) if slot >= 0)
+    assert sorted(order.tolist()) == list(range(pairs))
     assert (pieces[:, 2] - pieces[:, 1]).max() <= block
+    assert (pieces[:, 0] >= 0).all()
+    assert (pieces[:, 0] < count).all()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_input_of_experts_reaches_ram(dtype):
-    check.sent_to_host(DEVICE, dtype, 1100, 6)
+@pytest.mark.parametrize(("rows", "hidden", "chosen"), [(1, 1100, 6), (3, 1100, 6), (16, 8, 70)])
+def test_the_input_of_experts_reaches_ram(dtype, rows, hidden, chosen):
+    check.sent_to_host(DEVICE, dtype, rows, hidden, chosen)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -137,22 +147,40 @@ SMALL, MANY_HEADS = (16, 8, 8, 40, 24), (128, 8, 4, 16, 8)  # H, N, P, C, V
 @pytest.mark.parametrize("absorb", [True, False])
 @pytest.mark.parametrize(("tokens", "cached"), [(1, 70), (3, 100), (5, 0)])
 def test_attention(tokens, cached, absorb):
-    check.attention(DEVICE, FP32, (Format.INT8, Format.NF4), SMALL, tokens, cached, absorb)
+    check.attention(DEVICE, FP32, (Format.INT8, Format.NF4), SMALL, [(tokens, cached, absorb)])
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [(1, 70, True), (1, 0, True), (1, 131, True)],
+        [(5, 3, True), (1, 64, True), (0, 9, True), (2, 60, True)],  # with drafts, and one without tokens
+        [(1, 20, True), (1, 66, True), (9, 61, False), (7, 0, False), (2, 5, True)],
+    ],
+)
+@pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
+def test_attention_of_several_sequences(sequences, kind):
+    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, sequences, kind)
+
+
+def test_company_changes_no_bit_of_a_sequence():
+    check.attention_in_company(DEVICE, FP32, SMALL, 1, alone=True)
+    check.attention_in_company(DEVICE, FP32, SMALL, 3, alone=False)
 
 
 @pytest.mark.slow
 def test_attention_of_128_heads():
-    check.attention(DEVICE, FP32, (Format.INT8, Format.BF16), MANY_HEADS, 1, 40, absorb=True)
+    check.attention(DEVICE, FP32, (Format.INT8, Format.BF16), MANY_HEADS, [(1, 40, True)])
 
 
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_in_bf16(absorb):
-    check.attention(DEVICE, BF16, (Format.INT8, Format.INT8), SMALL, 2, 40, absorb)
+    check.attention(DEVICE, BF16, (Format.INT8, Format.INT8), SMALL, [(2, 40, absorb)])
 
 
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_over_8_bit_latents(absorb):
-    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 3, 70, absorb, CacheDtype.INT8)
+    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, [(3, 70, absorb)], CacheDtype.INT8)
 
 
 @pytest.mark.parametrize("C", [32, 192])
@@ -162,12 +190,12 @@ def test_latents_are_written_in_8_bits(C):
 
 def test_attention_by_groups_of_heads(monkeypatch):
     monkeypatch.setattr(sys.modules["dsv2_local.kernels.triton.attention"], "REBUILT_NUMBERS", 20_000)
-    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, 2, 20, absorb=False)
+    check.attention(DEVICE, FP32, (Format.INT8, Format.INT8), SMALL, [(2, 20, False)])
 
 
-@pytest.mark.parametrize("tokens", [1, 6])
-def test_rows(tokens):
-    check.rows(DEVICE, tokens, 100, 72, 16)
+@pytest.mark.parametrize("counts", [[1], [6], [1, 0, 5, 1], [1] * 17])
+def test_rows(counts):
+    check.rows(DEVICE, counts, 100, 72, 16)
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": True}])

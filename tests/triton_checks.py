@@ -10,9 +10,10 @@ from dsv2_local.kernels import reference, triton
 from dsv2_local.kernels.format import MAX_CANDIDATES, CacheDtype, ExpertLayout, Format
 from dsv2_local.kernels.latents import dequantize_latents, quantize_latents
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.quant import int8, nf4
 from tests.models import TINY
-from tests.paging import gathered, scattered
+from tests.paging import gathered, moved, scattered_together
 
 # Relative error of one product. The interpreter rounds bf16 towards zero, so the errors of several products add up.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -91,19 +92,19 @@ def experts(
     assert off(in_order, out[order.to(device)]) < TOLERANCE[dtype]
 
 
-def sent_to_host(device: str, dtype: torch.dtype, hidden: int, chosen: int) -> None:
+def sent_to_host(device: str, dtype: torch.dtype, rows: int, hidden: int, chosen: int) -> None:
     """Every number and every id is written, and nothing past them."""
-    x, ids = torch.randn(1, hidden).to(dtype), torch.randint(160, (1, chosen))
-    host_x, host_ids = torch.full((1, hidden + 8), torch.nan), torch.full((1, chosen + 2), -1)
+    x, ids = torch.randn(rows, hidden).to(dtype), torch.randint(160, (rows, chosen))
+    host_x, host_ids = torch.full((rows + 1, hidden), torch.nan), torch.full((rows + 1, chosen), -1)
     if device != "cpu":
         host_x, host_ids = host_x.pin_memory(), host_ids.pin_memory()
-    triton.to_host(x.to(device), ids.to(device), host_x, host_ids)
+    triton.to_host(x.to(device), ids.to(device), host_x[:rows], host_ids[:rows])
     if device != "cpu":
         torch.cuda.synchronize()
-    assert torch.equal(host_x[:, :hidden], x.float())
-    assert torch.equal(host_ids[:, :chosen], ids)
-    assert host_x[:, hidden:].isnan().all()
-    assert (host_ids[:, chosen:] == -1).all()
+    assert torch.equal(host_x[:rows], x.float())
+    assert torch.equal(host_ids[:rows], ids)
+    assert host_x[rows:].isnan().all()
+    assert (host_ids[rows:] == -1).all()
 
 
 def combined(device: str, dtype: torch.dtype, tokens: int, hidden: int) -> None:
@@ -132,43 +133,79 @@ def attention(
     dtype: torch.dtype,
     formats: tuple[Format, Format],
     shape: tuple[int, int, int, int, int],
-    tokens: int,
-    cached: int,
-    absorb: bool,
+    sequences: list[tuple[int, int, bool]],
     kind: CacheDtype = CacheDtype.BF16,
 ) -> None:
-    """The cache contains NaN past the last position; if it is not 8-bit, it has the type of the queries."""
+    """Sequences (tokens, cached positions, whether absorbed) in one call.
+
+    The cache contains NaN past the last position of each; if it is not 8-bit, it has the type of the queries.
+    """
     H, N, P, C, V = shape
-    w_uk, w_uv = matrix(formats[0], H * C, N), matrix(formats[1], H * V, C)
+    counts, lengths, absorbed = (list(part) for part in zip(*sequences, strict=True))
+    w_uk, w_uv, tokens = matrix(formats[0], H * C, N), matrix(formats[1], H * V, C), sum(counts)
     q = (torch.randn(tokens, H, N + P) * 3).to(dtype)
-    written = torch.randn(cached + tokens, C + P)
+    written = [torch.randn(cached + count, C + P) for count, cached, _ in sequences]
     in_bytes = kind is CacheDtype.INT8
-    latents, block_table = scattered(quantize_latents(written, C) if in_bytes else written.to(dtype), cached)
-    block_table = torch.cat((block_table, torch.full((2,), -1)))  # room for blocks that are not allocated yet
+    rows = [quantize_latents(part, C) if in_bytes else part.to(dtype) for part in written]
+    latents, metadata = scattered_together(rows, lengths, absorbed, room=2)  # blocks that are not allocated yet
     rotation = torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    exact = reference.attention(
-        q.float(), rotation, latents if in_bytes else latents.float(), block_table, w_uk, w_uv, 0.1, absorb=False
-    )
-    moved = [part.to(device) for part in (q, rotation, latents, block_table)]
-    ours = triton.attention(*moved, on(device, w_uk), on(device, w_uv), 0.1, absorb)
+    rebuilt = AttentionMetadata.of(metadata.block_tables, counts, [False] * len(counts))
+    exact = reference.attention(q.float(), rotation, latents if in_bytes else latents.float(), rebuilt, w_uk, w_uv, 0.1)
+    arguments = [part.to(device) for part in (q, rotation, latents)]
+    ours = triton.attention(*arguments, moved(metadata, device), on(device, w_uk), on(device, w_uv), 0.1)
     assert ours.dtype == dtype
-    assert off(ours, exact) < 2 * TOLERANCE[dtype]
+    for part, _, _ in metadata.sequences():
+        assert off(ours[part], exact[part]) < 2 * TOLERANCE[dtype]
 
 
-def rows(device: str, tokens: int, hidden: int, C: int, P: int) -> None:
+def attention_in_company(
+    device: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int], tokens: int, alone: bool
+) -> None:
+    """A sequence has the same bits whoever is computed in the same step, if the steps have the same shape.
+
+    With `alone`, also in a step of its own: this holds if that splits caches and rows of queries in the same way.
+    """
+    H, N, P, C, V = shape
+    w_uk, w_uv = (on(device, matrix(Format.INT8, *size)) for size in ((H * C, N), (H * V, C)))
+    lengths = [70, 5, 130]
+    q, cached = torch.randn(3, tokens, H, N + P).to(dtype), [torch.randn(n + tokens, C + P).to(dtype) for n in lengths]
+    rotation = torch.polar(torch.ones(3, tokens, P // 2), torch.randn(3, tokens, P // 2))
+
+    def attended(order: list[int], part: slice = slice(None)) -> Tensor:
+        latents, metadata = scattered_together([cached[i] for i in order], [lengths[i] for i in order], [True] * 3)
+        metadata = AttentionMetadata.of(metadata.block_tables[part], metadata.counts[part], metadata.absorbed[part])
+        chosen = order[part]
+        inputs = [some.to(device) for some in (q[chosen].flatten(0, 1), rotation[chosen].flatten(0, 1), latents)]
+        return triton.attention(*inputs, moved(metadata, device), w_uk, w_uv, 0.1).cpu().view(len(chosen), tokens, -1)
+
+    first = attended([0, 1, 2])
+    for order in ([2, 1, 0], [0, 2, 2], [1, 2, 1]):
+        assert torch.equal(attended(order), first[order])
+        if alone:
+            assert torch.equal(attended(order, slice(1, 2)), first[order[1:2]])
+
+
+def rows(device: str, counts: list[int], hidden: int, C: int, P: int) -> None:
+    """Norms, and rows that several sequences append to the cache, across block boundaries."""
+    tokens = sum(counts)
     x, weight = torch.randn(tokens, hidden) * 3, torch.rand(hidden) + 0.5
     assert off(triton.rms_norm(x.to(device), weight.to(device), 1e-6), reference.rms_norm(x, weight, 1e-6)) < 1e-6
     kv_a, rotation = torch.randn(tokens, C + P), torch.polar(torch.ones(tokens, P // 2), torch.randn(tokens, P // 2))
-    blocks, block_table = scattered(torch.zeros(70 + tokens, C + P), 62)  # across a block boundary
-    arguments: tuple[Any, ...] = (block_table, kv_a, torch.rand(C), 1e-6, rotation)
+    lengths = [(62 + 37 * i) % 130 for i in range(len(counts))]
+    written = [torch.zeros(length + count, C + P) for count, length in zip(counts, lengths, strict=True)]
+    blocks, metadata = scattered_together(written, lengths, [True] * len(counts), room=1)
+    weights = torch.rand(C)
     ours, exact = blocks.to(device), blocks.clone()
-    triton.write_latents(ours, *(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
-    reference.write_latents(exact, *arguments)
-    assert torch.equal(ours.isnan().cpu(), blocks.isnan())
-    ours, exact = (gathered(written.cpu(), block_table, 70 + tokens) for written in (ours, exact))
-    assert off(ours, exact) < 1e-6
-    assert torch.equal(ours[:62], exact[:62])
-    assert torch.equal(ours[62 + tokens :], exact[62 + tokens :])
+    triton.write_latents(ours, moved(metadata, device), kv_a.to(device), weights.to(device), 1e-6, rotation.to(device))
+    reference.write_latents(exact, metadata, kv_a, weights, 1e-6, rotation)
+    ours = ours.cpu()
+    assert torch.equal(ours.isnan(), blocks.isnan())
+    first = 0
+    for table, count, length in zip(metadata.block_tables, counts, lengths, strict=True):
+        mine, theirs = (gathered(part, table, length + count) for part in (ours, exact))
+        assert not mine[:length].any()
+        assert count == 0 or off(mine[length:], theirs[length:]) < 1e-6
+        first += count
 
 
 def bytes_of_latents(device: str, C: int, P: int) -> None:
@@ -176,15 +213,17 @@ def bytes_of_latents(device: str, C: int, P: int) -> None:
     kv_a = torch.randn(9, C + P) * torch.logspace(-3, 3, 9)[:, None]
     kv_a[4] = 0.0
     rotation = torch.polar(torch.ones(9, P // 2), torch.randn(9, P // 2))
-    blocks, block_table = scattered(torch.zeros(73, C + -(-C // 64) * 2 + 2 * P, dtype=torch.uint8), 60)
-    arguments: tuple[Any, ...] = (block_table, kv_a, torch.rand(C) + 0.5, 1e-6, rotation)
-    ours, exact = blocks.to(device), blocks.clone()
-    triton.write_latents(ours, *(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
-    reference.write_latents(exact, *arguments)
-    ours, exact = (dequantize_latents(gathered(part.cpu(), block_table, 69), C) for part in (ours, exact))
-    assert off(ours, exact) < 5e-3
-    assert torch.equal(ours[:60], exact[:60])
-    assert not ours[64, :C].any()
+    written = [torch.zeros(n, C + -(-C // 64) * 2 + 2 * P, dtype=torch.uint8) for n in (69, 3)]
+    blocks, metadata = scattered_together(written, [63, 0], [True, True])
+    ours, exact, weight = blocks.to(device), blocks.clone(), torch.rand(C) + 0.5
+    triton.write_latents(ours, moved(metadata, device), kv_a.to(device), weight.to(device), 1e-6, rotation.to(device))
+    reference.write_latents(exact, metadata, kv_a, weight, 1e-6, rotation)
+    for table, length, count in zip(metadata.block_tables, (63, 0), (6, 3), strict=True):
+        mine, theirs = (dequantize_latents(gathered(part.cpu(), table, length + count), C) for part in (ours, exact))
+        assert off(mine, theirs) < 5e-3
+        assert torch.equal(mine[:length], theirs[:length])
+        if count == 6:
+            assert not mine[length + 4, :C].any()
 
 
 def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -> None:
@@ -198,7 +237,9 @@ def route(device: str, tokens: int, experts: int, chosen: int, **changes: Any) -
 
 
 def top_candidates(device: str, vocab: int, temperature: float, margin: float) -> None:
-    logits, limits = torch.randn(3, vocab) * 3, torch.tensor([1 / temperature, margin])
+    """The limits differ from row to row."""
+    logits = torch.randn(3, vocab) * 3
+    limits = torch.tensor([[1 / temperature, margin], [1.0, 0.0], [0.5, margin / 2 + 1]])
     ours, exact = (
         triton.top_candidates(logits.to(device), limits.to(device)).cpu(),
         reference.top_candidates(logits, limits),

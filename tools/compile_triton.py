@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 from dsv2_local.kernels import triton as kernels
 from dsv2_local.kernels.format import ExpertLayout, Format, latent_nbytes
 from dsv2_local.kernels.layout import Matrix, planes
+from dsv2_local.kernels.metadata import AttentionMetadata
 
 # For a GPU of each compute capability: the number of multiprocessors, and bytes of shared memory per program.
 GPUS = {80: (108, 166_912), 86: (28, 101_376), 89: (128, 101_376), 90: (132, 232_448), 120: (170, 101_376)}
@@ -103,7 +104,7 @@ def call_products(quick: bool) -> None:
 def call_experts(quick: bool) -> None:
     layout = ExpertLayout(Format.NF4, 2048, 1408)
     records = torch.zeros(8, layout.nbytes, dtype=torch.uint8)
-    for tokens in (256,) if quick else (1, 256):
+    for tokens in (16, 256) if quick else (1, 16, 256):
         ids, weights = torch.zeros(tokens, 6, dtype=torch.int64), torch.zeros(tokens, 6)
         kernels.experts(activations(tokens, 2048), records, layout, ids, weights)
 
@@ -112,14 +113,14 @@ def call_attention(quick: bool) -> None:
     N, P, C, V = 128, 64, 512, 128
     for H in (16,) if quick else (16, 128):
         w_uk, w_uv = zeros(Format.INT8, H * C, N), zeros(Format.INT8, H * V, C)
-        for tokens, absorb in ((1, True), (200, False)):
-            rotation, block_table = (
-                torch.zeros(tokens, P // 2, dtype=torch.complex64),
-                torch.zeros(65, dtype=torch.int64),
+        for counts, absorbed in (([1], True), ([200], False), ([1] * 16, True), ([5], True)):
+            rotation = torch.zeros(sum(counts), P // 2, dtype=torch.complex64)
+            metadata = AttentionMetadata.of(
+                torch.zeros(len(counts), 65, dtype=torch.int64), counts, [absorbed] * len(counts)
             )
-            q, bytes_ = activations(tokens, H, N + P), latent_nbytes(C, P)
+            q, bytes_ = activations(sum(counts), H, N + P), latent_nbytes(C, P)
             for latents in (activations(64, 64, C + P), torch.zeros(64, 64, bytes_, dtype=torch.uint8)):
-                kernels.attention(q, rotation, latents, block_table, w_uk, w_uv, 0.1, absorb)
+                kernels.attention(q, rotation, latents, metadata, w_uk, w_uv, 0.1)
 
 
 def call_rows() -> None:
@@ -127,16 +128,15 @@ def call_rows() -> None:
     kernels.rms_norm(x, torch.ones(2048), 1e-6)
     kernels.add_rms_norm(x, x, torch.ones(2048), 1e-6)
     for latents in (activations(2, 64, 576), torch.zeros(2, 64, latent_nbytes(512, 64), dtype=torch.uint8)):
-        kernels.write_latents(
-            latents, torch.zeros(3, dtype=torch.int64), x[:, :576], x[0, :512], 1e-6, rotation
-        )  # fmt: skip
+        metadata = AttentionMetadata.of(torch.zeros(2, 3, dtype=torch.int64), [3, 1], [True, True])
+        kernels.write_latents(latents, metadata, x[:, :576], x[0, :512], 1e-6, rotation)
     for groups, method in ((1, "greedy"), (8, "group_limited_greedy")):
         config: Any = SimpleNamespace(
             num_experts_per_tok=6, topk_method=method, n_group=groups, topk_group=3, norm_topk_prob=False,
             routed_scaling_factor=16.0,
         )  # fmt: skip
         kernels.route(x, torch.zeros(160, 2048), config)
-    kernels.top_candidates(torch.zeros(1, 102_400), torch.zeros(2))
+    kernels.top_candidates(torch.zeros(1, 102_400), torch.zeros(1, 2))
     chosen = torch.zeros(1, 6, dtype=torch.int64)
     kernels.to_host(activations(1, 2048), chosen, torch.zeros(1, 2048), torch.zeros_like(chosen))
 

@@ -24,6 +24,7 @@ from dsv2_local.kernels import reference
 from dsv2_local.kernels.cpu.recording import ActiveRecording, Recording
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.machine.resources import Threads, choose_threads, cpu_features
 
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
@@ -56,10 +57,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "experts": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
     "expert_outputs": (_P, _I, _P, _I, _I, c_int32, _I, _I, _P, _P, _I, _P),
     "combine": (_P, _I, _I, _I, _P, _P, _P, _P),
-    "attention": (_P, _P, _P, c_int32, _P, _M, _M, _F, _I, _I, _I, c_int32, _P),
+    "attention": (_P, _P, _P, c_int32, _P, _I, _P, _P, _I, _M, _M, _F, _I, _I, _P),
     "rms_norm": (_P, _I, _I, _P, _F, _P),
     "add": (_P, _P, _I, _P),
-    "latents": (_P, _I, _I, _I, _P, _F, _P, _P, _P, c_int32),
+    "latents": (_P, _I, _I, _P, _F, _P, _P, _I, _P, _I, _P, c_int32),
     "route": (_P, _I, _I, _P, _I, _I, _I, _I, c_int32, _F, _P, _P),
     "embedding": (_P, _I, _M, _P),
     "quantize_nf4": (_P, _I, _I, _P, _P),
@@ -91,6 +92,14 @@ def _struct(matrix: Matrix) -> "ctypes._Pointer[_Matrix]":
         view = _Matrix(codes, scales, matrix.rows, matrix.cols, FORMATS[matrix.format])
         struct = matrix.__dict__["_struct"] = ctypes.pointer(view)
     return struct
+
+
+def _rows_of(metadata: AttentionMetadata) -> tuple[int, int]:
+    """The addresses of the offsets and of the forms of attention; the metadata keeps both alive."""
+    absorbed = metadata.__dict__.get("_absorbed")
+    if absorbed is None:
+        absorbed = metadata.__dict__["_absorbed"] = (c_int64 * len(metadata.absorbed))(*metadata.absorbed)
+    return metadata.offsets.data_ptr(), ctypes.addressof(absorbed)
 
 
 class Kernels:
@@ -197,19 +206,19 @@ class Kernels:
         q: Tensor,
         rotation: Tensor,
         latents: Tensor,
-        block_table: Tensor,
+        metadata: AttentionMetadata,
         w_uk: Matrix,
         w_uv: Matrix,
         scale: float,
-        absorb: bool,
     ) -> Tensor:
         q_ = _input(q)
         T, H, _ = q.shape
         out = torch.empty(T, w_uv.rows)
+        offsets, absorbed = _rows_of(metadata)
         self._call(
             "attention", q_.data_ptr(), rotation.data_ptr(), latents.data_ptr(), CACHES[latents.dtype],
-            block_table.data_ptr(), _struct(w_uk), _struct(w_uv), scale, T, H, 2 * rotation.shape[1], absorb,
-            out.data_ptr(),
+            metadata.block_tables.data_ptr(), metadata.block_tables.shape[1], offsets, absorbed, len(metadata.counts),
+            _struct(w_uk), _struct(w_uv), scale, H, 2 * rotation.shape[1], out.data_ptr(),
         )  # fmt: skip
         return _output(out, q)
 
@@ -230,13 +239,19 @@ class Kernels:
         return _output(y, a)
 
     def write_latents(
-        self, latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+        self,
+        latents: Tensor,
+        metadata: AttentionMetadata,
+        kv_a: Tensor,
+        weight: Tensor,
+        eps: float,
+        rotation: Tensor,
     ) -> None:
-        kv_a_ = _input(kv_a)
+        kv_a_, (offsets, _) = _input(kv_a), _rows_of(metadata)
         self._call(
-            "latents", kv_a_.data_ptr(), kv_a.shape[0], weight.shape[0], kv_a.shape[1] - weight.shape[0],
-            weight.data_ptr(), eps, rotation.data_ptr(), block_table.data_ptr(), latents.data_ptr(),
-            CACHES[latents.dtype],
+            "latents", kv_a_.data_ptr(), weight.shape[0], kv_a.shape[1] - weight.shape[0], weight.data_ptr(), eps,
+            rotation.data_ptr(), metadata.block_tables.data_ptr(), metadata.block_tables.shape[1], offsets,
+            len(metadata.counts), latents.data_ptr(), CACHES[latents.dtype],
         )  # fmt: skip
 
     def route(self, x: Tensor, gate: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@
 namespace dsv2 {
 
 // One recorded call: the number of a function (see dsv2_recordable) and its arguments, each in the low bytes of a word.
-constexpr int CALL_ARGUMENTS = 13;
+constexpr int CALL_ARGUMENTS = 15;
 struct Call {
     int64_t function;
     uint64_t arguments[CALL_ARGUMENTS];
@@ -40,21 +40,24 @@ API void dsv2_expert_outputs(const float* x, int64_t x_rows, const uint8_t* reco
 // skipped. y [tokens, size].
 API void dsv2_combine(const float* outputs, int64_t tokens, int64_t k, int64_t size, const int64_t* rows,
                       const int64_t* ids, const float* weights, float* y);
-// Causal latent attention. q [T, H, N + P], the rope part not yet rotated; rotation [T, P / 2] of (cos, sin); cache: a
-// layer's KV cache, whose rows are stored as `dtype` (latents.hpp); block_table: the number of positions before these
-// queries, then the block numbers of the sequence; w_uk [H·C, N]; w_uv [H·V, C]; out [T, H·V]. `absorb` chooses the
-// form (attention.cpp).
+// Causal latent attention of the tokens of several sequences. q [T, H, N + P], the rope part not yet rotated; rotation
+// [T, P / 2] of (cos, sin); cache: a layer's KV cache, whose rows are stored as `dtype` (latents.hpp); block_tables
+// [sequences, table_size]: for each sequence the number of positions before these queries, then its block numbers;
+// offsets [sequences + 1]: the first row of each, then T; absorb [sequences]: the form of each, 1 or 0 (attention.cpp);
+// w_uk [H·C, N]; w_uv [H·V, C]; out [T, H·V].
 API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t dtype,
-                        const int64_t* block_table, const dsv2::Matrix* w_uk, const dsv2::Matrix* w_uv, float scale,
-                        int64_t T, int64_t H, int64_t P, int32_t absorb, float* out);
+                        const int64_t* block_tables, int64_t table_size, const int64_t* offsets, const int64_t* absorb,
+                        int64_t sequences, const dsv2::Matrix* w_uk, const dsv2::Matrix* w_uv, float scale, int64_t H,
+                        int64_t P, float* out);
 // y = x / sqrt(mean(x²) + eps) · weight for each of `rows` rows.
 API void dsv2_rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* y);
 // y = a + b.
 API void dsv2_add(const float* a, const float* b, int64_t count, float* y);
-// Append `tokens` rows to a sequence in a layer's KV cache (cache, dtype and block_table as in dsv2_attention) from
-// kv_a [tokens, latent + rope]: the latent is normalised, the rope key rotated.
-API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, const int64_t* block_table, void* cache, int32_t dtype);
+// Append rows to the sequences of a step in a layer's KV cache (cache, dtype and sequences as in dsv2_attention) from
+// kv_a [T, latent + rope]: the latent is normalised, the rope key rotated.
+API void dsv2_latents(const float* kv_a, int64_t latent, int64_t rope, const float* weight, float eps,
+                      const float* rotation, const int64_t* block_tables, int64_t table_size, const int64_t* offsets,
+                      int64_t sequences, void* cache, int32_t dtype);
 // Router: softmax(gate · x), then the best `k` experts of the best `topk_group` of `groups` groups. A group is rated by
 // its best expert, and the scores of experts in other groups count as 0.
 API void dsv2_route(const float* x, int64_t tokens, int64_t hidden, const float* gate, int64_t experts, int64_t k,

@@ -56,11 +56,12 @@ void gemm(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const fl
 
 constexpr int64_t KEYS = 128;  // positions whose scores against a panel of queries are computed at a time
 
-// Attention of one head: from nope [T, H, N] and rope [T, H, P], the latter rotated and scaled, to out [T, H, V]. Lanes
-// are queries.
-void materialised_head(const Shape& s, int64_t head, const float* nope, const float* rope, const Latents& latents,
+// Attention of one head over one sequence: from nope [T, H, N] and rope [T, H, P], the latter rotated and scaled, to
+// out [T, H, V]. Lanes are queries.
+void materialised_head(const Shape& s, const Tokens& tokens, int64_t head, const float* nope, const float* rope,
                        const Matrix& w_uk, const Matrix& w_uv, float scale, float* out) {
-    const int64_t N = round_up(s.N, PANEL), V = round_up(s.V, PANEL), T = round_up(s.T, PANEL), K = s.N + s.P, ldk = N + s.P;
+    const int64_t count = tokens.count, length = tokens.length;
+    const int64_t N = round_up(s.N, PANEL), V = round_up(s.V, PANEL), T = round_up(count, PANEL), K = s.N + s.P, ldk = N + s.P;
     const int64_t sizes[] = {s.C * N, s.C * V, K * T, V * T, 2 * T, KEYS * s.C, KEYS * ldk, KEYS * V, KEYS * PANEL, N};
     int64_t all = 0;
     for (int64_t size : sizes) all += round_up(size, 16);
@@ -78,7 +79,7 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
     }
     for (int64_t v = 0; v < s.V; v++)
         w_uv.dequantize_row(head * s.V + v, uv + v / PANEL * PANEL * s.C + v % PANEL, PANEL);
-    for (int64_t t = 0; t < s.T; t++) {
+    for (int64_t t = 0; t < count; t++) {
         const int64_t row = t * s.H + head;
         float* to = query + t / PANEL * PANEL * K + t % PANEL;
         for (int64_t d = 0; d < s.N; d++) to[d * PANEL] = nope[row * s.N + d] * scale;
@@ -86,19 +87,19 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
     }
     for (int64_t t = 0; t < T; t++) largest[t] = -INFINITY, total[t] = 0;
 
-    for (int64_t from = 0; from < s.S; from += KEYS) {
-        const int64_t n = std::min(KEYS, s.S - from);
-        for (int64_t k = 0; k < n; k++) latents.latent(from + k, latent + k * s.C);
+    for (int64_t from = 0; from < length; from += KEYS) {
+        const int64_t n = std::min(KEYS, length - from);
+        for (int64_t k = 0; k < n; k++) tokens.latents.latent(from + k, latent + k * s.C);
         for (int64_t i = 0; i < N; i += PANEL) gemm(n, s.C, latent, s.C, 1, uk + i * s.C, key + i, ldk, false);
         for (int64_t i = 0; i < V; i += PANEL) gemm(n, s.C, latent, s.C, 1, uv + i * s.C, value + i, V, false);
-        for (int64_t k = 0; k < n; k++) latents.rope(from + k, key + k * ldk + s.N);
+        for (int64_t k = 0; k < n; k++) tokens.latents.rope(from + k, key + k * ldk + s.N);
         for (int64_t t0 = 0; t0 < T; t0 += PANEL) {
-            const int64_t end = std::min(t0 + PANEL, s.T);
-            if (from >= s.visible(end - 1)) continue;
+            const int64_t end = std::min(t0 + PANEL, count);
+            if (from >= tokens.visible(end - 1)) continue;
             float* panel = sums + t0 * V;
             gemm(n, K, key, ldk, 1, query + t0 * K, scores, PANEL, false);
             for (int64_t t = t0; t < end; t++)
-                for (int64_t k = std::max<int64_t>(0, s.visible(t) - from); k < n; k++) scores[k * PANEL + t - t0] = -INFINITY;
+                for (int64_t k = std::max<int64_t>(0, tokens.visible(t) - from); k < n; k++) scores[k * PANEL + t - t0] = -INFINITY;
             for (int64_t i = 0; i < PANEL; i += LANES) {
                 Vec top = load(largest + t0 + i), sum_{};
                 const Vec old = top;
@@ -117,7 +118,7 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
             gemm(s.V, n, value, 1, V, scores, panel, PANEL, true);
         }
     }
-    for (int64_t t = 0; t < s.T; t++) {
+    for (int64_t t = 0; t < count; t++) {
         const float* from = sums + t / PANEL * PANEL * V + t % PANEL;
         for (int64_t v = 0; v < s.V; v++) out[(t * s.H + head) * s.V + v] = from[v * PANEL] / total[t];
     }
@@ -129,11 +130,11 @@ void materialised_head(const Shape& s, int64_t head, const float* nope, const fl
 using namespace dsv2;
 
 API void dsv2_attention(const float* q, const float* rotation, const void* cache, int32_t dtype,
-                        const int64_t* block_table, const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t T,
-                        int64_t H, int64_t P, int32_t absorb, float* out) {
-    const Latents latents{static_cast<const uint8_t*>(cache), LatentDtype(dtype), w_uv->cols, P, block_table + 1};
-    const Shape shape{T, *block_table + T, H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
-    const int64_t rows = T * H, N = shape.N;
+                        const int64_t* block_tables, int64_t table_size, const int64_t* offsets, const int64_t* absorb,
+                        int64_t sequences, const Matrix* w_uk, const Matrix* w_uv, float scale, int64_t H, int64_t P,
+                        float* out) {
+    const Shape shape{H, w_uk->cols, P, w_uv->cols, w_uv->rows / H};
+    const int64_t rows = offsets[sequences] * H, N = shape.N, C = shape.C, V = shape.V;
     thread_local Scratch nope_scratch, rope_scratch, latent_scratch;
     float *nope = nope_scratch.reserve<float>(rows * N), *rope = rope_scratch.reserve<float>(rows * P);
     each_row(rows, [&](int64_t row) {
@@ -141,12 +142,27 @@ API void dsv2_attention(const float* q, const float* rotation, const void* cache
         for (int64_t d = 0; d < N; d++) nope[row * N + d] = from[d];
         rotate(from + N, rotation + row / H * P, P, [&](int64_t d, float value) { rope[row * P + d] = value * scale; });
     });
-    if (!absorb) {
-        parallel(H, [&](int64_t head) { materialised_head(shape, head, nope, rope, latents, *w_uk, *w_uv, scale, out); });
-        return;
+    std::vector<Tokens> together;  // consecutive sequences that are absorbed
+    const auto tokens_of = [&](int64_t b) {
+        const int64_t* table = block_tables + b * table_size;
+        const int64_t count = offsets[b + 1] - offsets[b];
+        const Latents latents{static_cast<const uint8_t*>(cache), LatentDtype(dtype), C, P, table + 1};
+        return Tokens{offsets[b], count, *table + count, latents};
+    };
+    for (int64_t b = 0; b < sequences; b++) {
+        if (offsets[b + 1] > offsets[b]) together.push_back(tokens_of(b));
+        if (together.empty() || (absorb[b] && b + 1 < sequences && absorb[b + 1])) continue;
+        const int64_t first = together.front().first, count = together.back().first + together.back().count - first;
+        const float *from = nope + first * H * N, *rotated = rope + first * H * P;
+        float* to = out + first * H * V;
+        if (absorb[b]) {
+            float* latent = latent_scratch.reserve<float>(count * H * C);
+            heads_linear(from, count, H, *w_uk, latent);
+            (LatentDtype(dtype) == LatentDtype::INT8 ? absorbed_int8 : absorbed_bf16)(shape, together, latent, rotated, scale, latent);
+            heads_linear(latent, count, H, *w_uv, to);
+        } else {
+            parallel(H, [&](int64_t head) { materialised_head(shape, together[0], head, from, rotated, *w_uk, *w_uv, scale, to); });
+        }
+        together.clear();
     }
-    float* latent = latent_scratch.reserve<float>(rows * shape.C);
-    heads_linear(nope, T, H, *w_uk, latent);
-    (latents.dtype == LatentDtype::INT8 ? absorbed_int8 : absorbed_bf16)(shape, latent, rope, scale, latents, latent);
-    heads_linear(latent, T, H, *w_uv, out);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "latents.hpp"
 #include "matrix.hpp"
@@ -10,19 +11,23 @@
 
 namespace dsv2 {
 
-// Shapes: T queries at the last T of S positions; H heads; per head N and P numbers of a query without and with
-// rotation, and V of a value; C numbers of a latent.
+// Shapes: H heads; per head N and P numbers of a query without and with rotation, and V of a value; C numbers of a
+// latent.
 struct Shape {
-    int64_t T, S, H, N, P, C, V;
+    int64_t H, N, P, C, V;
     int64_t width() const { return C + P; }
-    int64_t rows() const { return T * H; }  // query rows, one per token and head
-    int64_t visible(int64_t t) const { return S - T + t + 1; }  // positions that query t attends to
-    int64_t visible_to_row(int64_t row) const { return visible(std::min(row, rows() - 1) / H); }
+};
+
+// The tokens of one sequence in a step: `count` rows of the step from `first` on, at the last positions of `length`.
+struct Tokens {
+    int64_t first, count, length;
+    Latents latents;
+    int64_t visible(int64_t token) const { return length - count + token + 1; }  // positions that a token attends to
 };
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// A piece of work is one chunk of positions times up to TOGETHER passes; a pass is ROWS query rows.
+// A piece of work is one chunk of positions times up to TOGETHER passes; a pass is ROWS query rows of one sequence.
 constexpr int64_t CHUNK = 256;    // positions per piece
 constexpr int64_t TOGETHER = 4;   // passes per piece at most: they share the unpacked positions
 constexpr int64_t PIECES = 256;   // partial results (a pass over a chunk) that are stored before they are merged
@@ -76,68 +81,125 @@ void softmax_chunk(float (*scores)[ROWS], int64_t n, const int32_t* limits, Part
     }
 }
 
-// How many of positions [s, s + n) each row of a pass attends to.
+// The query rows, one per token and head, of consecutive sequences of a step. They are numbered in whole passes: the
+// rows of a sequence begin with a pass of their own, and the last of its passes may have unused rows.
 template <int ROWS>
-void find_limits(const Shape& shape, int64_t pass, int64_t s, int64_t n, int32_t (&limits)[ROWS]) {
-    for (int r = 0; r < ROWS; r++)
-        limits[r] = int32_t(std::clamp<int64_t>(shape.visible_to_row(pass * ROWS + r) - s, 0, n));
-}
+class QueryRows {
+  public:
+    QueryRows(const Shape& shape, const std::vector<Tokens>& sequences) : H_(shape.H) {
+        for (const Tokens& sequence : sequences) {
+            const int64_t row = passes() * ROWS;
+            for (int64_t t = 0; t < sequence.count; t++) tokens_.push_back({&sequence, row + t * H_, t});
+            owners_.resize(owners_.size() + (sequence.count * H_ + ROWS - 1) / ROWS, {&sequence, row});
+            longest_ = std::max(longest_, sequence.length);
+        }
+    }
+    int64_t passes() const { return int64_t(owners_.size()); }
+    int64_t longest() const { return longest_; }                     // positions of the longest sequence
+    int64_t count() const { return int64_t(tokens_.size()) * H_; }  // rows that are used
+    // The number of the i-th used row, which is head i % H of the i / H-th token.
+    int64_t number(int64_t i) const { return tokens_[i / H_].row + i % H_; }
+    int64_t visible_to_used(int64_t i) const { return tokens_[i / H_].sequence->visible(tokens_[i / H_].token); }
+    // How many positions row `number` attends to; an unused row like the last used one of its sequence.
+    int64_t visible(int64_t number) const {
+        const Owner& owner = owners_[number / ROWS];
+        return owner.sequence->visible(std::min((number - owner.row) / H_, owner.sequence->count - 1));
+    }
+    const Latents& latents(int64_t pass) const { return owners_[pass].sequence->latents; }
+    // Whether CHUNK positions from s on are the same blocks of the cache for two passes, and before the tokens of both.
+    bool share(int64_t pass, int64_t other, int64_t s) const {
+        const Tokens *a = owners_[pass].sequence, *b = owners_[other].sequence;
+        if (a == b) return true;
+        if (s + CHUNK > std::min(a->length - a->count, b->length - b->count)) return false;
+        const int64_t* blocks = a->latents.blocks + s / CACHE_BLOCK;
+        return std::equal(blocks, blocks + CHUNK / CACHE_BLOCK, b->latents.blocks + s / CACHE_BLOCK);
+    }
+    // How many of positions [s, s + n) each row of a pass attends to.
+    void limits(int64_t pass, int64_t s, int64_t n, int32_t (&limits)[ROWS]) const {
+        for (int r = 0; r < ROWS; r++) limits[r] = int32_t(std::clamp<int64_t>(visible(pass * ROWS + r) - s, 0, n));
+    }
 
-// mixed [T · H, C] = softmax-weighted sum of the latents. step(pass, end, s, n, out, parts) computes the unnormalised
-// sums over positions [s, s + n), at most CHUNK, for rows [pass * ROWS, end * ROWS): it adds to out [rows, width],
-// which is zero before, and fills parts [passes].
+  private:
+    struct Token {
+        const Tokens* sequence;
+        int64_t row, token;
+    };
+    struct Owner {
+        const Tokens* sequence;
+        int64_t row;  // the sequence's first
+    };
+    int64_t H_, longest_ = 0;
+    std::vector<Token> tokens_;
+    std::vector<Owner> owners_;
+};
+
+// mixed [tokens · H, C] = softmax-weighted sums of the latents. step(pass, end, s, n, out, parts) computes the
+// unnormalised sums over positions [s, s + n), at most CHUNK, of the sequence of `pass`, for the rows of passes [pass,
+// end), which share these positions: it adds to out [rows, width], which is zero before, and fills parts [passes].
 //
 // The chunks of a row are merged one by one in order, so that its result does not depend on the other rows or on the
 // number of threads.
 template <int ROWS, class Step>
-void absorbed(const Shape& shape, int64_t width, float* mixed, const Step& step) {
-    const int64_t rows = shape.rows(), passes = (rows + ROWS - 1) / ROWS, C = shape.C;
-    if (rows == 0) return;
-    const int64_t chunks = (shape.S + CHUNK - 1) / CHUNK, round = std::clamp<int64_t>(PIECES / passes, 1, chunks);
+void absorbed(const Shape& shape, const QueryRows<ROWS>& rows, int64_t width, float* mixed, const Step& step) {
+    const int64_t used = rows.count(), passes = rows.passes(), C = shape.C;
+    const int64_t chunks = (rows.longest() + CHUNK - 1) / CHUNK, round = std::clamp<int64_t>(PIECES / passes, 1, chunks);
     const int64_t together = std::clamp<int64_t>(passes * round / SPREAD, 1, TOGETHER);
-    const int64_t groups = (passes + together - 1) / together;
+    struct Item {
+        int64_t pass, end, chunk, n;
+    };
+    thread_local std::vector<Item> items;
     thread_local Scratch part_scratch, sum_scratch, merged_scratch;
     float* sums = sum_scratch.reserve<float>(round * passes * ROWS * width);
     Part<ROWS>* parts = part_scratch.reserve<Part<ROWS>>(round * passes);
-    float *largest = merged_scratch.reserve<float>(2 * rows), *total = largest + rows;
+    float *largest = merged_scratch.reserve<float>(2 * used), *total = largest + used;
     std::fill(largest, total, -INFINITY);
-    std::fill(total, total + rows, 0.0f);
-    std::memset(mixed, 0, rows * C * sizeof(float));
+    std::fill(total, total + used, 0.0f);
+    std::memset(mixed, 0, used * C * sizeof(float));
 
     for (int64_t first = 0; first < chunks; first += round) {
-        const int64_t count = std::min(round, chunks - first);
-        parallel(groups * count, [&](int64_t item) {
-            // Consecutive items use the same positions, so that these are read from memory once.
-            const int64_t pass = item % groups * together, end = std::min(pass + together, passes);
-            const int64_t at = item / groups * passes + pass, s = (first + item / groups) * CHUNK;
+        const int64_t last = std::min(first + round, chunks);
+        items.clear();
+        // Consecutive items use the same positions, so that these are read from memory once.
+        for (int64_t chunk = first; chunk < last; chunk++)
+            for (int64_t pass = 0, end; pass < passes; pass = end) {
+                const int64_t s = chunk * CHUNK;
+                end = pass + 1;
+                while (end < passes && end - pass < together && rows.share(pass, end, s)) end++;
+                const int64_t n = std::min(CHUNK, rows.visible(end * ROWS - 1) - s);
+                if (n > 0) items.push_back({pass, end, chunk, n});
+            }
+        const Item* all = items.data();  // of this thread, whichever thread runs an item
+        parallel(int64_t(items.size()), [&](int64_t i) {
+            const auto [pass, end, chunk, n] = all[i];
+            const int64_t at = (chunk - first) * passes + pass;
             float* out = sums + at * ROWS * width;
-            const int64_t n = std::min(CHUNK, shape.visible_to_row(end * ROWS - 1) - s);
             std::memset(out, 0, (end - pass) * ROWS * width * sizeof(float));
-            for (int64_t p = at; p < at + end - pass; p++) std::fill_n(parts[p].maximum, ROWS, -INFINITY);
-            if (n > 0) step(pass, end, s, n, out, parts + at);
+            step(pass, end, chunk * CHUNK, n, out, parts + at);
         }, Claim::WHOLE);
-        parallel(rows, [&](int64_t row) {
-            float* to = mixed + row * C;
-            for (int64_t at = row / ROWS; at < count * passes; at += passes) {
-                const float part = parts[at].maximum[row % ROWS], merged = std::max(largest[row], part);
-                if (part == -INFINITY) continue;  // the row attends to none of these positions
-                const float keep = std::exp(largest[row] - merged), add = std::exp(part - merged);
+        parallel(used, [&](int64_t i) {
+            const int64_t row = rows.number(i), seen = std::min(last, (rows.visible_to_used(i) + CHUNK - 1) / CHUNK);
+            float* to = mixed + i * C;
+            for (int64_t chunk = first; chunk < seen; chunk++) {
+                const int64_t at = (chunk - first) * passes + row / ROWS;
+                const float part = parts[at].maximum[row % ROWS], merged = std::max(largest[i], part);
+                if (part == -INFINITY) continue;  // all scores are -inf
+                const float keep = std::exp(largest[i] - merged), add = std::exp(part - merged);
                 const float* from = sums + (at * ROWS + row % ROWS) * width;
                 for (int64_t c = 0; c < C; c++) to[c] = to[c] * keep + from[c] * add;
-                total[row] = total[row] * keep + parts[at].total[row % ROWS] * add;
-                largest[row] = merged;
+                total[i] = total[i] * keep + parts[at].total[row % ROWS] * add;
+                largest[i] = merged;
             }
-            if (first + count == chunks)
-                for (int64_t c = 0; c < C; c++) to[c] /= total[row];
+            if (last == chunks)
+                for (int64_t c = 0; c < C; c++) to[c] /= total[i];
         });
     }
 }
 
-// mixed [T · H, C] from the queries in latent space, `latent` [T · H, C], not yet scaled, and their rope parts [T · H,
-// P], rotated and scaled. `mixed` may be the same memory as `latent`.
-void absorbed_bf16(const Shape& shape, const float* latent, const float* rope, float scale, const Latents& latents,
-                   float* mixed);
-void absorbed_int8(const Shape& shape, const float* latent, const float* rope, float scale, const Latents& latents,
-                   float* mixed);
+// mixed [tokens · H, C] from the queries in latent space, `latent` [tokens · H, C], not yet scaled, and their rope
+// parts [tokens · H, P], rotated and scaled, of consecutive sequences. `mixed` may be the same memory as `latent`.
+void absorbed_bf16(const Shape& shape, const std::vector<Tokens>& sequences, const float* latent, const float* rope,
+                   float scale, float* mixed);
+void absorbed_int8(const Shape& shape, const std::vector<Tokens>& sequences, const float* latent, const float* rope,
+                   float scale, float* mixed);
 
 }  // namespace dsv2

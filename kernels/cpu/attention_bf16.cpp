@@ -161,15 +161,14 @@ void softmax_row(float* scores, int64_t limit, float& maximum_score, float& tota
     total = sum(sums);
 }
 
-void attend(const Shape& shape, const Query* queries, int64_t padded, const Latents& latents, int64_t pass, int64_t end,
-            int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
+void attend(const Shape& shape, const QueryRows<ROWS>& rows, const Query* queries, int64_t padded, int64_t pass,
+            int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
     alignas(64) float weights[ROWS][CHUNK];
-    const Positions positions(latents, s, n);
+    const Positions positions(rows.latents(pass), s, n);
     for (; pass < end; pass++, out += ROWS * shape.C, parts++) {
         score(queries + pass * ROWS * padded, positions, n, weights);
         for (int r = 0; r < ROWS; r++)
-            softmax_row(weights[r], std::min(n, shape.visible_to_row(pass * ROWS + r) - s), parts->maximum[r],
-                        parts->total[r]);
+            softmax_row(weights[r], std::min(n, rows.visible(pass * ROWS + r) - s), parts->maximum[r], parts->total[r]);
         mix(weights, positions, n, out, shape.C);
     }
 }
@@ -293,14 +292,15 @@ void mix(const float (*weights)[ROWS], const Latents& latents, int64_t from, int
     }
 }
 
-void attend(const Shape& shape, const Query* queries, int64_t padded, const Latents& latents, int64_t pass, int64_t end,
-            int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
+void attend(const Shape& shape, const QueryRows<ROWS>& rows, const Query* queries, int64_t padded, int64_t pass,
+            int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
     thread_local Scratch scratch;
+    const Latents& latents = rows.latents(pass);
     auto* weights = reinterpret_cast<float(*)[CHUNK][ROWS]>(scratch.reserve<float>(TOGETHER * CHUNK * ROWS));
     score(queries + pass * ROWS * padded, padded, end - pass, latents, s, n, weights);
     for (int64_t i = 0; pass + i < end; i++) {
         int32_t limits[ROWS];
-        find_limits(shape, pass + i, s, n, limits);
+        rows.limits(pass + i, s, n, limits);
         softmax_chunk(weights[i], n, limits, parts[i]);
         mix(weights[i], latents, s, n, out + i * ROWS * shape.C);
     }
@@ -309,21 +309,24 @@ void attend(const Shape& shape, const Query* queries, int64_t padded, const Late
 
 }  // namespace
 
-void absorbed_bf16(const Shape& shape, const float* latent, const float* rope, float scale, const Latents& latents,
-                   float* mixed) {
-    const int64_t rows = shape.rows(), C = shape.C, P = shape.P, padded = round_up(shape.width(), STRIDE);
-    const int64_t count = round_up(rows, ROWS) * padded;
+void absorbed_bf16(const Shape& shape, const std::vector<Tokens>& sequences, const float* latent, const float* rope,
+                   float scale, float* mixed) {
+    const QueryRows<ROWS> rows(shape, sequences);
+    const int64_t C = shape.C, P = shape.P, padded = round_up(shape.width(), STRIDE);
+    const int64_t count = rows.passes() * ROWS * padded;
     thread_local Scratch scratch;
     Query* queries = scratch.reserve<Query>(count);
     std::memset(queries, 0, count * sizeof(Query));
-    each_row(rows, [&](int64_t row) {
+    each_row(rows.count(), [&](int64_t i) {
+        const int64_t row = rows.number(i);
         const auto put = [&](int64_t d, float value) { queries[query_index(row, d, padded)] = to_query(value); };
-        for (int64_t c = 0; c < C; c++) put(c, latent[row * C + c] * scale);
-        for (int64_t d = 0; d < P; d++) put(C + d, rope[row * P + d]);
+        for (int64_t c = 0; c < C; c++) put(c, latent[i * C + c] * scale);
+        for (int64_t d = 0; d < P; d++) put(C + d, rope[i * P + d]);
     });
-    absorbed<ROWS>(shape, C, mixed, [&](int64_t pass, int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
-        attend(shape, queries, padded, latents, pass, end, s, n, out, parts);
-    });
+    absorbed<ROWS>(shape, rows, C, mixed,
+                   [&](int64_t pass, int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
+                       attend(shape, rows, queries, padded, pass, end, s, n, out, parts);
+                   });
 }
 
 }  // namespace dsv2

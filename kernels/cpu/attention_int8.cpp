@@ -295,40 +295,42 @@ void mix_chunk(const Latents& latents, int64_t n, int64_t count, const float* sc
 
 }  // namespace
 
-void absorbed_int8(const Shape& shape, const float* latent, const float* rope, float scale, const Latents& latents,
-                   float* mixed) {
-    const int64_t rows = shape.rows(), C = shape.C, P = shape.P, blocks = latents.scale_blocks();
-    const int64_t passes = (rows + ROWS - 1) / ROWS, width = blocks * BLOCK;
+void absorbed_int8(const Shape& shape, const std::vector<Tokens>& sequences, const float* latent, const float* rope,
+                   float scale, float* mixed) {
+    const QueryRows<ROWS> rows(shape, sequences);
+    const int64_t C = shape.C, P = shape.P, blocks = sequences.front().latents.scale_blocks(), width = blocks * BLOCK;
     const int64_t code_bytes = ROWS * width * int64_t(sizeof(QueryCode)), rope_bytes = round_up(ROWS * P * int64_t(sizeof(Query)), 64);
     const int64_t pass_bytes = code_bytes + 2 * blocks * ROWS * 4 + rope_bytes;
     thread_local Scratch query_scratch;
-    uint8_t* storage = query_scratch.reserve<uint8_t>(passes * pass_bytes);
-    std::memset(storage, 0, passes * pass_bytes);  // zeros for the rows that pad the last pass
+    uint8_t* storage = query_scratch.reserve<uint8_t>(rows.passes() * pass_bytes);
+    std::memset(storage, 0, rows.passes() * pass_bytes);  // zeros for unused rows
     const auto queries_of = [&](int64_t pass) {
         uint8_t* at = storage + pass * pass_bytes;
         float* scales = reinterpret_cast<float*>(at + code_bytes);
         int32_t* starts = reinterpret_cast<int32_t*>(scales + blocks * ROWS);
         return Queries{reinterpret_cast<QueryCode*>(at), scales, starts, reinterpret_cast<Query*>(starts + blocks * ROWS)};
     };
-    each_row(rows, [&](int64_t row) {
+    each_row(rows.count(), [&](int64_t i) {
+        const int64_t row = rows.number(i);
         Queries queries = queries_of(row / ROWS);
         for (int64_t b = 0; b < blocks; b++) {
             float scaled[BLOCK];
             const int64_t count = std::min<int64_t>(BLOCK, C - b * BLOCK);
-            for (int64_t i = 0; i < count; i++) scaled[i] = latent[row * C + b * BLOCK + i] * scale;
+            for (int64_t k = 0; k < count; k++) scaled[k] = latent[i * C + b * BLOCK + k] * scale;
             queries.put_block(row % ROWS, b, scaled, count);
         }
-        queries.put_rope(row % ROWS, rope + row * P, P);
+        queries.put_rope(row % ROWS, rope + i * P, P);
     });
     const int64_t stride = round_up(blocks, LANES);
-    absorbed<ROWS>(shape, width, mixed, [&](int64_t pass, int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
+    absorbed<ROWS>(shape, rows, width, mixed, [&](int64_t pass, int64_t end, int64_t s, int64_t n, float* out, Part<ROWS>* parts) {
         thread_local Scratch work_scratch, scale_scratch;
+        const Latents& latents = rows.latents(pass);
         Work& work = *work_scratch.reserve<Work>(1);
         float* scales = scale_scratch.reserve<float>(CHUNK * stride);
         for (int64_t k = 0; k < CHUNK; k++) work.rows[k] = latents.row(s + std::min(k, n - 1));
         score_chunk(latents, n, end - pass, [&](int64_t i) { return queries_of(pass + i); }, scales, stride, work);
         for (int64_t i = 0; i < end - pass; i++) {
-            find_limits(shape, pass + i, s, n, work.limits[i]);
+            rows.limits(pass + i, s, n, work.limits[i]);
             softmax_chunk(work.weights[i], n, work.limits[i], parts[i]);
             if (n % 2) std::memset(work.weights[i][n], 0, sizeof work.weights[i][n]);  // paired with the last position
         }

@@ -68,6 +68,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
             for (int64_t block = 0; block < down.blocks(); block++)
                 items.push_back({&expert, block, from, std::min(TOKEN_BLOCK, expert.count - from)});
     }
+    const int64_t typical = ceil_div(slots, int64_t(experts.size()));  // tokens of an expert
     Activations hidden(hidden_scratch, slots, down.cols, down.format);
     const auto hidden_blocks = [&](const Item& item, int64_t blocks) {
         // 64 hidden numbers are a block of the next product's activations, so they are quantised as soon as computed.
@@ -94,7 +95,7 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
             }
     };
     // Adjacent blocks of an expert with few tokens are computed together: longer reads stall on memory less often.
-    parallel_ranges(int64_t(items.size()), claim_of(tokens), [&](int64_t i, int64_t to) {
+    parallel_ranges(int64_t(items.size()), claim_of(typical), [&](int64_t i, int64_t to) {
         for (int64_t next; i < to; i = next) {
             next = i + 1;
             while (next < to && items[i].count <= FEW && items[next].expert == items[i].expert) next++;
@@ -102,8 +103,8 @@ void mixture(const float* x, int64_t tokens, const std::vector<Expert>& experts,
         }
     });
 
-    const int64_t step = item_groups(down, tokens), groups = down.groups();
-    parallel_ranges(ceil_div(groups, step), claim_of(tokens), [&](int64_t i, int64_t to) {
+    const int64_t step = item_groups(down, typical), groups = down.groups();
+    parallel_ranges(ceil_div(groups, step), claim_of(typical), [&](int64_t i, int64_t to) {
         const int64_t group = i * step, end = std::min(to * step, groups);
         const int64_t row0 = group * GROUP, width = std::min(end * GROUP, down.rows) - row0;
         for (int64_t t = 0; t < rows; t++) std::memset(y + t * down.rows + row0, 0, width * sizeof(float));

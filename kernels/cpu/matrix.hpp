@@ -250,20 +250,85 @@ inline Vec stream(const Panel<FORMAT>& panel, const Activations& x, int64_t row)
 }
 #endif
 
+// Up to so many tokens are computed together from the codes as they are stored: unpacking a panel first takes longer
+// than it saves.
+constexpr int few_tokens(int format) { return DSV2_AVX512 && format == NF4 ? 8 : 4; }
+
+template <int FORMAT, int TOKENS>
+inline void stream_few(const Panel<FORMAT>& panel, const Selection& x, Vec (&out)[TOKENS]) {
+    // Sums per token, so that additions need not wait for each other, as far as there are registers.
+    constexpr int CHAINS = DSV2_AVX512 ? (TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4) : (TOKENS > 2 ? 1 : 2);
+    const int8_t* codes[TOKENS];
+    int64_t rows[TOKENS];
+    for (int t = 0; t < TOKENS; t++) {
+        rows[t] = x.row(t) * x.all.blocks;
+        codes[t] = x.all.codes + rows[t] * BLOCK;
+        out[t] = Vec{};
+    }
+    for (int64_t b = 0; b < x.all.blocks; b++) {
+        if (FORMAT == NF4)
+            for (int64_t i = 0; i < panel.TILE; i += 64) {
+                __builtin_prefetch(panel.first + b * panel.TILE + AHEAD + i);
+                if (PANEL_GROUPS > 1) __builtin_prefetch(panel.second + b * panel.TILE + AHEAD + i);
+            }
+        __builtin_prefetch(panel.first_scales + b * GROUP + SCALES_AHEAD);
+        Int sums[TOKENS][CHAINS] = {};
+        for (int t = 0; t < TOKENS; t++) sums[t][0] = splat_int(x.all.starts[rows[t] + b]);
+        panel.levels(b, [&](int quad, Levels levels) {
+            for (int t = 0; t < TOKENS; t++) {
+                Int& sum = sums[t][quad % CHAINS];
+                sum = dot(sum, levels, codes[t] + b * BLOCK + quad * 4);
+            }
+        });
+        const Vec scales = panel.scales(b);
+        for (int t = 0; t < TOKENS; t++) {
+            Int sum = sums[t][0];
+            for (int chain = 1; chain < CHAINS; chain++) sum += sums[t][chain];
+            out[t] = fma(to_float(sum), scales * x.all.scales[rows[t] + b], out[t]);
+        }
+    }
+}
+
+template <int FORMAT, int TOKENS, class Sink>
+inline void multiply_few(const Panel<FORMAT>& panel, const Selection& x, int64_t row, Sink& sink) {
+    if constexpr (TOKENS > 0) {
+        if (x.count < TOKENS) return multiply_few<FORMAT, TOKENS - 1>(panel, x, row, sink);
+        Vec out[TOKENS];
+        stream_few<FORMAT, TOKENS>(panel, x, out);
+        for (int t = 0; t < TOKENS; t++) sink(row, t, out[t]);
+    }
+}
+
 // An unpacked panel, for products with several tokens.
 struct Unpacked {
     const Levels* levels;  // [blocks, 16]
     const Vec* scales;     // [blocks]
 };
 
+// What is unpacked next, to be prefetched while the first tile is multiplied: bytes per block of columns.
+struct Ahead {
+    const uint8_t* codes;  // null: nothing
+    int64_t code_bytes;
+    const uint8_t* scales;
+    int64_t scale_bytes;
+
+    void prefetch(int64_t b) const {
+        if (!codes) return;
+        for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(codes + b * code_bytes + i, 0, 2);
+        __builtin_prefetch(scales + b * scale_bytes, 0, 2);
+    }
+};
+
 template <int TOKENS, int PANELS>
-inline void tile(const Unpacked (&panels)[PANELS], const Selection& x, int64_t from, Vec (&out)[PANELS][TOKENS]) {
+inline void tile(const Unpacked (&panels)[PANELS], const Selection& x, int64_t from, const Ahead& ahead,
+                 Vec (&out)[PANELS][TOKENS]) {
     const int64_t blocks = x.all.blocks;
     int64_t rows[TOKENS];
     for (int t = 0; t < TOKENS; t++) rows[t] = x.row(from + t) * blocks;
     for (int p = 0; p < PANELS; p++)
         for (int t = 0; t < TOKENS; t++) out[p][t] = Vec{};
     for (int64_t b = 0; b < blocks; b++) {
+        ahead.prefetch(b);
         Int sums[PANELS][TOKENS];
         for (int t = 0; t < TOKENS; t++)
             for (int p = 0; p < PANELS; p++) sums[p][t] = splat_int(x.all.starts[rows[t] + b]);
@@ -284,15 +349,16 @@ inline void tile(const Unpacked (&panels)[PANELS], const Selection& x, int64_t f
 
 // Products of the tokens from `from` on: full tiles first, then ever smaller ones for the rest.
 template <int TOKENS, int PANELS, class Sink>
-inline void tiles(const Unpacked (&panels)[PANELS], const Selection& x, int64_t from, int64_t row, Sink& sink) {
+inline void tiles(const Unpacked (&panels)[PANELS], const Selection& x, int64_t from, int64_t row, Ahead ahead, Sink& sink) {
     if constexpr (TOKENS > 0) {
         for (; x.count - from >= TOKENS; from += TOKENS) {
             Vec out[PANELS][TOKENS];
-            tile<TOKENS, PANELS>(panels, x, from, out);
+            tile<TOKENS, PANELS>(panels, x, from, ahead, out);
+            ahead.codes = nullptr;
             for (int p = 0; p < PANELS; p++)
                 for (int t = 0; t < TOKENS; t++) sink(row + p * LANES, from + t, out[p][t]);
         }
-        tiles<TOKENS - 1, PANELS>(panels, x, from, row, sink);
+        tiles<TOKENS - 1, PANELS>(panels, x, from, row, ahead, sink);
     }
 }
 
@@ -312,7 +378,11 @@ inline void multiply_panels(const Matrix& m, int64_t group, const Selection& x, 
         }
         panels[p] = {unpacked, scales};
     }
-    tiles<TILE_TOKENS, PANELS>(panels, x, 0, group * GROUP, sink);
+    // The groups of rows that follow are next in memory; it does no harm if there are none.
+    const int64_t next = group + PANELS * PANEL_GROUPS, scale_bytes = PANELS * PANEL_GROUPS * GROUP * 2;
+    const Ahead ahead{m.group_codes(next), PANELS * PANEL_GROUPS * Panel<FORMAT>::TILE,
+                      reinterpret_cast<const uint8_t*>(m.group_scales(next)), scale_bytes};
+    tiles<TILE_TOKENS, PANELS>(panels, x, 0, group * GROUP, ahead, sink);
 }
 
 template <int FORMAT, class Sink>
@@ -321,6 +391,12 @@ inline void multiply_format(const Matrix& m, int64_t group, int64_t end, const S
         const int64_t row = x.row(0);
         for (; group < end; group += PANEL_GROUPS)
             sink(group * GROUP, 0, stream(Panel<FORMAT>(m, group), x.all, row));
+        return;
+    }
+    constexpr int FEW = few_tokens(FORMAT);
+    if (x.count <= FEW) {
+        for (; group < end; group += PANEL_GROUPS)
+            multiply_few<FORMAT, FEW>(Panel<FORMAT>(m, group), x, group * GROUP, sink);
         return;
     }
     for (; end - group >= TILE_PANELS * PANEL_GROUPS; group += TILE_PANELS * PANEL_GROUPS)

@@ -20,7 +20,7 @@ ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.def
 # A replay is cut into slices, since Ctrl-C takes effect only between native calls: seconds per slice, and the number of
 # calls in a slice before their durations are known.
 SLICE_SECONDS, FIRST_SLICE = 0.1, 12
-CALL_ARGUMENTS = 13  # as in api.hpp
+CALL_ARGUMENTS = 15  # as in api.hpp
 
 _Arguments = c_uint64 * CALL_ARGUMENTS
 

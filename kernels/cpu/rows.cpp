@@ -1,4 +1,5 @@
 // The small kernels between the products: norms, rotation, writing to the KV cache, the router, the embedding.
+#include <algorithm>
 #include <vector>
 
 #include "api.hpp"
@@ -54,14 +55,17 @@ API void dsv2_add(const float* a, const float* b, int64_t count, float* y) {
     });
 }
 
-API void dsv2_latents(const float* kv_a, int64_t tokens, int64_t latent, int64_t rope, const float* weight, float eps,
-                      const float* rotation, const int64_t* block_table, void* cache, int32_t dtype) {
-    const Latents latents{static_cast<uint8_t*>(cache), LatentDtype(dtype), latent, rope, block_table + 1};
-    each_row(tokens, [&](int64_t t) {
+API void dsv2_latents(const float* kv_a, int64_t latent, int64_t rope, const float* weight, float eps,
+                      const float* rotation, const int64_t* block_tables, int64_t table_size, const int64_t* offsets,
+                      int64_t sequences, void* cache, int32_t dtype) {
+    each_row(offsets[sequences], [&](int64_t t) {
         thread_local Scratch scratch;
         float* normed = scratch.reserve<float>(latent);
+        const int64_t sequence = std::upper_bound(offsets, offsets + sequences, t) - offsets - 1;
+        const int64_t* table = block_tables + sequence * table_size;
+        const Latents latents{static_cast<uint8_t*>(cache), LatentDtype(dtype), latent, rope, table + 1};
         const float* x = kv_a + t * (latent + rope);
-        uint8_t* row = static_cast<uint8_t*>(cache) + latents.offset(*block_table + t);
+        uint8_t* row = static_cast<uint8_t*>(cache) + latents.offset(*table + t - offsets[sequence]);
         rms_norm(x, weight, eps, latent, normed);
         if (latents.dtype == LatentDtype::INT8) {
             quantize_latent(normed, latent, row);

@@ -1,11 +1,12 @@
-// Places one token's experts between two CUDA graphs of a decode step: what `offload/graph_experts.py: GraphExperts` does
-// in Python, for steps of milliseconds in which Python's 0.15 ms a layer would count.
+// Places the experts of few tokens between two CUDA graphs of a decode step: what `offload/graph_experts.py:
+// GraphExperts` does in Python, for steps of milliseconds in which Python's 0.15 ms a layer would count.
 //
 // The structs are declared again in `offload/native_placing.py`; tests compare the cache's state with that of
 // `offload/expert_cache.py: ExpertCache`, whose arrays this file reads and writes.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "driver.hpp"
@@ -13,7 +14,7 @@
 namespace dsv2 {
 
 constexpr int32_t NOBODY = -1;
-constexpr int MAX_CHOSEN = 64;  // experts per token
+constexpr int MAX_PAIRS = 1024;  // token-expert pairs of a step
 enum Policy : int32_t { LRU, LFU, LFU_AGEING, LRFU };
 
 // The arrays of `ExpertCache`. A key is the number of an expert, counted over all layers.
@@ -96,9 +97,12 @@ typedef void (*ExpertOutputs)(const float* x, int64_t x_rows, const uint8_t* rec
                               int32_t format, int64_t hidden, int64_t intermediate, const int64_t* tokens,
                               const int64_t* slot, int64_t pairs, float* y);
 
-// Seconds; `balance.Costs` without what further tokens cost.
+// `balance.Costs`, in seconds.
 struct Costs {
-    double fetch, read, start;
+    double fetch, read, token, start;
+
+    // To compute an expert on the CPU for this many tokens.
+    double host(int64_t tokens) const { return read + double(tokens - 1) * token; }
 };
 
 // What was done since Python read these counters last.
@@ -107,7 +111,7 @@ struct Done {
     double fetch_seconds, fetch_expected, host_seconds, host_expected;
 };
 
-// A device's experts. `GraphBuffers` has the tensors from `ids` to `outputs`; `outputs` is its part for the CPU.
+// A device's experts. `GraphBuffers` has the tensors from `ids` to `outputs`, of which a step uses the beginning.
 struct Experts {
     const Driver* driver;
     void* context;
@@ -116,7 +120,7 @@ struct Experts {
     void* copy_end;
     uint64_t records;
     int64_t nbytes;
-    int64_t chosen, hidden, intermediate;
+    int64_t chosen, hidden, intermediate;  // experts per token, and sizes of an expert
     const int64_t* ids;
     const float* x;
     int64_t* slot_table;
@@ -127,11 +131,13 @@ struct Experts {
     Cache cache;
     Costs costs;
     Done done;
+    int64_t staged;  // experts that the staging buffers hold
     int32_t format;
     int32_t stream_all;  // copy every missing expert
-    // Between the two calls of a layer.
-    int64_t fetched, on_host;
-    int64_t host_experts[MAX_CHOSEN];
+    // Between the two calls of a layer: experts copied, experts of the CPU, and the latter's pairs and expected seconds.
+    int64_t fetched, on_host, host_pairs;
+    double host_cost;
+    int64_t host_tokens[MAX_PAIRS], host_experts[MAX_PAIRS];
     int32_t copies_timed;  // whether the events of the last copies have not been read yet
 };
 
@@ -140,25 +146,42 @@ struct Layer {
     int64_t number;
     const uint8_t* records;
     int64_t count;
+    int64_t tokens;  // of the step
+};
+
+// An expert that some tokens chose: `count` successive pairs.
+struct Chosen {
+    int64_t expert;
+    const int64_t* pairs;
+    int64_t count;
 };
 
 namespace {
 
-// How many of `missing` experts to copy; see `balance.divide`.
-int64_t divide(int64_t missing, const Costs& costs) {
+// How many of the missing experts to copy, from the front; see `balance.divide`.
+int64_t divide(const Chosen* missing, int64_t misses, const Costs& costs) {
     double host = 0;
-    for (int64_t i = 0; i < missing; i++) host += costs.read;
-    double best = missing ? costs.start + host : 0;
+    for (int64_t i = 0; i < misses; i++) host += costs.host(missing[i].count);
+    double best = misses ? costs.start + host : 0;
     int64_t fetched = 0;
-    for (int64_t number = 1; number <= missing; number++) {
-        host -= costs.read;
-        const double longer = std::max(double(number) * costs.fetch, number < missing ? costs.start + host : 0.0);
+    for (int64_t number = 1; number <= misses; number++) {
+        host -= costs.host(missing[number - 1].count);
+        const double longer = std::max(double(number) * costs.fetch, number < misses ? costs.start + host : 0.0);
         if (longer < best) {
             best = longer;
             fetched = number;
         }
     }
     return fetched;
+}
+
+// Whether a token has the same input and experts as the one before it, as the rows have that pad a batch.
+bool like_before(const Experts& e, int64_t token) {
+    if (!token) return false;
+    const int64_t* before = e.ids + (token - 1) * e.chosen;
+    const float* x = e.x + (token - 1) * e.hidden;
+    return std::equal(before, before + e.chosen, before + e.chosen) &&
+           !std::memcmp(x, x + e.hidden, size_t(e.hidden) * sizeof(float));
 }
 
 // Read how long the last copies took, which are done.
@@ -186,48 +209,61 @@ API int32_t dsv2_place(void* argument, void* stream) {
     DRIVER_CALL(settle(e));
     std::fill(cache.pinned, cache.pinned + cache.slots, uint8_t(0));
 
+    const int64_t tokens = layer.tokens, all = tokens * K;  // pairs
     int64_t* const hit = e.slot_table;
-    int64_t* const copied = hit + K;
-    int64_t* const row = copied + K;
-    int64_t ascending[MAX_CHOSEN], missing[MAX_CHOSEN];  // positions among the K
-    for (int64_t i = 0; i < K; i++) {
-        ascending[i] = row[i] = i;
-        hit[i] = copied[i] = NOBODY;
-    }
-    const auto by_number = [&](int64_t a, int64_t b) { return e.ids[a] < e.ids[b]; };
-    std::sort(ascending, ascending + K, by_number);
-    cache.steps[layer.number]++;
-    int64_t misses = 0;
-    for (int64_t i = 0; i < K; i++) {
-        const int64_t at = ascending[i], key = first + e.ids[at];
-        cache.count_use(key, layer.number);
-        if (cache.slot[key] == NOBODY) {
-            missing[misses++] = at;
-        } else {
-            hit[at] = cache.slot[key];
-            cache.hold(key, cache.slot[key]);
+    int64_t* const copied = hit + all;
+    int64_t* const row = copied + all;
+    int64_t pairs[MAX_PAIRS], count = 0;  // of tokens unlike the one before, sorted by expert
+    bool repeated[MAX_PAIRS];
+    for (int64_t t = 0; t < tokens; t++) {
+        repeated[t] = like_before(e, t);
+        for (int64_t i = t * K; i < t * K + K; i++) {
+            row[i] = i;
+            hit[i] = copied[i] = NOBODY;
+            if (!repeated[t]) pairs[count++] = i;
         }
     }
-    cache.counts[3 * layer.number] += K - misses;
+    std::sort(pairs, pairs + count, [&](int64_t a, int64_t b) {
+        return e.ids[a] != e.ids[b] ? e.ids[a] < e.ids[b] : a < b;
+    });
+
+    cache.steps[layer.number]++;
+    Chosen missing[MAX_PAIRS];
+    int64_t misses = 0, hits = 0;
+    for (int64_t i = 0, next; i < count; i = next) {
+        const int64_t expert = e.ids[pairs[i]], key = first + expert;
+        for (next = i + 1; next < count && e.ids[pairs[next]] == expert;) next++;
+        cache.count_use(key, layer.number);
+        if (cache.slot[key] == NOBODY) {
+            missing[misses++] = {expert, pairs + i, next - i};
+            continue;
+        }
+        hits++;
+        for (int64_t at = i; at < next; at++) hit[pairs[at]] = cache.slot[key];
+        cache.hold(key, cache.slot[key]);
+    }
+    cache.counts[3 * layer.number] += hits;
     cache.counts[3 * layer.number + 1] += misses;
 
     e.fetched = misses;
-    if (!e.stream_all) {
-        // Those of most worth to the cache are copied.
-        std::sort(missing, missing + misses,
-                  [&](int64_t a, int64_t b) { return cache.less(first + e.ids[b], first + e.ids[a]); });
-        e.fetched = divide(misses, e.costs);
-        std::sort(missing, missing + e.fetched, by_number);
-        std::sort(missing + e.fetched, missing + misses);
+    if (!e.stream_all || misses > e.staged) {
+        // Those of the most tokens, and then those of most worth to the cache, are copied.
+        std::sort(missing, missing + misses, [&](const Chosen& a, const Chosen& b) {
+            return a.count != b.count ? a.count > b.count : cache.less(first + b.expert, first + a.expert);
+        });
+        if (!e.stream_all) e.fetched = divide(missing, misses, e.costs);
+        e.fetched = std::min(e.fetched, e.staged);
+        std::sort(missing, missing + e.fetched, [](const Chosen& a, const Chosen& b) { return a.expert < b.expert; });
     }
     if (e.fetched) DRIVER_CALL(e.driver->record(e.copy_start, e.copies));
     int64_t staging = cache.slots;
     for (int64_t i = 0; i < e.fetched; i++) {
-        const int64_t expert = e.ids[missing[i]];
-        const int32_t slot = cache.admit(first + expert, layer.number);
-        const int64_t index = copied[missing[i]] = slot == NOBODY ? staging++ : slot;
-        DRIVER_CALL(e.driver->copy_to_device(e.records + uint64_t(index * e.nbytes), layer.records + expert * e.nbytes,
-                                             size_t(e.nbytes), e.copies));
+        const Chosen& chosen = missing[i];
+        const int32_t slot = cache.admit(first + chosen.expert, layer.number);
+        const int64_t index = slot == NOBODY ? staging++ : slot;
+        for (int64_t at = 0; at < chosen.count; at++) copied[chosen.pairs[at]] = index;
+        DRIVER_CALL(e.driver->copy_to_device(e.records + uint64_t(index * e.nbytes),
+                                             layer.records + chosen.expert * e.nbytes, size_t(e.nbytes), e.copies));
     }
     if (e.fetched) {
         DRIVER_CALL(e.driver->record(e.copy_end, e.copies));
@@ -235,30 +271,42 @@ API int32_t dsv2_place(void* argument, void* stream) {
         e.done.fetched += e.fetched;
         e.done.fetch_expected += double(e.fetched) * e.costs.fetch;
     }
+
     e.on_host = misses - e.fetched;
-    for (int64_t i = 0; i < e.on_host; i++) {
-        const int64_t at = missing[e.fetched + i];
-        e.host_experts[i] = e.ids[at];
-        row[at] = K + i;
+    e.host_cost = e.costs.start;
+    e.host_pairs = 0;
+    int64_t on_host[MAX_PAIRS];
+    for (int64_t i = e.fetched; i < misses; i++) {
+        std::copy(missing[i].pairs, missing[i].pairs + missing[i].count, on_host + e.host_pairs);
+        e.host_pairs += missing[i].count;
+        e.host_cost += e.costs.host(missing[i].count);
     }
-    return e.driver->copy_to_device(e.sent, e.slot_table, size_t(3 * K) * sizeof(int64_t), stream);
+    std::sort(on_host, on_host + e.host_pairs);
+    for (int64_t i = 0; i < e.host_pairs; i++) {
+        e.host_tokens[i] = on_host[i] / K;
+        e.host_experts[i] = e.ids[on_host[i]];
+        row[on_host[i]] = all + i;
+    }
+    for (int64_t t = 1; t < tokens; t++)
+        if (repeated[t]) std::copy(row + t * K - K, row + t * K, row + t * K);
+    return e.driver->copy_to_device(e.sent, e.slot_table, size_t(3 * all) * sizeof(int64_t), stream);
 }
 
 // Make the stream wait for the copies, and compute the remaining experts on the CPU.
 API int32_t dsv2_finish(void* argument, void* stream) {
     using namespace dsv2;
     typedef std::chrono::steady_clock Clock;
-    static const int64_t token[MAX_CHOSEN] = {};
     const Layer& layer = *static_cast<const Layer*>(argument);
     Experts& e = *layer.experts;
     DRIVER_CALL(e.driver->set_context(e.context));
     if (e.fetched) DRIVER_CALL(e.driver->wait(stream, e.copy_end, 0));
     if (!e.on_host) return 0;
     const auto start = Clock::now();
-    e.expert_outputs(e.x, 1, layer.records, e.nbytes, layer.count, e.format, e.hidden, e.intermediate, token,
-                     e.host_experts, e.on_host, e.host_outputs);
+    e.expert_outputs(e.x, layer.tokens, layer.records, e.nbytes, layer.count, e.format, e.hidden, e.intermediate,
+                     e.host_tokens, e.host_experts, e.host_pairs, e.host_outputs);
     e.done.host_seconds += std::chrono::duration<double>(Clock::now() - start).count();
-    e.done.host_expected += e.costs.start + double(e.on_host) * e.costs.read;
+    e.done.host_expected += e.host_cost;
     e.done.on_host += e.on_host;
-    return e.driver->copy_to_device(e.outputs, e.host_outputs, size_t(e.on_host * e.hidden) * sizeof(float), stream);
+    const uint64_t target = e.outputs + uint64_t(layer.tokens * e.chosen * e.hidden) * sizeof(float);
+    return e.driver->copy_to_device(target, e.host_outputs, size_t(e.host_pairs * e.hidden) * sizeof(float), stream);
 }

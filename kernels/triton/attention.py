@@ -1,9 +1,11 @@
 """Latent attention on the GPU: in absorbed form for few queries, from rebuilt keys and values for many.
 
-Shapes as in `kernels.reference`. Kernels read the block table on the device, so that a captured graph can be replayed
-at the next position: the grid covers all blocks that the table has room for, and programs past the last position do
-no work.
+Shapes as in `kernels.reference`. Kernels read block tables and query offsets on the device, so that a captured graph
+can be replayed at the next positions: the grid covers all blocks that a table has room for, and programs past the last
+position of their sequence do no work.
 """
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dsv2_local.kernels.format import CACHE_BLOCK, REBUILT_NUMBERS
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.kernels.triton.latents import read_keys, read_latents, rows_of, views
 from dsv2_local.kernels.triton.linear import Bank, dequantize, dot, multiply
 from dsv2_local.kernels.triton.rows import rotated
@@ -36,32 +39,43 @@ def _softmax_start(BM: tl.constexpr):
     return tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["M", "table_stride"])
 def _absorbed(
-    q_latent, q_rope, rotation, latents, halves, block_table, parts, sums,
-    M, T, H, q_stride, latents_stride, scale,
+    q_latent, q_rope, rotation, latents, halves, block_tables, offsets, parts, sums,
+    M, H, q_stride, latents_stride, table_stride, scale,
     C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of BM of the M = T·H query rows over one of SPLITS parts of the cache (as in flash decoding).
+    """Attention of BM query rows of a sequence over one of SPLITS parts of its cache (as in flash decoding).
+
+    A token has H query rows; there are M of all sequences together. Grid: blocks of rows, as many as the sequence with
+    the most tokens has; parts; sequences.
 
     Writes to parts [SPLITS, M, C] the latents weighted by the softmax over that part, and to sums [SPLITS, M] the
     logarithm (base 2) of the softmax's denominator: -inf if the row sees no position of the part, whose result is then
     not written.
     """
     wait_for_previous_kernel(PDL)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = row < M
+    sequence = tl.program_id(2)
+    before = tl.load(offsets + sequence)
+    T = (tl.load(offsets + sequence + 1) - before).to(tl.int32)  # tokens of this sequence
+    before = (before - tl.load(offsets)).to(tl.int32)  # tokens of the sequences before it
+    local = tl.program_id(0) * BM + tl.arange(0, BM)
+    if tl.program_id(0) * BM >= T * H:
+        return
+    block_table = block_tables + sequence.to(tl.int64) * table_stride
+    valid = local < T * H
+    row = before * H + local
     c, p = tl.arange(0, BC), tl.arange(0, BP)
     cached = tl.load(block_table)
     row64 = row.to(tl.int64)[:, None]
     query = tl.load(q_latent + row64 * C + c[None, :], valid[:, None] & (c < C)[None, :], 0.0)
     angles = rotation + (row // H)[:, None] * P
     rope = rotated(q_rope + row64 * q_stride, angles, p[None, :], valid[:, None] & (p < P)[None, :]).to(query.dtype)
-    visible = cached + row // H + 1
+    visible = cached + local // H + 1
     split_size = tl.cdiv(tl.cdiv(cached + T, SPLITS), BS) * BS
     first = tl.program_id(1) * split_size
-    last_row = tl.minimum(tl.program_id(0) * BM + BM, M) - 1
+    last_row = tl.minimum(tl.program_id(0) * BM + BM, T * H) - 1
     end = tl.minimum(first + split_size, cached + last_row // H + 1)
     sum_ = tl.zeros([BM, BC], tl.float32)
     maximum, total = _softmax_start(BM)
@@ -163,37 +177,68 @@ def attention(
     q: Tensor,
     rotation: Tensor,
     latents: Tensor,
-    block_table: Tensor,
+    metadata: AttentionMetadata,
     w_uk: Matrix,
     w_uv: Matrix,
     scale: float,
-    absorb: bool,
 ) -> Tensor:
-    """Causal latent attention, in either of its two forms; see `reference.attention`.
+    """Causal latent attention of several sequences, each in either form; see `reference.attention`.
 
     C and V must be multiples of 8, so that each head of the matrices is whole groups of rows of the stored layout.
     """
-    form = absorbed_attention if absorb else materialized_attention
-    return form(q.contiguous(), torch.view_as_real(rotation), latents, block_table, w_uk, w_uv, scale)
+    q, angles = q.contiguous(), torch.view_as_real(rotation)
+    if all(metadata.absorbed):
+        return absorbed_attention(q, angles, latents, metadata, w_uk, w_uv, scale)
+    out = q.new_empty(len(q), w_uv.rows)
+    for rows, part, absorbed in _runs(metadata):
+        form = absorbed_attention if absorbed else materialized_attention
+        out[rows] = form(q[rows], angles[rows], latents, part, w_uk, w_uv, scale)
+    return out
+
+
+def _runs(metadata: AttentionMetadata) -> Iterator[tuple[slice, AttentionMetadata, bool]]:
+    """Neighbouring sequences that are all absorbed, and every other one alone: rows, metadata, whether absorbed."""
+    first, start = 0, 0
+    while first < len(metadata.counts):
+        absorbed, after = metadata.absorbed[first], first + 1
+        while absorbed and after < len(metadata.counts) and metadata.absorbed[after]:
+            after += 1
+        counts = metadata.counts[first:after]
+        end = start + sum(counts)
+        if end > start:
+            tables, offsets = metadata.block_tables[first:after], metadata.offsets[first : after + 1]
+            yield slice(start, end), AttentionMetadata(tables, offsets, counts, (absorbed,) * len(counts)), absorbed
+        first, start = after, end
 
 
 def absorbed_attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, block_table: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, metadata: AttentionMetadata, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
-    """Attention in latent space: q [T, H, N + P], not rotated, rotation float32 [T, P/2, 2] -> [T, H·V]."""
+    """Attention in latent space: q [T, H, N + P], not rotated, rotation float32 [T, P/2, 2] -> [T, H·V].
+
+    One launch for all sequences. How many parts the caches are split into depends on shapes alone, so that a captured
+    step is right at any lengths.
+    """
     T, H, _ = q.shape
-    M, C, P, context = T * H, w_uv.cols, 2 * rotation.shape[1], max_context(block_table)
+    M, C, P, tables = T * H, w_uv.cols, 2 * rotation.shape[1], metadata.block_tables
     rows = q.view(M, -1)
     q_latent = by_heads(rows, w_uk, H)
     numbers, halves, stride, scales = views(latents, C)
-    BM, BS = _absorbed_block(q)
+    most = max(metadata.counts)
+    BM, BS = _absorbed_block(q, most * H)
+    blocks = sum(triton.cdiv(count * H, BM) for count in metadata.counts)
     programs = processors(q.device) * (2 if BM == 16 else 1)
-    splits = min(MAX_SPLITS, max(1, programs // triton.cdiv(M, BM)), triton.cdiv(context, 64))
+    splits = max(1, programs // blocks)
+    if len(metadata.counts) > 1:
+        # With some more programs than run at once, sequences that are longer than the others hold up less. A power of
+        # two, since the kernel is compiled for each number.
+        splits = triton.next_power_of_2(splits)
+    splits = min(MAX_SPLITS, splits, triton.cdiv(max_context(tables), 64))
     parts = torch.empty(splits, M, C, device=q.device)
     sums, mixed = torch.empty(splits, M, device=q.device), torch.empty_like(q_latent)
-    _absorbed[(triton.cdiv(M, BM), splits)](
-        q_latent, rows[:, w_uk.cols :], rotation, numbers, halves, block_table, parts, sums,
-        M, T, H, rows.stride(0), stride, scale * LOG2_E,
+    _absorbed[(triton.cdiv(most * H, BM), splits, len(metadata.counts))](
+        q_latent, rows[:, w_uk.cols :], rotation, numbers, halves, tables, metadata.offsets, parts, sums,
+        M, H, rows.stride(0), stride, tables.stride(0), scale * LOG2_E,
         C=C, P=P, BC=power_of_2(C), BP=power_of_2(P), SCALES=scales, BM=BM, BS=BS, SPLITS=splits,
         num_warps=4 if BM == 16 else 8, num_stages=2, **pdl_arguments(q.device),
     )  # fmt: skip
@@ -213,11 +258,13 @@ def by_heads(x: Tensor, weight: Matrix, heads: int) -> Tensor:
 
 
 def materialized_attention(
-    q: Tensor, rotation: Tensor, latents: Tensor, block_table: Tensor, w_uk: Matrix, w_uv: Matrix, scale: float
+    q: Tensor, rotation: Tensor, latents: Tensor, metadata: AttentionMetadata, w_uk: Matrix, w_uv: Matrix, scale: float
 ) -> Tensor:
-    """The same result as `absorbed_attention`, from keys and values rebuilt for a group of heads at a time."""
+    """The same as `absorbed_attention`, for one sequence: keys and values are rebuilt, a group of heads at a time."""
     T, H, _ = q.shape
-    N, C, V, P, context = w_uk.cols, w_uv.cols, w_uv.rows // H, 2 * rotation.shape[1], max_context(block_table)
+    (block_table,) = metadata.block_tables
+    N, C, V, P = w_uk.cols, w_uv.cols, w_uv.rows // H, 2 * rotation.shape[1]
+    context = max_context(metadata.block_tables)
     uk = dequantize(w_uk, q.dtype).view(H, C, N)
     uv = dequantize(w_uv, q.dtype).view(H, V, C).transpose(1, 2)  # [H, C, V]
     out = q.new_empty(T, H * V)
@@ -242,15 +289,15 @@ def materialized_attention(
     return out
 
 
-def _absorbed_block(q: Tensor) -> tuple[int, int]:
-    """BM and BS, the query rows and the positions per step of a program of `_absorbed`.
+def _absorbed_block(q: Tensor, rows: int) -> tuple[int, int]:
+    """BM and BS, the query rows and the positions per step of a program of `_absorbed`, for `rows` rows of a sequence.
 
     A program needs BM rows of C fp32 sums in registers, and in shared memory BM query rows of C numbers and two steps
     of BS latents. For C = 512 in bf16 the shared memory is 55 KB with 16 rows (so that two programs fit on a
     multiprocessor), 74 KB with 32 rows, and with 64 rows 144 KB, or 229 KB with 64 positions; in fp32 it is 90 KB with
     16 rows. Consumer GPUs have 99 KB.
     """
-    rows, shared = q.shape[0] * q.shape[1], shared_memory(q.device)
+    shared = shared_memory(q.device)
     if q.dtype == torch.float32 or rows <= 16:
         return 16, 64 // q.element_size()
     if rows <= 32 or shared < 150_000:
@@ -258,9 +305,9 @@ def _absorbed_block(q: Tensor) -> tuple[int, int]:
     return 64, 64 if shared > 230_000 else 32
 
 
-def max_context(block_table: Tensor) -> int:
-    """The largest number of positions that a block table has room for."""
-    return (len(block_table) - 1) * CACHE_BLOCK
+def max_context(block_tables: Tensor) -> int:
+    """The largest number of positions that each of the block tables [B, 1 + n] has room for."""
+    return (block_tables.shape[1] - 1) * CACHE_BLOCK
 
 
 def power_of_2(size: int) -> int:

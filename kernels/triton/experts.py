@@ -19,6 +19,9 @@ from dsv2_local.kernels.triton.tuning import pdl_arguments, wait_for_previous_ke
 
 STREAMED_PAIRS = 32  # up to this many pairs seldom share an expert, so each pair reads its expert's weights itself
 FEW_TOKENS = 16  # up to this many tokens, `_combine` takes few columns per program to occupy all multiprocessors
+GROUPED_AT_ONCE = (
+    128  # up to this many pairs, as decode steps have, one program groups them; torch takes a dozen launches
+)
 COPIED_EXPERTS = 8  # unquantised experts that are copied at a time
 
 
@@ -47,9 +50,9 @@ def expert_outputs(
         return
     distinct = min(n, len(records), distinct or n)
     block = token_block(n // distinct)
-    order, pieces = group_pairs(slots, len(records), block, distinct)
+    sources, order, pieces = group_pairs(tokens, slots, len(records), block, distinct)
     shape = {"n": n, "pieces": pieces, "SPLIT": 1, "BT": block, "COUNT": 1}
-    launch_tile(x, hidden, gate, up, len(pieces), sources=tokens[order], **shape)
+    launch_tile(x, hidden, gate, up, len(pieces), sources=sources, **shape)
     launch_tile(hidden, out, down, None, len(pieces), targets=order, **shape)
 
 
@@ -80,20 +83,57 @@ def cut_runs(runs: Sequence[tuple[int, int]], block: int) -> NDArray[np.int64]:
     return np.array(pieces, dtype=np.int64)
 
 
-def group_pairs(slots: Tensor, count: int, block: int, distinct: int) -> tuple[Tensor, Tensor]:
+@triton.jit(do_not_specialize=["n", "count"])
+def _group_pairs(
+    tokens, slots, sources, order, pieces, n, count, block, BN: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr
+):
+    """`group_pairs` for n <= BN pairs and `count` <= BP pieces, in one program that compares every pair with every."""
+    wait_for_previous_kernel(PDL)
+    i = tl.arange(0, BN)
+    slot = tl.load(slots + i, i < n, -1).to(tl.int32)
+    used = slot >= 0
+    key = tl.where(used, slot, 1 << 23) * BN + i  # skipped pairs come last
+    earlier = key[None, :] < key[:, None]
+    rank = tl.sum(earlier.to(tl.int32), 1)
+    same = slot[None, :] == slot[:, None]
+    position = tl.sum((same & earlier).to(tl.int32), 1)  # among the pairs of the slot
+    starts = used & (position % block == 0)
+    piece = tl.sum((earlier & starts[None, :]).to(tl.int32), 1)
+    last = tl.minimum(rank + block, rank - position + tl.sum(same.to(tl.int32), 1))
+    tl.store(order + rank, i, i < n)
+    tl.store(sources + rank, tl.load(tokens + i, i < n, 0), i < n)
+    tl.store(pieces + piece * 3, slot, starts)
+    tl.store(pieces + piece * 3 + 1, rank, starts)
+    tl.store(pieces + piece * 3 + 2, last, starts)
+    p = tl.arange(0, BP)
+    unused = (p >= tl.sum(starts.to(tl.int32))) & (p < count)
+    for part in tl.static_range(3):
+        tl.store(pieces + p * 3 + part, tl.zeros([BP], tl.int64), unused)
+
+
+def group_pairs(tokens: Tensor, slots: Tensor, count: int, block: int, distinct: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort pairs by slot and cut the pairs of each slot into pieces, on the device and without waiting for it.
 
     Args:
-        slots: int64 [n], the slot of each pair, below `count`.
+        tokens: int64 [n], the token of each pair.
+        slots: int64 [n], the slot of each pair, below `count`; pairs with a negative one are in no piece.
         block: pairs per piece; the last piece of a slot may have fewer.
         distinct: how many slots occur at most.
 
     Returns:
-        order: int64 [n], the pairs sorted by slot.
+        sources, order: int64 [n], the tokens of the pairs sorted by slot, and these pairs.
         pieces: int64 [the largest possible number, 3]: slot, first and last (exclusive) index into `order`; pieces at
             the end may be empty.
     """
     n = len(slots)
+    if n <= GROUPED_AT_ONCE:
+        sources, order = torch.empty(2, n, dtype=torch.int64, device=slots.device)
+        pieces = slots.new_empty(triton.cdiv(n, block) + distinct, 3)
+        _group_pairs[(1,)](
+            tokens, slots, sources, order, pieces, n, len(pieces), block, BN=triton.next_power_of_2(n),
+            BP=triton.next_power_of_2(len(pieces)), num_warps=8, **pdl_arguments(slots.device),
+        )  # fmt: skip
+        return sources, order, pieces
     in_order, order = slots.sort(stable=True)
     starts = torch.searchsorted(in_order, torch.arange(count + 1, device=slots.device))  # [S + 1]
     sizes = starts.diff()
@@ -105,7 +145,7 @@ def group_pairs(slots: Tensor, count: int, block: int, distinct: int) -> tuple[T
     blocks = (size + block - 1) // block
     first = starts[slot] + (blocks - last_block) * block
     last = torch.where(last_block > 0, torch.minimum(first + block, starts[slot] + size), first)
-    return order, torch.stack((slot, first, last), 1)
+    return tokens[order], order, torch.stack((slot, first, last), 1)
 
 
 def _plain_outputs(x: Tensor, records: Tensor, layout: ExpertLayout, tokens: Tensor, slots: Tensor) -> Tensor:
@@ -169,16 +209,16 @@ def _launch_combine(
 
 
 @cache
-def _only_token(K: int, device: torch.device) -> Tensor:
-    """The token index (0) of each of a single token's K pairs; cached forever, since CUDA graphs read this memory."""
-    return torch.zeros(K, dtype=torch.int64, device=device)
+def _few_tokens(T: int, K: int, device: torch.device) -> Tensor:
+    """The token of each pair of few tokens; cached forever, since CUDA graphs read this memory."""
+    return torch.arange(T, device=device).repeat_interleave(K)
 
 
 def experts(x: Tensor, records: Tensor, layout: ExpertLayout, ids: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of the routed experts, added in the order of their ids; see `reference.experts`."""
     T, K = ids.shape
     outputs, y = torch.empty(T * K, x.shape[1], device=x.device), torch.empty_like(x)
-    tokens = _only_token(K, x.device) if T == 1 else torch.arange(T * K, device=x.device) // K
+    tokens = _few_tokens(T, K, x.device) if T <= FEW_TOKENS else torch.arange(T * K, device=x.device) // K
     expert_outputs(x, records, layout, tokens, ids.flatten(), outputs)
     _launch_combine(outputs, None, ids, weights, None, y)
     return y

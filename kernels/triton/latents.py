@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv2_local.kernels.format import BLOCK, CACHE_BLOCK
+from dsv2_local.kernels.metadata import AttentionMetadata
 from dsv2_local.kernels.triton.dequantize import BLOCK_, contiguous
 from dsv2_local.kernels.triton.rows import normed, rotated
 from dsv2_local.kernels.triton.tuning import pdl_arguments, wait_for_previous_kernel
@@ -69,16 +70,20 @@ def read_keys(
     return tl.load(halves + index[:, None] + p[None, :], mask[:, None] & (p < P)[None, :], 0.0).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "sequences"])
 def _write_latents(
-    latents, halves, block_table, kv_a, weight, rotation, stride, kv_a_stride, P, eps,
-    C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
+    latents, halves, block_tables, offsets, kv_a, weight, rotation,
+    stride, kv_a_stride, table_stride, sequences, P, eps,
+    BB: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the row of token t: the normalised latent, quantised if the cache is 8-bit, and the rotated rope key."""
     wait_for_previous_kernel(PDL)
     t = tl.program_id(0).to(tl.int64)
     kv_a += t * kv_a_stride
-    row = row_of(block_table, tl.load(block_table) + t)
+    b = tl.arange(0, BB)
+    sequence = tl.sum((tl.load(offsets + 1 + b, b < sequences, 1 << 40) <= t).to(tl.int64))
+    block_tables += sequence * table_stride
+    row = row_of(block_tables, tl.load(block_tables) + t - tl.load(offsets + sequence))
     c, p = tl.arange(0, BC), tl.arange(0, BP)
     value = normed(tl.load(kv_a + c, c < C, 0.0).to(tl.float32), weight, C, eps, c)
     key = row * stride + C
@@ -100,13 +105,14 @@ def _write_latents(
 
 
 def write_latents(
-    latents: Tensor, block_table: Tensor, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
+    latents: Tensor, metadata: AttentionMetadata, kv_a: Tensor, weight: Tensor, eps: float, rotation: Tensor
 ) -> None:
-    """Append rows to a sequence in a layer's KV cache; see `reference.write_latents`."""
-    kv_a, C = contiguous(kv_a), len(weight)
-    P = kv_a.shape[1] - C
+    """Append rows to the sequences of a step in a layer's KV cache; see `reference.write_latents`."""
+    kv_a, C, tables = contiguous(kv_a), len(weight), metadata.block_tables
+    P, B = kv_a.shape[1] - C, len(metadata.counts)
     numbers, halves, stride, scales = views(latents, C)
     _write_latents[(len(kv_a),)](
-        numbers, halves, block_table, kv_a, weight, torch.view_as_real(rotation), stride, kv_a.stride(0), P, eps,
+        numbers, halves, tables, metadata.offsets, kv_a, weight, torch.view_as_real(rotation), stride, kv_a.stride(0),
+        tables.stride(0), B, P, eps, BB=max(16, triton.next_power_of_2(B)),
         C=C, BC=triton.next_power_of_2(C), BP=triton.next_power_of_2(P), SCALES=scales, **pdl_arguments(latents.device),
     )  # fmt: skip

@@ -186,21 +186,19 @@ def embedding(ids: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _to_host(x, ids, host_x, host_ids, D, K, BD: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
-    """Write BD numbers of x to host_x as fp32, and in the first program ids to host_ids."""
+    """Write BD of D numbers of x to host_x as fp32, and BK of K ids to host_ids."""
     wait_for_previous_kernel(PDL)
     part = tl.program_id(0)
-    d, k = part * BD + tl.arange(0, BD), tl.arange(0, BK)
+    d, k = part * BD + tl.arange(0, BD), part * BK + tl.arange(0, BK)
     tl.store(host_x + d, tl.load(x + d, d < D, 0.0).to(tl.float32), d < D)
-    here = tl.where(part == 0, K, 0)
-    tl.store(host_ids + k, tl.load(ids + k, k < here, 0), k < here)
+    tl.store(host_ids + k, tl.load(ids + k, k < K, 0), k < K)
 
 
 def to_host(x: Tensor, ids: Tensor, host_x: Tensor, host_ids: Tensor) -> None:
-    """Write x [1, D] and ids [1, K] to page-locked RAM; one launch, where copies would take three."""
-    D, K, BD = x.numel(), ids.numel(), 1024
-    _to_host[(triton.cdiv(D, BD),)](
-        contiguous(x), contiguous(ids), host_x, host_ids, D, K, BD=BD, BK=triton.next_power_of_2(K),
-        **pdl_arguments(x.device),
-    )  # fmt: skip
+    """Write x [T, D] and ids [T, K] to page-locked RAM; one launch, where copies would take three."""
+    D, K, BD, BK = x.numel(), ids.numel(), 1024, 64
+    _to_host[(max(triton.cdiv(D, BD), triton.cdiv(K, BK)),)](
+        x.contiguous(), ids.contiguous(), host_x, host_ids, D, K, BD=BD, BK=BK, **pdl_arguments(x.device)
+    )

@@ -21,7 +21,7 @@ def _partial_sums(logits, limits, peaks, sums, out, V, SIZE: tl.constexpr, WIDTH
     peak = tl.max(value)
     index = row * tl.num_programs(0) + part
     tl.store(peaks + index, peak)
-    tl.store(sums + index, tl.sum(tl.where(i < V, tl.exp((value - peak) * tl.load(limits)), 0.0)))
+    tl.store(sums + index, tl.sum(tl.where(i < V, tl.exp((value - peak) * tl.load(limits + 2 * row)), 0.0)))
     if part == 0:
         tl.store(out + row * WIDTH, 0)
 
@@ -38,7 +38,7 @@ def _candidates(
     largest = tl.max(peak)
     i = part * SIZE + tl.arange(0, SIZE)
     value = tl.load(logits + row.to(tl.int64) * V + i, i < V, float("-inf"))
-    chosen = (value >= largest - tl.load(limits + 1)) & (i < V)
+    chosen = (value >= largest - tl.load(limits + 2 * row + 1)) & (i < V)
     count = chosen.to(tl.int32)
     out += row * WIDTH
     index = tl.atomic_add(out, tl.sum(count)) + tl.cumsum(count, 0) - 1
@@ -46,14 +46,14 @@ def _candidates(
     tl.store(out + 3 + index, i, chosen)
     tl.store(out + 3 + MOST + index, value.to(tl.int32, bitcast=True), chosen)
     if part == 0:
-        weight = tl.exp((peak - largest) * tl.load(limits))
+        weight = tl.exp((peak - largest) * tl.load(limits + 2 * row))
         mass = tl.sum(tl.load(sums + row * PARTS + p, p < PARTS, 0.0) * weight)
         tl.store(out + 1, largest.to(tl.int32, bitcast=True))
         tl.store(out + 2, mass.to(tl.int32, bitcast=True))
 
 
 def top_candidates(logits: Tensor, limits: Tensor) -> Tensor:
-    """The top candidates of fp32 logits [T, V]; see `reference.top_candidates`."""
+    """The top candidates of fp32 logits [T, V], with limits [T, 2]; see `reference.top_candidates`."""
     (T, V), device, WIDTH = logits.shape, logits.device, 3 + 2 * MAX_CANDIDATES
     parts = triton.cdiv(V, SIZE)
     peaks, sums = torch.empty(2, T, parts, device=device)

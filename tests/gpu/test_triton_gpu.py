@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsv2_local.kernels.format import CacheDtype, ExpertLayout, Format
+from dsv2_local.kernels.metadata import AttentionMetadata
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -60,7 +61,7 @@ def test_swiglu(format, hidden, inner, tokens):
 
 @pytest.mark.parametrize("format", [*FORMATS, Format.BF16])
 @pytest.mark.parametrize(("hidden", "inner"), [(2048, 1408), (5120, 1536)])
-@pytest.mark.parametrize("tokens", [1, 5, 200])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 200])
 def test_experts(format, hidden, inner, tokens):
     check.experts("cuda", BF16, format, hidden, inner, tokens, slots=10, chosen=6)
 
@@ -74,15 +75,28 @@ def test_combine(dtype):
 @pytest.mark.parametrize("absorb", [True, False])
 @pytest.mark.parametrize(("tokens", "cached"), [(1, 0), (1, 4000), (4, 800), (130, 500)])
 def test_attention(shape, absorb, tokens, cached):
-    check.attention("cuda", BF16, (Format.INT8, Format.INT8), shape, tokens, cached, absorb)
+    check.attention("cuda", BF16, (Format.INT8, Format.INT8), shape, [(tokens, cached, absorb)])
 
 
 @pytest.mark.parametrize("shape", [LITE, V2])
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_over_8_bit_latents(shape, absorb):
-    check.attention(
-        "cuda", BF16, (Format.INT8, Format.INT8), shape, 1 if absorb else 200, 1000, absorb, CacheDtype.INT8
-    )
+    sequences = [(1 if absorb else 200, 1000, absorb)]
+    check.attention("cuda", BF16, (Format.INT8, Format.INT8), shape, sequences, CacheDtype.INT8)
+
+
+@pytest.mark.parametrize("shape", [LITE, V2])
+@pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
+def test_attention_of_several_sequences(shape, kind):
+    formats = (Format.INT8, Format.INT8)
+    check.attention("cuda", BF16, formats, shape, [(1, 100 + 301 * i, True) for i in range(16)], kind)
+    check.attention("cuda", BF16, formats, shape, [(5, 900, True), (1, 63, True), (2, 0, True)], kind)
+    check.attention("cuda", BF16, formats, shape, [(1, 3000, True), (1, 5, True), (150, 500, False)], kind)
+
+
+@pytest.mark.parametrize("shape", [LITE, V2])
+def test_company_changes_no_bit_of_a_sequence(shape):
+    check.attention_in_company("cuda", BF16, shape, 1, alone=False)
 
 
 def test_latents_are_written_in_8_bits():
@@ -91,11 +105,12 @@ def test_latents_are_written_in_8_bits():
 
 @pytest.mark.parametrize("absorb", [True, False])
 def test_attention_in_fp32(absorb):
-    check.attention("cuda", FP32, (Format.INT8, Format.INT8), LITE, 3, 100, absorb)
+    check.attention("cuda", FP32, (Format.INT8, Format.INT8), LITE, [(3, 100, absorb)])
 
 
 def test_rows():
-    check.rows("cuda", 40, 5120, 512, 64)
+    check.rows("cuda", [40], 5120, 512, 64)
+    check.rows("cuda", [1] * 16, 5120, 512, 64)
 
 
 def test_route():
@@ -112,18 +127,19 @@ def test_a_captured_step_is_replayed_at_the_next_position():
     x, q = torch.randn(1, 512).cuda().bfloat16(), torch.randn(1, H, N + P).cuda().bfloat16()
     latents, kv_a = torch.randn(2, 64, C + P).cuda().bfloat16(), torch.randn(1, C + P).cuda().bfloat16()
     norm, rotation = torch.ones(C).cuda(), torch.ones(1, P // 2, dtype=torch.complex64).cuda()
-    ids, weights, block_table = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda(), torch.tensor([63, 1, 0]).cuda()
+    ids, weights = torch.arange(3).cuda()[None], torch.rand(1, 3).cuda()
+    metadata = AttentionMetadata.of(torch.tensor([[63, 1, 0]]).cuda(), [1], [True])
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        kernels.write_latents(latents, block_table, kv_a, norm, 1e-6, rotation)
-        attended = kernels.attention(q, rotation, latents, block_table, w_uk, w_uv, 0.1, True)
+        kernels.write_latents(latents, metadata, kv_a, norm, 1e-6, rotation)
+        attended = kernels.attention(q, rotation, latents, metadata, w_uk, w_uv, 0.1)
         return attended, kernels.experts(x, records, layout, ids, weights)
 
     step()  # compiles and tunes the kernels, which is not possible during capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    block_table[0] += 1
+    metadata.block_tables[0, 0] += 1
     ids += 3
     graph.replay()
     torch.cuda.synchronize()
@@ -137,5 +153,6 @@ def test_top_candidates(temperature, margin):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_input_of_experts_reaches_ram(dtype):
-    check.sent_to_host("cuda", dtype, 5120, 6)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_input_of_experts_reaches_ram(dtype, rows):
+    check.sent_to_host("cuda", dtype, rows, 5120, 6)

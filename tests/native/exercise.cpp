@@ -108,18 +108,25 @@ void attention(LatentDtype dtype, int64_t C, int64_t P) {
     const Stored uk(H * C, N, 1), uv(H * V, C, 1);
     for (int64_t tokens : {1, 5, 90})
         for (int64_t cached : {0, 3, 600}) {
-            const auto kv_a = numbers((cached + tokens) * (C + P)), weight = numbers(C), rotation = numbers((cached + tokens) * P);
-            const int64_t blocks = (cached + tokens + dsv2::CACHE_BLOCK - 1) / dsv2::CACHE_BLOCK;
+            // Two sequences of the same blocks, as with a common prefix; the second has three tokens more in the step.
+            const int64_t more = cached ? std::min<int64_t>(3, cached) : 0, T = 2 * tokens + more, all = cached + tokens;
+            const auto kv_a = numbers(all * (C + P)), weight = numbers(C), rotation = numbers(std::max(all, T) * P);
+            const int64_t blocks = (all + dsv2::CACHE_BLOCK - 1) / dsv2::CACHE_BLOCK;
             const std::unique_ptr<uint8_t[]> rows(new uint8_t[blocks * dsv2::CACHE_BLOCK * row]);
-            std::vector<int64_t> block_table{0};
-            for (int64_t block = blocks; block > 0; block--) block_table.push_back(block - 1);
-            dsv2_latents(kv_a.data(), cached + tokens, C, P, weight.data(), 1e-6f, rotation.data(), block_table.data(),
+            std::vector<int64_t> tables{0};
+            for (int64_t block = blocks; block > 0; block--) tables.push_back(block - 1);
+            const int64_t whole[] = {0, all}, offsets[] = {0, tokens, T};
+            dsv2_latents(kv_a.data(), C, P, weight.data(), 1e-6f, rotation.data(), tables.data(), blocks + 1, whole, 1,
                          rows.get(), int32_t(dtype));
-            block_table[0] = cached;
-            for (int absorb : {0, 1}) {
-                std::vector<float> out(tokens * H * V);
-                dsv2_attention(numbers(tokens * H * (N + P)).data(), rotation.data(), rows.get(), int32_t(dtype),
-                               block_table.data(), &uk.m, &uv.m, 0.1f, tokens, H, P, absorb, out.data());
+            tables[0] = cached;
+            tables.resize(2 * (blocks + 1));
+            std::copy_n(tables.begin(), blocks + 1, tables.begin() + blocks + 1);
+            tables[blocks + 1] = cached - more;
+            for (int64_t form = 0; form < 4; form++) {
+                const int64_t absorb[] = {form % 2, form / 2};
+                std::vector<float> out(T * H * V);
+                dsv2_attention(numbers(T * H * (N + P)).data(), rotation.data(), rows.get(), int32_t(dtype), tables.data(),
+                               blocks + 1, offsets, absorb, 2, &uk.m, &uv.m, 0.1f, H, P, out.data());
                 finite("attention", out);
             }
         }
