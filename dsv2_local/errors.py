@@ -8,11 +8,14 @@ Dsv2Error                    exit code 1
 ├── PlanError                the model does not fit in this machine's memory; has the shortfall and remedies
 ├── NonFiniteError           the model computed NaN or infinity; has the place
 ├── CacheFullError           running sequences hold all blocks of the KV cache
+├── QueueFullError           as many requests wait as may wait
+├── DeadlineError            a request was not complete when its time was over
 ├── SavedCacheError          a saved cache cannot be written or read, or belongs to another model
 │   └── DamagedCacheError        its contents do not match their checksum
 ├── DeviceError              a copy or a kernel failed on a GPU
 │   └── DeviceMemoryError        the GPU has less free memory than the plan assumed
 ├── OutputError              standard output cannot be written
+├── BatchError               the output of `dsv2 run --batch` cannot be written or continued
 ├── HubError                 a hub repository cannot be reached, found or read
 ├── TemplateError            the chat template is missing or rejects the messages
 └── InputError               exit code 2: the request itself is wrong
@@ -111,6 +114,25 @@ class CacheFullError(Dsv2Error):
         )
 
 
+class QueueFullError(Dsv2Error):
+    """As many requests wait as may wait, so that no further one is taken.
+
+    Attributes:
+        waiting: how many requests wait.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting = waiting
+        super().__init__(f"the queue is full: {waiting:,} requests wait; send this one again when some have ended")
+
+
+class DeadlineError(Dsv2Error):
+    """A request was not complete when its time was over."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the answer was not complete after {seconds:g} seconds; allow more time, or ask for less")
+
+
 class SavedCacheError(Dsv2Error):
     """A saved cache cannot be written or read, is damaged, or belongs to another model."""
 
@@ -141,6 +163,10 @@ class DeviceMemoryError(DeviceError):
 
 class OutputError(Dsv2Error, OSError):
     """Standard output is closed or full; an OSError too, as what a stream raises."""
+
+
+class BatchError(Dsv2Error):
+    """The output of a batch cannot be written, belongs to other lines, or is written by another process."""
 
 
 class HubError(Dsv2Error):

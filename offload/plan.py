@@ -261,6 +261,8 @@ def _remedies(request: PlanRequest, machine: Machine, where: str) -> Iterator[st
     """Options each of which alone makes the model fit, the least painful first; the last is more memory."""
     if request.cache_dtype is CacheDtype.BF16 and _fits(replace(request, cache_dtype=CacheDtype.INT8), machine):
         yield "--cache-type int8"
+    if request.parallel > 1 and _fits(replace(request, parallel=1), machine):
+        yield "--parallel 1"
     steps = range(request.context // CONTEXT_STEP)
     shorter = bisect_left(
         steps, True, key=lambda n: not _fits(replace(request, context=(n + 1) * CONTEXT_STEP), machine)

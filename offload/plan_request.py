@@ -8,6 +8,7 @@ from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.quant.schema import Recipe
 
 DEFAULT_CONTEXT = 8192  # tokens
+DEFAULT_PARALLEL = 16  # sequences
 
 
 class Mode(StrEnum):
@@ -69,6 +70,7 @@ class PlanRequest:
         context: maximum tokens of a sequence.
         cache_dtype: how the KV cache stores latents.
         experts: where to compute the routed experts; `Plan.mode` is the mode that AUTO resolves to.
+        parallel: the most sequences in a decode step; they share the KV cache of `context` tokens.
     """
 
     config: ModelConfig
@@ -76,6 +78,7 @@ class PlanRequest:
     context: int
     cache_dtype: CacheDtype = CacheDtype.BF16
     experts: Mode = Mode.AUTO
+    parallel: int = DEFAULT_PARALLEL
 
 
 def default_context(config: ModelConfig) -> int:

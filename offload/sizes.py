@@ -16,7 +16,10 @@ STAGING_BYTES = 320 * MIB  # maximum of one buffer: large enough for copies at t
 PAIRS_AT_ONCE = 8192  # token-expert pairs whose outputs are in memory at a time if experts are offloaded
 KEY_BLOCK = 4096  # cached positions whose keys and values the CPU rebuilds at a time
 GPU_ACTIVATION_BYTES = 2
-GRAPH_BYTES = 32 * MIB  # workspace of the CUDA graphs of decode steps
+RECORDED_ROWS = 16  # the most sequences of a decode step that is recorded on the CPU
+GRAPH_ROWS = (1, 2, 4, 8, 16)  # sequences of the decode steps that are captured in CUDA graphs
+DRAFT_ROWS = 5  # rows of the one with draft tokens (`runtime/gpu_step.py: DRAFT`)
+GRAPH_BYTES = 64 * MIB  # workspace of these graphs, which share their memory; their logits come on top
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class Sizes:
         hidden = 6 * tokens * c.hidden_size
         attention = (tokens + positions) * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
         experts = 2 * tokens * max(c.num_experts_per_tok * c.moe_intermediate_size, c.intermediate_size)
-        return 4 * (hidden + attention + experts + c.vocab_size)
+        recorded = sum(range(1 + min(self.request.parallel, RECORDED_ROWS)))  # rows of the logits of all steps
+        return 4 * (hidden + attention + experts + c.vocab_size * (1 + recorded))
 
     def _on_gpu(self, tokens: int, staged: bool) -> int:
         """The larger of what attention and what an MLP holds at its peak."""
@@ -100,7 +104,10 @@ class Sizes:
         outputs = pairs * (4 * c.hidden_size + size * c.moe_intermediate_size)
         inner = size * tokens * c.intermediate_size
         mlp = size * 6 * tokens * c.hidden_size + max(inner, outputs)
-        return max(attention, mlp) + GRAPH_BYTES + 4 * c.vocab_size
+        # Of a prompt, and of each captured step: those of up to `parallel` sequences, and of the next larger number.
+        captured = sum(rows for rows in GRAPH_ROWS if rows < 2 * self.request.parallel)
+        logits = 4 * c.vocab_size * (1 + captured + DRAFT_ROWS)
+        return max(attention, mlp) + GRAPH_BYTES + logits
 
     @property
     def staging_experts(self) -> int:

@@ -1,17 +1,20 @@
 """Asynchronous steps, launched before their token is yielded as on GPUs; here simulated by a step on the CPU."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 import pytest
 import torch
 
 from dsv2_local import llm
+from dsv2_local.generation import Chunk, Generation
 from dsv2_local.kernels import reference
 from dsv2_local.llm import LLM
+from dsv2_local.progress import Progress
+from dsv2_local.runtime.batch import Part
 from dsv2_local.runtime.cache import LatentCache
 from dsv2_local.runtime.cpu_step import CpuStep
-from dsv2_local.runtime.gpu_step import DRAFT, GpuStep
+from dsv2_local.runtime.gpu_step import DRAFT
 from dsv2_local.runtime.model import Transformer
 from dsv2_local.runtime.prompt_lookup import PromptLookup
 from dsv2_local.runtime.sampling_params import SamplingParams
@@ -20,30 +23,36 @@ from dsv2_local.runtime.step import StepResult, candidate_limits
 PROMPT = "The bow of a violin is made of wood and hair. "
 
 
-class AtOnce(GpuStep):
-    """A simulated GPU step: returns top candidates, and overwrites the logits of the last step of the same length."""
+class AtOnce:
+    """A simulated GPU step: returns top candidates, and overwrites the logits of the last step of the same shape."""
 
     asynchronous = True
+    drafts_together = False
+    max_rows = 16
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
-        self.launched: list[int] = []
-        self._step = CpuStep(model, cache)
-        self._logits = {tokens: torch.empty(tokens, model.config.vocab_size) for tokens in (1, 1 + DRAFT)}
+        self.launched: list[list[int]] = []
+        self._step, self._vocab = CpuStep(model, cache), model.config.vocab_size
+        self._logits: dict[tuple[int, ...], torch.Tensor] = {}
 
     @property
     def max_draft(self) -> int:
         return DRAFT if self._step.max_draft else 0
 
-    def run(self, token: int) -> torch.Tensor:
-        return self._step.run(token)
+    def launch(self, parts: Sequence[Part], params: Sequence[SamplingParams]) -> list[StepResult]:
+        self.launched.append([tokens[0] for _, tokens in parts])
+        counts = tuple(len(tokens) for _, tokens in parts)
+        assert counts == (1,) * len(parts) or counts == (1 + DRAFT,)
+        logits = self._logits.setdefault(counts, torch.empty(sum(counts), self._vocab))
+        logits.copy_(self._step.run(parts))
+        results = []
+        for part, own, (_, tokens) in zip(logits.split(counts), params, parts, strict=True):
+            packed = reference.top_candidates(part, torch.tensor([candidate_limits(own)] * len(part)))
+            results.append(StepResult(part, tokens[1:], packed=packed, finish=lambda: 0.25))
+        return results
 
-    def launch(self, tokens: list[int], params: SamplingParams) -> StepResult:
-        self.launched.append(tokens[0])
-        made = self._step.launch(tokens, params)
-        logits = self._logits[len(tokens)]
-        logits.copy_(made._logits)
-        packed = reference.top_candidates(logits, torch.tensor(candidate_limits(params)))
-        return StepResult(logits, tokens[1:], packed=packed, finish=lambda: 0.25)
+    def warm_up(self, progress: Progress) -> None:
+        """Nothing to do."""
 
 
 @pytest.fixture
@@ -54,16 +63,16 @@ def plain() -> LLM:
 @pytest.fixture
 def early() -> LLM:
     model = llm.load(context=512)
-    model.engine.step = AtOnce(model.engine.model, model.engine.cache)
+    model.engine.decode_step = AtOnce(model.engine.model, model.engine.cache)
     return model
 
 
-def generation(model: LLM, prompt: str = PROMPT, tokens: int = 30, **options: object) -> llm.Generation:
+def generation(model: LLM, prompt: str = PROMPT, tokens: int = 30, **options: object) -> Generation:
     never_end = dict.fromkeys(model._end_tokens, -100.0) if "logit_bias" not in options else {}
     return model.generate(prompt, **{"max_tokens": tokens, "logit_bias": never_end, **options})
 
 
-def tokens_of(chunks: Iterable[llm.Chunk]) -> list[tuple[object, ...]]:
+def tokens_of(chunks: Iterable[Chunk]) -> list[tuple[object, ...]]:
     return [(chunk.token_id, chunk.logprob, chunk.top_logprobs) for chunk in chunks]
 
 
@@ -89,12 +98,13 @@ def test_drafts_of_the_captured_length_are_verified_in_one_step(plain, early, mo
         return [*right, 5, 5, 5, 5][:most]
 
     monkeypatch.setattr(PromptLookup, "propose", propose)
-    early.engine.step.run(0)  # records the step, so that drafts can be verified
-    early.engine.cache.clear()
+    list(early.generate([5], max_tokens=2))  # records the step, so that drafts can be verified
+    early.engine.clear()
+    early.engine.decode_step.launched.clear()
     chunks = generation(early, **options)
     assert tokens_of(chunks) == expected
     assert 0 < chunks.stats.accepted_tokens < chunks.stats.draft_tokens
-    assert len(early.engine.step.launched) < 29
+    assert len(early.engine.decode_step.launched) < 29
 
 
 def test_a_step_is_launched_before_its_token_is_yielded_and_none_after_the_last(early):
@@ -102,10 +112,10 @@ def test_a_step_is_launched_before_its_token_is_yielded_and_none_after_the_last(
     tokens = []
     for chunk in chunks:
         tokens.append(chunk.token_id)
-        assert early.engine.step.launched == tokens[:4]
+        assert early.engine.decode_step.launched == [[token] for token in tokens[:4]]
     assert len(tokens) == 5
     assert chunks.stats.decode_seconds >= 4 * 0.25
-    assert chunks.stats.context_used == early.engine.cache.length == chunks.stats.prompt_tokens + 4
+    assert chunks.stats.context_used == early.engine.sequence.length == chunks.stats.prompt_tokens + 4
 
 
 def test_generations_that_take_turns_compute_no_step_twice(plain, early):
@@ -114,7 +124,8 @@ def test_generations_that_take_turns_compute_no_step_twice(plain, early):
     running = [generation(early, prompt, seed=2, logprobs=2) for prompt in prompts]
     columns = zip(*zip_longest(*running), strict=True)
     assert [tokens_of(column) for column in columns] == alone
-    assert len(early.engine.step.launched) == 3 * 29
+    assert sum(map(len, early.engine.decode_step.launched)) == 3 * 29
+    assert len(early.engine.decode_step.launched) < 40, "in common steps"
 
 
 def test_an_interrupted_answer_leaves_a_consistent_cache(plain, early):
@@ -123,7 +134,7 @@ def test_an_interrupted_answer_leaves_a_consistent_cache(plain, early):
     first = [next(chunks).token_id for _ in range(7)]
     chunks.close()
     assert early.engine.tokens == [*early.tokenizer.encode(PROMPT), *first]
-    assert early.engine.cache.length == len(early.engine.tokens)
+    assert early.engine.sequence.length == len(early.engine.tokens)
     assert [token for token, *_ in tokens_of(generation(early, temperature=0))] == [token for token, *_ in expected]
 
 

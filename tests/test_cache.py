@@ -17,8 +17,9 @@ from dsv2_local.offload.resident_experts import ResidentExperts
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import random_weights
+from dsv2_local.runtime.answer import GeneratedToken, Request, Stats
 from dsv2_local.runtime.cache import LatentCache
-from dsv2_local.runtime.engine import Engine, GeneratedToken, Request, Stats
+from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.model import Transformer
 from dsv2_local.runtime.sampling_params import SamplingParams
 from tests.conftest import kernels
@@ -75,7 +76,7 @@ def test_answers_with_reuse_are_those_without_to_the_last_bit(changes, kind):
     total = 0
     for _, prompt in zip(range(40), conversations(random.Random(1), 300), strict=False):
         steps, reused = answer(ours, prompt)
-        plain.cache.clear()
+        plain.clear()
         expected, none = answer(plain, prompt)
         assert (steps, none) == (expected, 0)
         assert reused <= max((common(prompt, text) for text in said), default=0)
@@ -84,7 +85,7 @@ def test_answers_with_reuse_are_those_without_to_the_last_bit(changes, kind):
         said.append(prompt + [step.token for step in steps[:-1]])
         total += reused
     assert total > 1000
-    assert ours.step.recording is not None
+    assert ours.decode_step.recording is not None
 
 
 def test_earlier_conversations_are_found_again_and_documents_read_once():
@@ -112,7 +113,7 @@ def test_a_full_cache_goes_back_into_its_own_text(length):
     for cut in (length - 3, CACHE_BLOCK + 5, CACHE_BLOCK, CACHE_BLOCK - 1, 1):
         other = [*prompt[:cut], 3]
         expected = answer(plain, other, 1)[0]
-        plain.cache.clear()
+        plain.clear()
         steps, reused = answer(ours, other, 1)
         assert reused == cut
         assert [step.token for step in steps] == [step.token for step in expected]
@@ -127,11 +128,14 @@ def test_every_block_can_be_allocated_again():
             next(steps, None)
         if draw.random() < 0.2:
             ours.logits(prompt)
-        held = len(ours.cache._blocks)
-        assert ours.cache._pool.available == 4 - held
+        held = {block for item in ours.scheduler.running for block in item.sequence.blocks}
+        held |= {*ours.sequence.blocks}
+        assert len(ours.scheduler) <= 1
+        assert ours.cache.pool.available == 4 - len(held)
     answer(ours, [1] * 199, 1)
+    assert ours.sequence.length == 199
     with pytest.raises(ContextLengthError):
-        ours.cache.reserve(2)
+        ours.sequence.reserve(2)
 
 
 def test_rows_are_read_and_written_wherever_they_lie():
@@ -139,22 +143,26 @@ def test_rows_are_read_and_written_wherever_they_lie():
     cache, other = (LatentCache(config, 3 * CACHE_BLOCK, CacheDtype.BF16) for _ in range(2))
     rows = torch.randn(CACHE_BLOCK + 9, 80).bfloat16()
     for tokens in ([1] * CACHE_BLOCK, [2] * CACHE_BLOCK, [3] * CACHE_BLOCK):
-        assert cache.match_prefix(tokens) == 0
-        cache.reserve(CACHE_BLOCK)
-        cache.advance(CACHE_BLOCK)
-        cache.insert_prefix(tokens)
-    cache.match_prefix([2] * CACHE_BLOCK)
-    assert cache.match_prefix([]) == 0
-    for made in (cache, other):
-        made.reserve(len(rows))
+        sequence = cache.new_sequence(tokens)
+        assert sequence.match_prefix() == 0
+        sequence.reserve(CACHE_BLOCK)
+        sequence.advance(CACHE_BLOCK)
+        sequence.insert_prefix()
+        sequence.release()
+    used = cache.new_sequence([2] * CACHE_BLOCK)
+    assert used.match_prefix() == CACHE_BLOCK
+    used.release()
+    scattered, whole = cache.new_sequence(), other.new_sequence()
+    for made, sequence in ((cache, scattered), (other, whole)):
+        sequence.reserve(len(rows))
         for layer in range(3):
-            made.write_rows(layer, rows + layer)
-        made.advance(len(rows))
-    assert cache._blocks == [0, 2]
-    assert other.rows(1).data_ptr() == other.layers[1].data_ptr()  # a view, since the blocks are contiguous
+            made.write_rows(sequence, layer, rows + layer)
+        sequence.advance(len(rows))
+    assert scattered.blocks == (0, 2)
+    assert other.rows(whole, 1).data_ptr() == other.layers[1].data_ptr()  # a view, since the blocks are contiguous
     for layer in range(3):
-        assert torch.equal(cache.rows(layer), rows + layer)
-        assert torch.equal(other.rows(layer), rows + layer)
+        assert torch.equal(cache.rows(scattered, layer), rows + layer)
+        assert torch.equal(other.rows(whole, layer), rows + layer)
 
 
 def test_reuse_leaves_the_logits_those_of_transformers(tmp_path: Path):
@@ -184,7 +192,7 @@ def test_generations_in_turns_give_what_they_give_alone(context):
     expected = []
     for prompt in prompts:
         expected.append(answer(ours, prompt, 20)[0])
-        ours.cache.clear()
+        ours.clear()
     turns = [ours.generate(Request(prompt, GREEDY, max_tokens=20, logprobs=3), Stats()) for prompt in prompts]
     steps: list[list[GeneratedToken]] = [[], []]
     while any(len(made) < 20 for made in steps):

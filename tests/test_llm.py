@@ -152,7 +152,7 @@ def test_an_interrupt_inside_a_step_leaves_no_wrong_token(directory, monkeypatch
     list(llm.generate([9, 8, 7], max_tokens=4, temperature=0))
     layer = llm.engine.model.layers[1]
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(layer, "feed_forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             next(llm.generate([9, 8, 7, 1, 2, 3]))
     tokens = [chunk.token_id for chunk in llm.generate([9, 8, 7, 1, 2, 4], max_tokens=6, temperature=0)]

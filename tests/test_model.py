@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,13 +12,16 @@ from torch import Tensor
 import dsv2_local
 from dsv2_local.architectures.families import load_config, parse_config
 from dsv2_local.kernels import cpu, ops, reference
-from dsv2_local.kernels.format import Format
+from dsv2_local.kernels.format import CacheDtype, Format
 from dsv2_local.kernels.layout import Matrix
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
+from dsv2_local.runtime.batch import Batch
+from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.rope import Rope, inverse_frequencies
 from tests.conftest import kernels
 from tests.models import TINY, Naive, rewrite_config, save_random, transformers_logits, yarn
-from tests.paging import scattered
+from tests.paging import paged
 
 pytestmark = pytest.mark.usefixtures("reference_kernels")
 
@@ -133,7 +137,7 @@ def test_cached_equals_uncached(llm):
 def test_a_shared_prefix_is_reused_and_changes_nothing(llm):
     first, second = ids_of(50), ids_of(30) + ids_of(40, seed=2)
     fresh = [chunk.token_id for chunk in llm.generate(second, max_tokens=12, temperature=0)]
-    llm.engine.cache.clear()
+    llm.engine.clear()
     list(llm.generate(first, max_tokens=12, temperature=0))
     for reused in (30, 69):
         generation = llm.generate(second, max_tokens=12, temperature=0)
@@ -152,7 +156,8 @@ def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypa
     )  # fmt: skip
     q_nope, q_rope, latents = torch.randn(queries, heads, N), torch.randn(queries, heads, P), torch.randn(S, C + P)
     unrotated = torch.ones(queries, P // 2, dtype=torch.complex64)
-    args = (torch.cat((q_nope, q_rope), 2), unrotated, *scattered(latents, S - queries), *matrices, 0.11)
+    q, cached = torch.cat((q_nope, q_rope), 2), S - queries
+    forms = [(q, unrotated, *paged(latents, cached, absorbed), *matrices, 0.11) for absorbed in (True, False)]
     keys = torch.einsum("sc,hcn->shn", latents[:, :C], uk)
     scores = torch.einsum("thn,shn->hts", q_nope, keys) + torch.einsum("thp,sp->hts", q_rope, latents[:, C:])
     visible = torch.arange(S)[None] <= torch.arange(S - queries, S)[:, None]
@@ -160,8 +165,32 @@ def test_absorbed_equals_materialised_equals_dispatched(heads, queries, monkeypa
     values = torch.einsum("sc,hvc->shv", latents[:, :C], uv)
     naive = torch.einsum("hts,shv->thv", weights, values).flatten(1)
     monkeypatch.setattr(reference, "ATTENTION_WORKSPACE", 5 * S * 56)  # several groups of heads
-    for result in (reference.attention(*args, True), reference.attention(*args, False), ops.attention(*args)):
-        assert_close(result, naive, 1e-5)
+    for args in forms:
+        for result in (reference.attention(*args), ops.attention(*args)):
+            assert_close(result, naive, 1e-5)
+
+
+@pytest.mark.parametrize("rope", [None, yarn(0.707, 0.5)])
+def test_the_rotation_of_any_positions_is_that_of_each_position(rope):
+    """In any order, to the bit, whichever positions were asked for before."""
+    config = parse_config({**TINY, "model_type": "deepseek_v2", **({"rope_parameters": rope} if rope else {})})
+    positions = np.array([5000, 0, 255, 256, 1023, 1024, 7, 7, 8191])
+    at_once, rising, cache = Rope(config), Rope(config), LatentCache(config, 16_384, CacheDtype.FP32)
+    parts = []
+    for position in positions.tolist():
+        sequence = cache.new_sequence()
+        sequence.advance(position)
+        parts.append((sequence, [5]))
+        sequence.reserve = lambda tokens: None  # no blocks are needed to know the positions
+    batch = Batch(cache, at_once, [1] * 9, [True] * 9)
+    batch.fill(parts)
+    factors = batch.rotation
+    for position in np.sort(positions).tolist():
+        known = torch.from_numpy(rising.table(position + 1)[position])
+        assert all(torch.equal(row, known) for row in factors[positions == position])
+    angles = torch.from_numpy(positions).double()[:, None] * inverse_frequencies(config).double()
+    scale = config.yarn.rotation_scale if config.yarn else 1.0
+    assert (factors - torch.polar(torch.full_like(angles, scale), angles)).abs().max() < 1e-3  # 8191 radians in fp32
 
 
 @pytest.mark.parametrize("variant", [cpu.REFERENCE, *cpu.usable()])

@@ -96,7 +96,7 @@ def test_what_was_computed_leaves_the_cache(directory, monkeypatch):
     expected = [chunk.token_id for chunk in llm.generate(PROMPT, max_tokens=4, temperature=0)]
     layer = llm.engine.model.layers[1]
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", lambda x, *_: x * float("nan"))
+        patch.setattr(layer, "feed_forward", lambda x, *_: x * float("nan"))
         with pytest.raises(NonFiniteError, match="layer 1"):
             list(llm.generate([*PROMPT[:30], 3], max_tokens=4, temperature=0))
     again = llm.generate(PROMPT, max_tokens=4, temperature=0)

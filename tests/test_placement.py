@@ -68,8 +68,8 @@ def test_the_same_tokens_wherever_experts_are_stored(expected, monkeypatch, mode
     monkeypatch.setattr(Watch, "correction", lambda self: None)  # costs must not depend on how busy the machine is
     with loaded(mode, on=devices(slots, number)) as model:
         for chunk in (model.engine.chunk, 17):
-            model.engine.chunk = chunk
-            model.engine.cache.clear()
+            model.engine.chunk = model.engine.scheduler.chunk = chunk
+            model.engine.clear()
             assert answer(model) == expected
         for device, gpu in zip(model._placed.devices, model.plan.gpus, strict=True):
             parts = {name: size for name, size in gpu.parts.items() if name not in ("driver", "kernels", "workspace")}
@@ -218,7 +218,7 @@ def test_errors_of_torch_about_gpus_are_typed_and_the_model_stays_usable(expecte
         def fail(*arguments: object) -> None:
             raise raised
 
-        patched.setattr(model.engine.model, "forward", fail)
+        patched.setattr(model.engine.model, "embed", fail)
         with pytest.raises(DeviceError, match=str(raised).splitlines()[0]):
             answer(model)
     assert answer(model) == expected

@@ -285,3 +285,18 @@ def test_planning_needs_no_torch():
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False, cwd=Path(__file__).parent
     )
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("vram", "where"), [((), "RAM"), ((24 << 30,), "GPU 0")])
+def test_the_rows_of_decode_steps_are_part_of_the_plan(vram, where):
+    """Each recorded or captured step has logits of its own."""
+    config = parse_config(released.RELEASED["deepseek-v2-lite"])
+    machine = Machine(vram, 64 << 30)
+    workspace = {}
+    for parallel in (1, 16):
+        made = make_plan(PlanRequest(config, Recipe.NF4, 8192, parallel=parallel), machine)
+        share = made.gpus[0] if vram else made.ram
+        assert share.name == where
+        workspace[parallel] = share.parts["workspace"]
+    rows = sum(range(2, 17)) if not vram else 2 + 4 + 8 + 16
+    assert workspace[16] - workspace[1] == 4 * config.vocab_size * rows

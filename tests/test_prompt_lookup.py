@@ -14,7 +14,7 @@ TEXT = "The bow of a violin is made of wood and hair. " * 12
 
 
 def steps(model: llm.LLM, **options: object) -> tuple[list[tuple[object, ...]], object]:
-    model.engine.cache.clear()  # prefill after a cached prefix rounds differently
+    model.engine.clear()  # prefill after a cached prefix rounds differently
     never_end = dict.fromkeys(model._end_tokens, -100.0)
     generation = model.generate(TEXT, max_tokens=60, logprobs=3, logit_bias=never_end, **options)
     return [(chunk.token_id, chunk.logprob, chunk.top_logprobs) for chunk in generation], generation.stats

@@ -13,8 +13,10 @@ from torch import Tensor
 from dsv2_local.architectures.families import parse_config
 from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels import cpu, ops
+from dsv2_local.kernels.cpu.recording import Recording
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.offload.resident_experts import ResidentExperts
+from dsv2_local.offload.sizes import RECORDED_ROWS
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import random_weights
 from dsv2_local.runtime.cache import LatentCache
@@ -52,7 +54,23 @@ def cache(of: Transformer, context: int = 48, kind: CacheDtype = CacheDtype.BF16
 def computed(of: Transformer, tokens: list[int], kind: CacheDtype = CacheDtype.BF16) -> list[Tensor]:
     """The logits after each token, without replays."""
     empty = cache(of, kind=kind)
-    return [of.logits(of.forward(torch.tensor([token]), empty))[0] for token in tokens]
+    sequence = empty.new_sequence()
+    return [of.logits(of.forward(empty, [(sequence, [token])]))[0] for token in tokens]
+
+
+class Single:
+    """Steps of one sequence."""
+
+    def __init__(self, of: Transformer, context: int = 48, kind: CacheDtype = CacheDtype.BF16) -> None:
+        self.step = CpuStep(of, cache(of, context, kind))
+        self.sequence = self.step.cache.new_sequence()
+
+    def run(self, token: int) -> Tensor:
+        return self.step.run([(self.sequence, [token])])[0]
+
+    @property
+    def recording(self) -> Recording | None:
+        return self.step.recording
 
 
 TOKENS = [(7 * i * i + 3) % 199 for i in range(40)]
@@ -63,12 +81,12 @@ TOKENS = [(7 * i * i + 3) % 199 for i in range(40)]
 @pytest.mark.parametrize("recipe", [Recipe.NF4, Recipe.MIXED, Recipe.INT8])
 def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
     made = model(recipe, **changes)
-    step = CpuStep(made, cache(made))
+    step = Single(made)
     for token, expected in zip(TOKENS, computed(made, TOKENS), strict=True):
         assert torch.equal(step.run(token), expected)
     assert step.recording is not None
-    assert step.cache.length == len(TOKENS)
-    step.cache.truncate(10)  # as when a chat turn is undone
+    assert step.sequence.length == len(TOKENS)
+    step.sequence.truncate(10)  # as when a chat turn is undone
     again = computed(made, TOKENS[:10] + TOKENS[20:22])
     for token, expected in zip(TOKENS[20:22], again[10:], strict=True):
         assert torch.equal(step.run(token), expected)
@@ -76,16 +94,48 @@ def test_a_replay_is_the_step_to_the_last_bit(recipe, changes):
 
 def test_a_replay_over_an_8_bit_cache():
     made = model()
-    step = CpuStep(made, cache(made, kind=CacheDtype.INT8))
+    step = Single(made, kind=CacheDtype.INT8)
     for token, expected in zip(TOKENS, computed(made, TOKENS, CacheDtype.INT8), strict=True):
         assert torch.equal(step.run(token), expected)
     assert step.recording is not None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [CacheDtype.BF16, CacheDtype.INT8])
+def test_steps_of_several_sequences_are_the_steps_of_each_to_the_last_bit(kind):
+    """For every number of rows that is recorded, with sequences of different lengths in any order, and with others."""
+    made, shared = model(**GROUPS), 70
+    expected, prompts = [], [[*range(shared), 90 + row, *range(100, 100 + row)] for row in range(17)]
+    for row, prompt in enumerate(prompts):
+        alone = cache(made, 256, kind)
+        sequence = alone.new_sequence()
+        made.forward(alone, [(sequence, prompt)])
+        expected.append([made.logits(made.forward(alone, [(sequence, [token])]))[0] for token in TOKENS[row : row + 4]])
+    step = CpuStep(made, cache(made, 17 * 256, kind))
+    sequences = []
+    for prompt in prompts:
+        sequence = step.cache.new_sequence(prompt)
+        sequence.begin()
+        made.forward(step.cache, [(sequence, prompt[sequence.length :])])
+        assert sequence.anchor == (shared if sequences else 0)
+        sequence.insert_prefix()
+        sequences.append(sequence)
+    for count in (1, 2, 3, 4, 5, 8, 13, 16, 17):
+        order = [(row * 7 + count) % 17 for row in range(count)]
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            sequence.truncate(len(prompt))
+        for turn in range(4):  # the first is recorded
+            parts = [(sequences[row], [TOKENS[row + turn]]) for row in order]
+            logits = step.run(parts)
+            for row, ours in zip(order, logits, strict=True):
+                assert torch.equal(ours, expected[row][turn]), (count, row, turn)
+        assert (step._steps[count].recording is not None) if count <= RECORDED_ROWS else count not in step._steps
+
+
 @pytest.mark.parametrize(("recipe", "dtype"), [(Recipe.BF16, torch.float32), (Recipe.NF4, torch.bfloat16)])
 def test_steps_with_other_than_native_kernels_are_computed_every_time(recipe, dtype):
     made = model(recipe, dtype)
-    step = CpuStep(made, cache(made))
+    step = Single(made)
     for token, expected in zip(TOKENS[:4], computed(made, TOKENS[:4]), strict=True):
         assert torch.equal(step.run(token), expected)
         assert step.recording is None
@@ -95,7 +145,7 @@ def test_the_reference_is_not_recorded():
     with kernels(cpu.REFERENCE):
         assert ops.recording() is None
         made = model()
-        step = CpuStep(made, cache(made))
+        step = Single(made)
         assert torch.equal(step.run(5), computed(made, [5])[0])
 
 
@@ -117,13 +167,13 @@ def test_torch_operations_make_a_recording_incomplete():
 
 def test_an_interrupt_leaves_the_cache_as_it_was(monkeypatch):
     made = model()
-    step = CpuStep(made, cache(made))
+    step = Single(made)
     expected = computed(made, TOKENS)
     with monkeypatch.context() as patch:
-        patch.setattr(made.layers[1], "forward", _interrupt)
+        patch.setattr(made.layers[1], "attend", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             step.run(TOKENS[0])  # while it is being recorded
-    assert (step.cache.length, step.recording) == (0, None)
+    assert (step.sequence.length, step.recording) == (0, None)
     for token, logits in zip(TOKENS[:5], expected, strict=False):
         assert torch.equal(step.run(token), logits)
     assert step.recording is not None
@@ -139,7 +189,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(monkeypatch):
         patch.setattr(step.recording, "_replay", stopping)
         with pytest.raises(KeyboardInterrupt):
             step.run(TOKENS[30])  # half a replay of a token that is then not used
-    assert step.cache.length == 5
+    assert step.sequence.length == 5
     assert torch.equal(step.run(TOKENS[5]), expected[5])
 
 
@@ -149,19 +199,19 @@ def _interrupt(*arguments: Any) -> None:
 
 def test_a_full_cache_is_refused():
     made = model()
-    step = CpuStep(made, cache(made, context=2))
+    step = Single(made, context=2)
     step.run(1)
     step.run(2)
     with pytest.raises(ContextLengthError):
         step.run(3)
     with pytest.raises(ContextLengthError):
-        made.forward(torch.tensor([3]), step.cache)
-    assert step.cache.length == 2
+        made.forward(step.step.cache, [(step.sequence, [3])])
+    assert step.sequence.length == 2
 
 
 def test_every_call_is_timed():
     made = model()
-    step = CpuStep(made, cache(made))
+    step = Single(made)
     step.run(1)
     assert step.recording is not None
     seconds = step.recording.take_times()

@@ -131,7 +131,7 @@ class Fetched(StepResult):
     """A result as from a GPU: top candidates, and a count of how often the full logits were fetched."""
 
     def __init__(self, values: torch.Tensor, params: SamplingParams) -> None:
-        packed = reference.top_candidates(values[None], torch.tensor(candidate_limits(params)))
+        packed = reference.top_candidates(values[None], torch.tensor([candidate_limits(params)]))
         super().__init__(values[None], packed=packed)
         self.asked = 0
 
@@ -267,3 +267,13 @@ def test_impossible_defaults_name_file_and_key(tmp_path, text, named):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ConfigError, match=f"generation_config.json.*{named}"):
         GenerationConfig.load(tmp_path, 50)
+
+
+@pytest.mark.parametrize("count", [1, 2, 100, 20_000])
+def test_the_order_of_weights_is_stable(count):
+    """Equal weights keep the order of their ids, so that a seed draws the same token on every machine."""
+    draw = np.random.default_rng(count)
+    weights = np.exp(draw.standard_normal(count).astype(np.float32) * 9)
+    weights[draw.integers(0, count, count // 2)] = 0.5
+    expected = np.argsort(-weights.astype(np.float64), kind="stable")
+    assert (sampler._descending(weights) == expected).all()

@@ -449,13 +449,14 @@ def test_a_closed_terminal_fails_first_and_signals_later(nano, monkeypatch):
 SLOW = """
 import time
 from dsv2_local.runtime.engine import Engine
-prefill = Engine._prefill
-def slow(self, ids, progress):
+made, ended = Engine.__init__, Engine._end_pass
+def short(self, *args, **options):
+    made(self, *args, **options)
     self.chunk = 64
-    for hidden in prefill(self, ids, progress):
-        yield hidden
-        time.sleep(0.3)
-Engine._prefill = slow
+def slow(self, hidden):
+    ended(self, hidden)
+    time.sleep(0.3)
+Engine.__init__, Engine._end_pass = short, slow
 """
 
 
@@ -484,7 +485,7 @@ def test_a_script_stopped_while_it_reads_keeps_what_was_read(tmp_path):
     book.write_text("A violin is a bowed instrument. " * 100)
     arguments = ["run", "-n", "4", "--temperature", "0", "-f", str(book), "What is it?", "--json"]
     plain = json.loads(dsv2(*arguments).stdout)
-    code = SLOW.replace("        yield hidden\n", "        yield hidden\n        print('chunk', flush=True)\n")
+    code = SLOW.replace("    ended(self, hidden)\n", "    ended(self, hidden)\n    print('chunk', flush=True)\n")
 
     def stopped(*more: str) -> tuple[int, str]:
         with subprocess.Popen(

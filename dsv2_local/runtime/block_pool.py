@@ -1,12 +1,13 @@
 """The block pool and the prefix cache: which sequences hold which block of the KV cache, and which prompts reuse it.
 
 Pure Python, no torch. A block has room for the latents of `CACHE_BLOCK` tokens in every layer. Blocks are reference
-counted, and several sequences may share one; a shared block is never written (`LatentCache` copies it on write). A
+counted, and several sequences may share one; a shared block is never written (`Sequence` copies it on write). A
 cached block that no sequence holds stays in the prefix cache until it is evicted, the least recently used first.
 """
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dsv2_local.errors import CacheFullError
@@ -22,6 +23,13 @@ class _Node:
     parent: "_Node | None"
     children: "dict[tuple[int, ...], _Node]" = field(default_factory=dict)
     """Children by their tokens. Only a full block has children."""
+    order: list[tuple[int, ...]] = field(default_factory=list)
+    """The tokens of the children, sorted: those that have most in common with a text stand beside its place."""
+
+    def beside(self, part: tuple[int, ...]) -> "list[_Node]":
+        """The children before and after the place that `part` has, or would have, in their order."""
+        at = bisect_left(self.order, part)
+        return [self.children[tokens] for tokens in self.order[max(0, at - 1) : at + 1]]
 
 
 class PrefixTree:
@@ -49,7 +57,7 @@ class PrefixTree:
             node, matched = child, matched + len(part)
             blocks.append(node.block)
             part = tuple(tokens[matched : matched + self._size])
-        common = {child.block: _common_length(child.tokens, part) for child in node.children.values()}
+        common = {child.block: _common_length(child.tokens, part) for child in node.beside(part)}
         best = max(common, key=lambda block: common[block], default=None)
         if best is not None and common[best]:
             blocks.append(best)
@@ -75,6 +83,7 @@ class PrefixTree:
         first = self._nodes[block]
         assert first.parent
         del first.parent.children[first.tokens]
+        del first.parent.order[bisect_left(first.parent.order, first.tokens)]
         removed, remaining = list[int](), [first]
         while remaining:
             node = remaining.pop()
@@ -94,20 +103,28 @@ class PrefixTree:
         """
         if block in self._nodes:
             return None
-        for other in list(parent.children.values()):
+        for other in parent.beside(part):  # no child is the beginning of another, so no others can be alike
             if other.tokens[: len(part)] == part:
                 return None
             if part[: len(other.tokens)] == other.tokens:
                 removed += self.remove(other.block)
         node = parent.children[part] = self._nodes[block] = _Node(block, part, parent)
+        insort(parent.order, part)
         return node
+
+
+def _no_copy(source: int, target: int) -> None:
+    """The copy of blocks that have no contents."""
 
 
 class BlockPool:
     """Block numbers 0 … `count` - 1: free, held by sequences (counted references), or cached for a later prompt."""
 
-    def __init__(self, count: int, block_size: int = CACHE_BLOCK) -> None:
-        self.count, self.block_size = count, block_size
+    def __init__(
+        self, count: int, block_size: int = CACHE_BLOCK, copy: Callable[[int, int], object] = _no_copy
+    ) -> None:
+        """A pool of free blocks; `copy` is called with the numbers of two blocks to copy the first to the second."""
+        self.count, self.block_size, self._copy = count, block_size, copy
         self.prefixes = PrefixTree(block_size)
         self._free = list(range(count))[::-1]
         self._references = [0] * count  # for each block, the number of sequences that hold it
@@ -131,6 +148,31 @@ class BlockPool:
         block = self._free.pop()
         self._references[block] = 1
         return block
+
+    def private(self, block: int) -> int:
+        """A block with the contents of `block`, which the caller holds, that no other sequence reads.
+
+        That is a copy, in exchange for the reference to `block`; or `block` itself if the caller alone holds it and no
+        other is available, which takes it out of the prefix cache.
+
+        Raises:
+            CacheFullError: sequences hold all blocks.
+        """
+        try:
+            copy = self.allocate()
+        except CacheFullError:
+            if self._references[block] > 1:
+                raise
+            if block in self.prefixes:
+                self._reclaim(self.prefixes.remove(block))
+            return block
+        self._copy(block, copy)
+        self.release([block])
+        return copy
+
+    def references(self, block: int) -> int:
+        """How many sequences hold `block`."""
+        return self._references[block]
 
     def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
         """Find the longest cached prefix of `tokens` (see `PrefixTree.match`), and add a reference to its blocks."""

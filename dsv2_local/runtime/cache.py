@@ -9,19 +9,19 @@ key that all heads share (qk_rope_head_dim, 64): 576 numbers, instead of 40,960 
           and 2.16 GiB.
 
 The cache is paged: blocks of 64 tokens, found through a block table. Sequences share the blocks of a common prefix
-(`block_pool.py`), and a shared block is copied before it is written (copy-on-write).
+(`block_pool.py`), and a shared block is copied before it is written (copy-on-write, `sequence.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from dsv2_local.architectures.config import ModelConfig
-from dsv2_local.errors import ContextLengthError
 from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype, blocks_for
 from dsv2_local.kernels.latents import row_indices, row_shape
 from dsv2_local.runtime.block_pool import BlockPool
+from dsv2_local.runtime.sequence import Sequence
 
 Allocate = Callable[[int], Tensor]
 """Allocates the given number of bytes, uninitialised: nbytes -> uint8 [nbytes]."""
@@ -38,123 +38,50 @@ def bytes_per_token(config: ModelConfig, dtype: CacheDtype = CacheDtype.BF16) ->
 
 
 class LatentCache:
-    """The blocks of all layers, allocated up front, and the sequence that is being computed.
-
-    A step reserves blocks, writes its tokens layer by layer at `length` and advances once, so a step that fails half
-    way leaves the sequence as it was.
+    """The blocks of all layers, allocated up front; sequences share them.
 
     Attributes:
-        context: maximum tokens of a sequence.
+        context: maximum tokens of a sequence, and of all sequences together.
         dtype: how latents are stored.
-        length: tokens of the sequence so far.
+        pool: which sequences hold which blocks.
         layers: each layer's blocks: [blocks, CACHE_BLOCK, a row of `kernels.latents`].
-        block_tables: for each layer, int64 [1 + blocks] on its device: the sequence's length, then its block numbers.
-            Kernels read them from memory, so that a replayed step finds its position.
     """
 
     def __init__(
-        self, config: ModelConfig, context: int, dtype: CacheDtype, allocate: Sequence[Allocate] | None = None
+        self, config: ModelConfig, context: int, dtype: CacheDtype, allocate: Iterable[Allocate] | None = None
     ) -> None:
         """Allocate blocks for `context` tokens; `allocate` has the function for each layer's memory (None: RAM)."""
-        self.context, self.dtype, self.length = context, dtype, 0
-        self._pool = BlockPool(blocks_for(context))
-        self._blocks: list[int] = []  # the sequence's blocks, in the order of their tokens
-        self._shared = 0  # how many of the first blocks are also cached or held by others, and must not be written
+        self.context, self.dtype = context, dtype
+        self.pool = BlockPool(blocks_for(context), copy=self._copy)
         width, torch_dtype = row_shape(dtype, config.kv_lora_rank, config.qk_rope_head_dim)
-        nbytes = self._pool.count * CACHE_BLOCK * width * torch_dtype.itemsize
+        nbytes = self.pool.count * CACHE_BLOCK * width * torch_dtype.itemsize
         memories = (make(nbytes) for make in allocate or [allocate_in_ram] * config.num_hidden_layers)
         self.layers = [memory.view(torch_dtype).view(-1, CACHE_BLOCK, width) for memory in memories]
-        empty = torch.zeros(1 + self._pool.count, dtype=torch.int64)
-        by_device = {device: empty.to(device) for device in dict.fromkeys(layer.device for layer in self.layers)}
-        self.block_tables = [by_device[layer.device] for layer in self.layers]
-        self._tables = list(by_device.values())
-        self._lengths = [table[:1] for table in self._tables]
 
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
-    def match_prefix(self, tokens: Sequence[int]) -> int:
-        """Begin another sequence with the longest cached prefix of `tokens`; returns the length of that prefix."""
-        before = self._blocks
-        self._blocks, self._shared = [], 0
-        self._set_length(0)
-        self._pool.release(before)
-        self._blocks, length = self._pool.match(tokens)
-        self._shared = len(self._blocks)
-        self._update_tables(0)
-        self._set_length(length)
-        return length
+    def new_sequence(self, tokens: Iterable[int] = ()) -> Sequence:
+        """A sequence of these tokens, none of which is computed yet."""
+        return Sequence(self.pool, self.context, tokens)
 
-    def insert_prefix(self, tokens: Sequence[int]) -> None:
-        """Put the blocks of `tokens`, all tokens of the sequence or its first ones, into the prefix cache."""
-        used = self._blocks[: blocks_for(len(tokens))]
-        self._pool.insert(tokens, used)
-        self._shared = max(self._shared, len(used))
+    def rows(self, sequence: Sequence, layer: int) -> Tensor:
+        """A sequence's rows in one layer, in RAM: [length, …]; a view of the cache if its blocks are contiguous."""
+        rows, used = self.layers[layer].flatten(0, 1), sequence.blocks[: blocks_for(sequence.length)]
+        first = used[0] if used else 0
+        if used == tuple(range(first, first + len(used))):
+            return rows[first * CACHE_BLOCK :][: sequence.length].cpu()
+        return rows[self._indices(sequence, layer, 0, sequence.length)].cpu()
 
-    def clear(self) -> None:
-        """Forget the sequence and the prefix cache."""
-        self.match_prefix([])
-        self._pool.clear()
-
-    def reserve(self, tokens: int) -> None:
-        """Give the sequence private blocks, which no other sequence reads, for `tokens` more tokens.
-
-        Raises:
-            ContextLengthError: the tokens do not fit in the context.
-        """
-        if self.length + tokens > self.context:
-            raise ContextLengthError(self.length + tokens, self.context)
-        if self.length // CACHE_BLOCK < self._shared:
-            self._copy_on_write()
-        count = len(self._blocks)
-        while len(self._blocks) * CACHE_BLOCK < self.length + tokens:
-            self._blocks.append(self._pool.allocate())
-        self._update_tables(count)
-
-    def advance(self, tokens: int) -> None:
-        """Count the tokens that every layer has written."""
-        self._set_length(self.length + tokens)
-
-    def truncate(self, length: int) -> None:
-        """Drop all but the first `length` tokens of the sequence; its blocks stay reserved."""
-        self._set_length(min(self.length, length))
-
-    def rows(self, layer: int) -> Tensor:
-        """The sequence's rows in one layer, in RAM: [length, …]; a view of the cache if its blocks are contiguous."""
-        first, used = next(iter(self._blocks), 0), self._blocks[: blocks_for(self.length)]
-        rows = self.layers[layer].flatten(0, 1)
-        if used == [*range(first, first + len(used))]:
-            return rows[first * CACHE_BLOCK :][: self.length].cpu()
-        return rows[row_indices(self.block_tables[layer], 0, self.length)].cpu()
-
-    def write_rows(self, layer: int, rows: Tensor) -> None:
-        """Write the sequence's next rows in one layer: [T, …] as `rows` returns them. Their blocks must be reserved."""
-        at = row_indices(self.block_tables[layer], self.length, len(rows))
+    def write_rows(self, sequence: Sequence, layer: int, rows: Tensor) -> None:
+        """Write a sequence's next rows in one layer: [T, …] as `rows` returns them. Their blocks must be reserved."""
+        at = self._indices(sequence, layer, sequence.length, len(rows))
         self.layers[layer].flatten(0, 1)[at] = rows.to(at.device)
 
-    def _copy_on_write(self) -> None:
-        """Give the sequence private blocks from `length` on: copy the one it has filled in part, release the others."""
-        length, full = self.length, self.length // CACHE_BLOCK
-        shared = self._blocks[full:]
-        self._blocks, self._shared = self._blocks[:full], full
-        self._set_length(full * CACHE_BLOCK)
-        self._pool.release(shared)
-        if length % CACHE_BLOCK:
-            block = self._pool.allocate()  # may be the released block itself, if no other is available
-            self._blocks.append(block)
-            for layer in self.layers:
-                layer[block] = layer[shared[0]]
-            self._update_tables(full)
-            self._set_length(length)
+    def _indices(self, sequence: Sequence, layer: int, start: int, count: int) -> Tensor:
+        return row_indices(torch.from_numpy(sequence.block_table), start, count).to(self.layers[layer].device)
 
-    def _update_tables(self, first: int) -> None:
-        """Write the sequence's block numbers from index `first` on, which are new, to the block tables."""
-        if new := self._blocks[first:]:
-            for table in self._tables:
-                table[1 + first : 1 + len(self._blocks)] = torch.tensor(new)
-
-    def _set_length(self, length: int) -> None:
-        self.length = length
-        for in_table in self._lengths:
-            in_table.fill_(length)
+    def _copy(self, source: int, target: int) -> None:
+        for layer in self.layers:
+            layer[target] = layer[source]

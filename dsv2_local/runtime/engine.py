@@ -1,138 +1,64 @@
-"""The engine: chunked prefill, decode with speculative drafts, prefix reuse, and statistics of each generation.
+"""The engine: computes the answers that it is given, for any number of threads.
 
-The engine handles token ids, not text. It computes one sequence at a time. Generations may take turns, token by token,
-in one thread or in several: the engine then switches between their sequences through the prefix cache. (There is no
-scheduler yet that batches several sequences into one step.)
+The engine handles token ids, not text. Any thread may have it compute, one at a time; whoever waits for a token does
+(`Engine.drive`), so a program that reads one answer after the other needs no other thread.
 """
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv2_local.errors import ContextLengthError, InputError, NonFiniteError
-from dsv2_local.kernels import ops
+from dsv2_local.errors import (
+    ContextLengthError,
+    DeadlineError,
+    Dsv2Error,
+    InputError,
+    NonFiniteError,
+    QueueFullError,
+)
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
+from dsv2_local.offload.plan_request import DEFAULT_PARALLEL
 from dsv2_local.progress import Progress, no_progress
-from dsv2_local.runtime.cache import LatentCache
-from dsv2_local.runtime.cpu_step import CpuStep
-from dsv2_local.runtime.gpu_step import GpuStep
+from dsv2_local.runtime.answer import Answer, GeneratedToken, Reader, Request, Stats
+from dsv2_local.runtime.engine_core import EngineCore
+from dsv2_local.runtime.interrupts import DeferredInterrupts
 from dsv2_local.runtime.model import Transformer
-from dsv2_local.runtime.prompt_lookup import NGRAM, PromptLookup
-from dsv2_local.runtime.sampler import Sampler
-from dsv2_local.runtime.sampling_params import SamplingParams
-from dsv2_local.runtime.step import Step, StepResult
+from dsv2_local.runtime.sequence import Sequence
+
+STALLED_SECONDS = 10
+IDLE_SECONDS = 0.001  # between two looks of a thread that waits for what another one does
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to generate.
-
-    Attributes:
-        prompt: token ids.
-        params: how to sample.
-        max_tokens: the most tokens to generate; None: until an end token or a full context.
-        end_tokens: token ids that end the answer.
-        logprobs: how many of the most likely tokens to return with each generated one (0: only its own log
-            probability); None: no log probabilities.
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    max_tokens: int | None = None
-    end_tokens: frozenset[int] = frozenset()
-    logprobs: int | None = None
-
-
-@dataclass
-class Stats:
-    """Statistics of one generation, updated while it runs.
+class Engine(EngineCore):
+    """An `EngineCore` that threads share.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        reused_tokens: tokens of the prompt that were found in the prefix cache.
-        prefill_seconds: time from the start to the logits after the prompt.
-        completion_tokens: generated tokens.
-        decode_seconds: time of the model and the sampler for all generated tokens but the first.
-        draft_tokens: draft tokens that were verified (speculative decoding).
-        accepted_tokens: draft tokens that the sampler chose.
-        context_used: tokens in the KV cache.
-        context: maximum tokens of a sequence.
-        finish_reason: "stop" (end token or stop string) or "length" (max_tokens or a full context); None while the
-            generation runs, or if it was interrupted.
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prefill_seconds: float = 0.0
-    completion_tokens: int = 0
-    decode_seconds: float = 0.0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    context_used: int = 0
-    context: int = 0
-    finish_reason: str | None = None
-
-    @property
-    def prefill_tok_s(self) -> float:
-        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Tokens per second after the first token, whose time is part of the prefill."""
-        return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class GeneratedToken:
-    """One generated token; `logprob` and `top_logprobs` (most likely first) only if requested."""
-
-    token: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-class Engine:
-    """A model with its KV cache.
-
-    Attributes:
-        model: the transformer.
-        chunk: tokens per prefill step.
-        cache: the KV cache, with the sequence that is being computed.
-        step: the decode step.
         turn: held by the thread that computes; whoever reads or changes the cache takes it (`opened`).
     """
 
-    def __init__(self, model: Transformer, context: int, cache_dtype: CacheDtype, chunk: int = CPU_CHUNK) -> None:
-        """Allocate a KV cache for `context` tokens; `chunk` is the number of tokens per prefill step."""
-        self.model, self.chunk = model, chunk
-        self.turn, self._computing, self._closed = threading.RLock(), False, False
-        self.cache = model.new_cache(context, cache_dtype)
-        self.step = decode_step(model, self.cache)
-        self._tokens: list[int] = []  # the tokens in the cache; after a failed step, with that step's tokens after them
-        self._active: object = None  # the generation whose sequence is in the cache
-        self._result: StepResult | None = None  # the active generation's latest step
-        self._early = False  # whether that step was launched before its token was yielded, and is not used yet
-
-    def warm_up(self, progress: Progress = no_progress) -> None:
-        """Compile the GPU kernels, which the first prompt would otherwise wait for; nothing to do on the CPU."""
-        with typed_errors():
-            self.step.warm_up(progress)
-
-    @property
-    def context(self) -> int:
-        return self.cache.context
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens of the sequence in the cache."""
-        return self._tokens[: self.cache.length]
+    def __init__(
+        self,
+        model: Transformer,
+        context: int,
+        cache_dtype: CacheDtype,
+        chunk: int = CPU_CHUNK,
+        rows: int = DEFAULT_PARALLEL,
+        batch_invariant: bool = False,
+    ) -> None:
+        """See `EngineCore`."""
+        super().__init__(model, context, cache_dtype, chunk, rows, batch_invariant)
+        self.turn, self._closed = threading.RLock(), False
+        self._computing: int | None = None  # the thread that has opened the engine
+        self._submitted, self._cancelled = deque[Answer](), deque[Answer]()  # by any thread, until the next step
+        self._pressing, self._pressed = set[Answer](), threading.RLock()  # those that are not paced, once admitted
+        self._stepped, self._waiters = threading.Condition(), 0
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -142,117 +68,237 @@ class Engine:
             InputError: the engine is closed, or this thread has it already: a callback must not use the model.
         """
         with self.turn:
-            if self._closed:
-                raise InputError("the model is closed and cannot be used again; load it once more")
-            if self._computing:
-                raise InputError(
-                    "the model is computing and cannot be used from its own callback; raise an error there to stop it"
-                )
+            self.check_usable()
+            with self._alone():
+                self._admit()
+                yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have the engine for this thread alone. What a garbage collection cancels meanwhile waits until the end."""
+        with self.turn:
+            before, self._computing = self._computing, threading.get_ident()
             try:
-                self._computing = True
                 yield
             finally:
-                self._computing = False
+                self._computing = before
+
+    def check_usable(self) -> None:
+        """Raises what `opened` does. Any thread may call this."""
+        if self._closed:
+            raise InputError("the model is closed and cannot be used again; load it once more")
+        self.check_reentry()
+
+    def check_reentry(self) -> None:
+        """Raise InputError if this thread has opened the engine, so that it must be a callback that asks."""
+        if self._computing == threading.get_ident():
+            raise InputError(
+                "the model is computing and cannot be used from its own callback; raise an error there to stop it"
+            )
 
     def close(self) -> None:
-        """Refuse all further use, also by generations that have begun. Raises what `opened` does."""
+        """End all answers, and refuse all further use. Raises what `opened` does."""
         if not self._closed:
             with self.opened():
                 self._closed = True
+                self.end_all(InputError("the model is closed and cannot be used again; load it once more"))
 
-    def adopt(self, tokens: list[int]) -> None:
-        """Declare that the cache now holds a sequence of these tokens, as after loading one from a file."""
-        self._active, self._tokens = None, tokens
+    def end_all(self, error: BaseException) -> None:
+        """End all answers with an error."""
+        with self._alone():
+            self._drop_pass()
+            while self._submitted:
+                self._end(self._submitted.popleft(), error)
+            for answer in self.scheduler.everything:
+                self._end(answer, error)
 
-    def cache_prefix(self) -> None:
-        """Put the current sequence into the prefix cache, for prompts that begin like it."""
-        self.cache.insert_prefix(self.tokens)
+    @property
+    def pressing(self) -> bool:
+        """Whether there are answers to compute that are not paced. Any thread may ask."""
+        return bool(self._submitted or self._pressing)
+
+    def hurry(self, answer: Answer) -> None:
+        """Pace an answer no longer: compute it to its end, whether it is read or not. Any thread may call this."""
+        with self._pressed:
+            if not answer.ended:
+                answer.paced = False
+                self._pressing.add(answer)
+
+    def clear(self) -> None:
+        """Forget the latest sequence and the prefix cache."""
+        with self.opened():
+            self._follow(self.cache.new_sequence(), held=True)
+            self.cache.pool.clear()
+
+    @contextmanager
+    def new_sequence(self, tokens: list[int]) -> Iterator[Sequence]:
+        """Compute a sequence apart from all answers; if that succeeds, it is the latest one.
+
+        Answers are preempted if their blocks are needed.
+        """
+        with self.opened():
+            self._follow(self.cache.new_sequence(), held=True)
+            sequence = self.cache.new_sequence(tokens)
+            needed = sequence.lacking(len(tokens))
+            if not self.scheduler.make_room(needed):
+                self._drop_pass()  # those in the pass begin their chunks again
+                self.scheduler.make_room(needed)
+            try:
+                yield sequence
+            except BaseException:
+                sequence.release()
+                raise
+            sequence.insert_prefix()
+            self._follow(sequence, held=True)
 
     def logits(self, ids: list[int]) -> Tensor:
         """Prefill `ids` in chunks from an empty sequence -> fp32 logits [T, vocab_size] after every token."""
         self._check(ids)
         if len(ids) > self.context:
             raise ContextLengthError(len(ids), self.context)
-        with self.opened():
-            self._switch_to(None, [])
-            logits = torch.cat([self.model.logits(hidden) for hidden in self._prefill(ids, no_progress)])
+        with self.new_sequence(ids) as sequence, typed_errors():
+            parts = [ids[start : start + self.chunk] for start in range(0, len(ids), self.chunk)]
+            logits = torch.cat([self.model.logits(self.model.forward(self.cache, [(sequence, p)])) for p in parts])
             if not logits.isfinite().all():
-                raise self._located(NonFiniteError("the logits"))
+                sequence.release()
+                raise self._located(NonFiniteError("the logits"), ids)
             return logits
 
-    def generate(self, request: Request, stats: Stats, progress: Progress = no_progress) -> Iterator[GeneratedToken]:
-        """Prefill the prompt, and yield tokens until an end token (yielded too), max_tokens or a full context.
-
-        Each token is computed under the lock; between two tokens other threads may compute.
+    def submit(
+        self,
+        request: Request,
+        stats: Stats,
+        reader: Reader,
+        progress: Progress = no_progress,
+        *,
+        paced: bool = False,
+    ) -> Answer:
+        """Let an answer be computed, by whoever drives the engine. Any thread may call this.
 
         Args:
             request: the prompt, and how to generate.
-            stats: updated with every token.
+            stats: updated with every step.
+            reader: receives the tokens.
             progress: called with (tokens done, tokens of the prompt) before every chunk of the prefill.
+            paced: compute a token only when `Answer.asked` is set, which each token clears.
 
         Raises:
             ContextLengthError: the prompt and one more token do not fit in the context.
             InputError: the prompt is empty, a token id is outside the vocabulary, or the engine is closed.
+            QueueFullError: as many answers wait as may wait.
+        """
+        self._check(request.prompt)
+        if len(request.prompt) >= self.context:
+            raise ContextLengthError(len(request.prompt), self.context)
+        self.check_usable()
+        if (waiting := self.scheduler.waiting + len(self._submitted)) >= self.scheduler.queue:
+            raise QueueFullError(waiting)
+        answer = Answer(request, self.cache.new_sequence(request.prompt), stats, reader, progress, paced=paced)
+        self._submitted.append(answer)
+        return answer
+
+    def cancel(self, answer: Answer) -> None:
+        """End an answer, if it has not ended; at the latest before the next step. Any thread may call this."""
+        if not answer.ended:
+            self._cancelled.append(answer)
+            self._admit_if_idle()
+
+    def drive(self, until: Callable[[], object]) -> None:
+        """Compute, or wait while other threads do, until `until()` is true. Raises what `opened` and `step` do."""
+        idle = 0
+        while not until():
+            with DeferredInterrupts():
+                worked = self._step_if_free()
+            if worked is not None:
+                idle = 0 if worked else idle + 1
+                if idle * IDLE_SECONDS > STALLED_SECONDS:
+                    raise RuntimeError(
+                        "the engine finds nothing to compute for an answer; this is a fault of dsv2-local"
+                    )
+                if idle and not until():
+                    time.sleep(IDLE_SECONDS)
+            else:
+                with self._stepped:
+                    self._waiters += 1
+                    try:
+                        self._stepped.wait(IDLE_SECONDS * 10)
+                    finally:
+                        self._waiters -= 1
+
+    def generate(self, request: Request, stats: Stats, progress: Progress = no_progress) -> Iterator[GeneratedToken]:
+        """Prefill the prompt, and yield tokens until an end token (yielded too), max_tokens or a full context.
+
+        At most one token more is computed than was read, in common steps with other answers.
+
+        Raises:
+            ContextLengthError, InputError: see `submit`.
             NonFiniteError: the model computed NaN or infinity; nothing of it stays in the cache.
         """
-        tokens = self._generate(request, stats, progress)
-        while True:
-            with self.opened():
-                generated = next(tokens, None)
-            if generated is None:
-                return
-            yield generated
+        reader = _Queue()
+        answer, tokens = self.submit(request, stats, reader, progress, paced=True), reader.tokens
+        try:
+            while not answer.ended or tokens:
+                self.drive(lambda: tokens or answer.ended)
+                if tokens:
+                    token = tokens.popleft()
+                    answer.asked = not tokens
+                    yield token
+            if answer.error:
+                raise answer.error
+        finally:
+            self.cancel(answer)
 
-    def _generate(self, request: Request, stats: Stats, progress: Progress) -> Iterator[GeneratedToken]:
-        """See `generate`; the caller has the lock while this runs."""
-        prompt = request.prompt
-        self._check(prompt)
-        if len(prompt) >= self.context:
-            raise ContextLengthError(len(prompt), self.context)
-        generation, text = object(), [*prompt]  # the identity of this generation; its tokens in the cache
-        sampler, lookup = Sampler(request.params, prompt), PromptLookup(prompt)
-        stats.context = self.context
-        result = self._start(generation, prompt, stats, progress)
-        while True:
-            start = time.perf_counter()
+    def _step_if_free(self) -> bool | None:
+        """`opened` and `step`, unless another thread computes (None), and tell those who wait."""
+        if not self.turn.acquire(blocking=False):
+            return None
+        try:
+            self.check_usable()
+            try:  # a context manager would take a part of the time of a small model's step
+                self._computing = threading.get_ident()
+                self._admit()
+                return self.step()
+            finally:
+                self._computing = None
+        finally:
+            self.turn.release()
+            self._admit_if_idle()
+            if self._waiters:
+                with self._stepped:
+                    self._stepped.notify_all()
+
+    def _admit_if_idle(self) -> None:
+        """Take what was submitted and cancelled, unless a thread computes, which does it then."""
+        while (self._submitted or self._cancelled) and self.turn.acquire(blocking=False):
             try:
-                token = sampler.choose(result)
-            except NonFiniteError as error:
-                raise self._located(error) from None
-            if stats.completion_tokens:  # the first token's time is part of the prefill
-                stats.decode_seconds += time.perf_counter() - start
-            stats.completion_tokens += 1
-            stats.finish_reason = self._finish_reason(request, token, stats.completion_tokens)
-            generated = _with_logprobs(token, result, request.logprobs)
-            lookup.append(token)
-            # On a GPU the next step runs while the caller detokenises and prints this token.
-            self._early = self.step.asynchronous and not stats.finish_reason
-            launched = self._next(token, request.params, stats, lookup) if self._early else None
-            yield generated
-            if stats.finish_reason:
-                return
-            if generation is not self._active:
-                self._return_to(generation, [*text, token] if launched else text, stats)
-            result = launched or self._next(token, request.params, stats, lookup)
-            self._early = False
-            if not result.accepted:  # a new step; the logits after an accepted draft token are already there
-                result.wait()
-                stats.decode_seconds += result.seconds
-            stats.context_used = self.cache.length
-            text.append(token)
+                if self._computing:  # in this thread, which was interrupted for a garbage collection
+                    return
+                with self._alone():
+                    self._admit()
+            finally:
+                self.turn.release()
 
-    def _located(self, error: NonFiniteError) -> NonFiniteError:
-        """Find the part of the model that computed NaN or infinity, and empty the cache, which has them too."""
-        ids, self._result, self._early = self.tokens, None, False
-        self.adopt([])
-        self.cache.clear()
-        with typed_errors():
-            for start in range(0, len(ids), self.chunk):
-                if where := self.model.find_non_finite(torch.tensor(ids[start : start + self.chunk]), self.cache):
-                    error = NonFiniteError(where)
-                    break
-        self.cache.clear()
-        return error
+    def _admit(self) -> None:
+        """Take what other threads have submitted and cancelled, and end what is overdue."""
+        while self._submitted:
+            answer = self._submitted[0]
+            if not answer.paced:
+                self._pressing.add(answer)
+            self._submitted.popleft()  # only now: it presses all the while
+            self._follow(answer.sequence, held=False)
+            try:
+                self.scheduler.submit(answer)
+            except Dsv2Error as error:
+                self._end(answer, error)
+        while self._cancelled:
+            self._end(self._cancelled.popleft())
+        while overdue := self.scheduler.overdue(time.monotonic()):
+            self._end(overdue, DeadlineError(overdue.request.timeout or 0.0))
+
+    def _release(self, answer: Answer, *, reusable: bool) -> None:
+        with self._pressed:
+            super()._release(answer, reusable=reusable)
+            self._pressing.discard(answer)
 
     def _check(self, ids: list[int]) -> None:
         if not ids:
@@ -261,93 +307,16 @@ class Engine:
         if wrong := [id for id in ids if not 0 <= id < vocab]:
             raise InputError(f"token id {wrong[0]} is outside the vocabulary of {vocab:,}")
 
-    def _start(self, generation: object, prompt: list[int], stats: Stats, progress: Progress) -> StepResult:
-        """Prefill the part of the prompt that is not in the prefix cache; returns the logits after its last token."""
-        start = time.perf_counter()
-        self._switch_to(generation, prompt[:-1])  # the last token must run in any case, to get its logits
-        stats.prompt_tokens, stats.reused_tokens = len(prompt), self.cache.length
-        stats.context_used = self.cache.length
-        for hidden in self._prefill(prompt, progress):
-            last = hidden[-1:]
-            stats.context_used = self.cache.length
-        logits = self.model.logits(last)
-        stats.prefill_seconds = time.perf_counter() - start
-        return StepResult(logits)
 
-    def _switch_to(self, generation: object, tokens: list[int]) -> None:
-        """Put the current sequence into the prefix cache, and begin one with the longest cached prefix of `tokens`."""
-        if self._early and self._result:
-            self._result.detach()  # the generation that launched this step will use its logits later
-        self.cache_prefix()
-        self._active, self._result, self._early = generation, None, False
-        self._tokens = tokens[: self.cache.match_prefix(tokens)]
+class _Queue:
+    """A reader that keeps the tokens."""
 
-    def _return_to(self, generation: object, text: list[int], stats: Stats) -> None:
-        """Continue a sequence after another generation's turn; recompute what was evicted of it meanwhile."""
-        start = time.perf_counter()
-        self._switch_to(generation, text)
-        for _ in self._prefill(text, no_progress):
-            pass
-        stats.decode_seconds += time.perf_counter() - start
+    def __init__(self) -> None:
+        self.tokens = deque[GeneratedToken]()
 
-    def _prefill(self, ids: list[int], progress: Progress) -> Iterator[Tensor]:
-        """Run the tokens after the cached ones chunk by chunk; yields each chunk's hidden states [t, D]."""
-        while (done := self.cache.length) < len(ids):
-            progress(done, len(ids))
-            yield self._run(ids[done : done + self.chunk])
-        progress(len(ids), len(ids))
+    def receive(self, token: GeneratedToken) -> bool:
+        self.tokens.append(token)
+        return False
 
-    def _next(self, token: int, params: SamplingParams, stats: Stats, lookup: PromptLookup) -> StepResult:
-        """Start the step for `token` plus draft tokens, unless a verified draft already holds its logits."""
-        result = self._result
-        if result and result.accept(token):
-            self._record([token])
-            self.cache.advance(1)  # verifying the draft has written its latents already
-            return result
-        if result:
-            lookup.observe(result.seconds, len(result.draft), result.accepted)
-            stats.draft_tokens, stats.accepted_tokens = lookup.drafted, lookup.accepted
-        length = self.cache.length
-        tokens = [token, *self._draft(lookup, self.context - length - 1)]
-        self._record(tokens)
-        with typed_errors():
-            self._result = result = self.step.launch(tokens, params)
-        if result.draft:
-            self.cache.truncate(length + 1)  # draft tokens count only once they are accepted
-        return result
-
-    def _draft(self, lookup: PromptLookup, room: int) -> list[int]:
-        """Propose draft tokens: at most as many as a step verifies and the context has room for."""
-        most = min(self.step.max_draft, room)
-        return lookup.propose(most) if most >= NGRAM else []
-
-    def _run(self, ids: list[int]) -> Tensor:
-        self._record(ids)
-        with typed_errors():
-            return self.model.forward(torch.tensor(ids), self.cache)
-
-    def _record(self, ids: list[int]) -> None:
-        """Note the tokens of a step before it runs, so that an interrupt never leaves unknown tokens in the cache."""
-        self._tokens[self.cache.length :] = ids
-
-    def _finish_reason(self, request: Request, token: int, count: int) -> str | None:
-        if token in request.end_tokens:
-            return "stop"
-        full = self.cache.length >= self.context
-        return "length" if full or (request.max_tokens is not None and count >= request.max_tokens) else None
-
-
-def decode_step(model: Transformer, cache: LatentCache) -> Step:
-    """The decode step for this model: `GpuStep` if all layers are on GPUs with Triton's kernels, else `CpuStep`."""
-    on_gpus = all(ops.capturable(layer.device) for layer in model.layers)
-    return GpuStep(model, cache) if on_gpus else CpuStep(model, cache)
-
-
-def _with_logprobs(token: int, result: StepResult, logprobs: int | None) -> GeneratedToken:
-    if logprobs is None:
-        return GeneratedToken(token)
-    logits = result.logits()
-    all_logprobs = logits.log_softmax(0)
-    values, ids = all_logprobs.topk(min(logprobs, len(logits)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return GeneratedToken(token, float(all_logprobs[token]), top)
+    def end(self, error: BaseException | None) -> None:
+        """The answer knows why."""

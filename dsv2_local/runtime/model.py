@@ -1,7 +1,7 @@
-"""The architecture of DeepSeek-V2: multi-head latent attention (MLA) and mixture of experts (MoE), for one sequence.
+"""The architecture of DeepSeek-V2: multi-head latent attention (MLA) and mixture of experts (MoE).
 
-Shapes: `T` tokens of this step, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim, `V` v_head_dim,
-`C` kv_lora_rank, `D` hidden_size, `E` routed experts, `K` experts per token, `S` tokens in the cache.
+Shapes: `T` tokens of this step, of one or several sequences, `H` heads, `N` qk_nope_head_dim, `P` qk_rope_head_dim,
+`V` v_head_dim, `C` kv_lora_rank, `D` hidden_size, `E` routed experts, `K` experts per token.
 
 Modules and weights have the checkpoint's names; the mathematics is that of the paper (arXiv 2405.04434) and of the
 released modelling code. A `capture` argument is the piecewise CUDA graph that the step is being captured into; None:
@@ -20,6 +20,7 @@ from dsv2_local.kernels import graphs, ops
 from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.kernels.graphs import PiecewiseGraph
 from dsv2_local.kernels.layout import Matrix
+from dsv2_local.runtime.batch import Batch, Part
 from dsv2_local.runtime.cache import Allocate, LatentCache
 from dsv2_local.runtime.rope import Rope
 
@@ -93,14 +94,14 @@ class Attention:
         self.w_uv = weights.matrix("kv_b_proj.w_uv")
         self.o_proj = weights.matrix("o_proj.weight")
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
-        """x [T, D] at the positions after `cache.length` -> [T, D]."""
+    def forward(self, x: Tensor, rotation: Tensor, batch: Batch) -> Tensor:
+        """x [T, D], the tokens of a batch -> [T, D]."""
         c, T = self.config, x.shape[0]
         q = self.query(x).view(T, c.num_attention_heads, c.qk_head_dim)  # [T, H, N + P]
         kv_a = ops.linear(x, self.kv_a_proj_with_mqa)  # [T, C + P]
-        latents, block_table = cache.layers[self.layer], cache.block_tables[self.layer]  # [blocks, CACHE_BLOCK, …]
-        ops.write_latents(latents, block_table, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
-        out = ops.attention(q, rotation, latents, block_table, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
+        latents, metadata = batch.layers[self.layer]  # [blocks, CACHE_BLOCK, …]
+        ops.write_latents(latents, metadata, kv_a, self.kv_a_layernorm, LATENT_NORM_EPS, rotation)
+        out = ops.attention(q, rotation, latents, metadata, self.w_uk, self.w_uv, c.softmax_scale)  # [T, H·V]
         return ops.linear(out, self.o_proj)
 
     def query(self, x: Tensor) -> Tensor:
@@ -160,10 +161,13 @@ class Block:
         """The device of the layer's weights and activations."""
         return self.input_layernorm.device
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: LatentCache, capture: PiecewiseGraph | None = None) -> Tensor:
-        """x [T, D] -> [T, D]."""
-        attended = self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, cache)
-        x, normed = ops.add_rms_norm(x, attended, self.post_attention_layernorm, self.eps)
+    def attend(self, x: Tensor, rotation: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The first half, x [T, D] -> x after attention, and the input of the MLP."""
+        attended = self.self_attn.forward(ops.rms_norm(x, self.input_layernorm, self.eps), rotation, batch)
+        return ops.add_rms_norm(x, attended, self.post_attention_layernorm, self.eps)
+
+    def feed_forward(self, x: Tensor, normed: Tensor, capture: PiecewiseGraph | None = None) -> Tensor:
+        """The second half, from what `attend` returns -> [T, D]."""
         mlp = self.mlp.forward(normed, capture) if isinstance(self.mlp, MoE) else self.mlp.forward(normed)
         return ops.add(x, mlp)
 
@@ -207,25 +211,34 @@ class Transformer:
         """An empty KV cache for `context` tokens; `dtype` is what `ops.cache_dtype` returns for this model."""
         return LatentCache(self.config, context, dtype, self._allocate)
 
+    def new_batch(self, cache: LatentCache, counts: Sequence[int], chunks: Sequence[int] | None = None) -> Batch:
+        """An empty batch for so many tokens of each sequence.
+
+        Args:
+            cache: the KV cache of the sequences.
+            counts: tokens of each sequence.
+            chunks: sizes of the chunks that the tokens belong to, which decide the form of attention; None: `counts`.
+        """
+        most = ops.most_absorbed(self.config)
+        return Batch(cache, self.rope, counts, [chunk <= most for chunk in chunks or counts])
+
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: LatentCache) -> Tensor:
-        """Run tokens `ids` (int64 [T]) after the sequence in the cache, and append them -> hidden states [T, D].
+    def forward(self, cache: LatentCache, parts: Sequence[Part]) -> Tensor:
+        """Run tokens of sequences after those that each has in the cache, and append them -> hidden states [T, D].
 
         Raises:
-            ContextLengthError: the tokens do not fit in the context.
+            ContextLengthError: the tokens of a sequence do not fit in the context.
+            CacheFullError: there are not enough blocks.
         """
-        cache.reserve(len(ids))
-        x = self.layers_of(ids, self.rotation(cache.length, len(ids)), cache)
-        cache.advance(len(ids))
+        batch = self.new_batch(cache, [len(tokens) for _, tokens in parts])
+        batch.fill(parts)
+        x = self.layers_of(batch)
+        batch.advance()
         return x
 
-    def rotation(self, position: int, tokens: int) -> Tensor:
-        """Rotary embedding factors of `tokens` positions from `position` on: complex64 [tokens, P/2]."""
-        return self.rope.rotation(position, tokens)
-
-    def layers_of(self, ids: Tensor, rotation: Tensor, cache: LatentCache) -> Tensor:
-        """`forward` without `reserve` and `advance`, which a replayed step does itself: ids [T] -> [T, D]."""
-        return self.through_layers(self.embed(ids), rotation, cache)
+    def layers_of(self, batch: Batch) -> Tensor:
+        """The tokens of a filled batch through all layers -> [T, D]; it does not advance the sequences."""
+        return self.through_layers(self.embed(batch.ids), batch.rotation, batch)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [T] -> [T, D], in RAM."""
@@ -235,12 +248,12 @@ class Transformer:
         self,
         x: Tensor,
         rotation: Tensor,
-        cache: LatentCache,
+        batch: Batch,
         layers: int | None = None,
         capture: PiecewiseGraph | None = None,
     ) -> Tensor:
         """x [T, D] through all layers, or the first `layers` of them -> [T, D] on the last layer's device."""
-        for output in self._outputs(x, rotation, cache, layers, capture):
+        for output in self._outputs(x, rotation, batch, layers, capture):
             x = output
         return x
 
@@ -248,29 +261,41 @@ class Transformer:
         self,
         x: Tensor,
         rotation: Tensor,
-        cache: LatentCache,
+        batch: Batch,
         layers: int | None = None,
         capture: PiecewiseGraph | None = None,
     ) -> Iterator[Tensor]:
-        """The output of each layer in turn: [T, D] on its device."""
+        """The output of each half of a layer in turn: [T, D] on its device."""
         for layer in self.layers[:layers]:
+            ops.use(layer.device)
             if x.device != layer.device:
-                ops.use(layer.device)
                 x, rotation = (graphs.to_device(tensor, layer.device, capture) for tensor in (x, rotation))
-            x = layer.forward(x, rotation, cache, capture)
+            x, normed = layer.attend(x, rotation, batch)
+            yield x
+            ops.use(layer.device)
+            x = layer.feed_forward(x, normed, capture)
             yield x
 
     @torch.inference_mode()
-    def find_non_finite(self, ids: Tensor, cache: LatentCache) -> str | None:
+    def in_pieces(self, batch: Batch) -> Iterator[Tensor]:
+        """`layers_of`, as an iterator that computes half a layer at a time: the last [T, D] is the result.
+
+        Other batches, of other sequences, may be computed between two pieces.
+        """
+        yield from self._outputs(self.embed(batch.ids), batch.rotation, batch)
+
+    @torch.inference_mode()
+    def find_non_finite(self, cache: LatentCache, part: Part) -> str | None:
         """Run tokens as `forward` does; returns the first part whose output has NaN or infinity, or None."""
-        cache.reserve(len(ids))
-        x = self.embed(ids)
+        batch = self.new_batch(cache, [len(part[1])])
+        batch.fill([part])
+        x = self.embed(batch.ids)
         if not x.isfinite().all():
             return "the embedding"
-        for layer, output in enumerate(self._outputs(x, self.rotation(cache.length, len(ids)), cache)):
+        for half, output in enumerate(self._outputs(x, batch.rotation, batch)):
             if not (x := output).isfinite().all():
-                return f"layer {layer}"
-        cache.advance(len(ids))
+                return f"layer {half // 2}"
+        batch.advance()
         return None if self.head(x).isfinite().all() else "the last norm or the head"
 
     @torch.inference_mode()

@@ -129,7 +129,7 @@ def place_on_devices(
     arena = weights.arena or _pinned(weights, plan, devices[0], progress)
     notes = [_refusal(arena)] if arena.refused else []
     placed = [
-        _place_experts(weights, plan, share, device, arena.records, dtype, policy, costs)
+        _place_experts(weights, plan, share, device, arena.records, policy, costs)
         for share, device in zip(plan.gpus, devices, strict=True)
     ]
     experts = OffloadedExperts(placed)
@@ -196,7 +196,6 @@ def _place_experts(
     share: MemoryShare,
     device: Device,
     records: dict[int, Tensor],
-    dtype: torch.dtype,
     policy: Policy,
     costs: Costs | None,
 ) -> DeviceExperts:
@@ -206,21 +205,21 @@ def _place_experts(
     cache = ExpertCache(share.slots, config.num_hidden_layers, config.n_routed_experts, policy)
     slots = ExpertSlots(device, layout, cache, plan.staging_experts)
     if not plan.offloads:
-        buffers = _graph_buffers(weights, plan, device, dtype)
+        buffers = _graph_buffers(weights, plan, device)
         return DeviceExperts(slots, layout, own, Mode.CPU, ON_CPU, buffers)
     slots.fill(own, warm_experts.load(weights.fingerprint, list(own), config.n_routed_experts))
     costs = costs or calibration.costs(slots, layout, own)
-    return DeviceExperts(slots, layout, own, plan.mode, costs, _graph_buffers(weights, plan, device, dtype))
+    return DeviceExperts(slots, layout, own, plan.mode, costs, _graph_buffers(weights, plan, device))
 
 
-def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device, dtype: torch.dtype) -> GraphBuffers | None:
+def _graph_buffers(weights: ModelWeights, plan: Plan, device: Device) -> GraphBuffers | None:
     """The buffers with which experts run inside CUDA graphs; None if they cannot (no Triton, bf16, little staging)."""
     config, format = weights.config, weights.layout.format
     fits = not plan.offloads or config.num_experts_per_tok <= STAGING_BUFFERS * plan.staging_experts
     # The bf16 kernels cannot skip experts that have no slot, as a captured step must.
     if not ops.capturable(device.torch_device) or format is Format.BF16 or not fits:
         return None
-    return GraphBuffers(device, config.hidden_size, config.num_experts_per_tok, dtype)
+    return GraphBuffers.allocate(device, config.hidden_size, config.num_experts_per_tok)
 
 
 def _keep_learned(weights: ModelWeights, plan: Plan, placed: list[DeviceExperts]) -> None:

@@ -5,11 +5,16 @@ activations.
 """
 
 import math
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv2_local.architectures.config import ModelConfig, Yarn
+
+Factors: TypeAlias = NDArray[np.complex64]
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -40,26 +45,34 @@ def _ramp(yarn: Yarn, dim: int, theta: float) -> Tensor:
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
 
 
-AT_ONCE = 256  # positions computed together and cached, since decoding needs one after the other
+AT_ONCE = 256  # positions whose factors are computed by one call, so that they have the same bits whoever asks first
+GROWTH = 1024  # positions by which the table of factors grows
 
 
 class Rope:
-    """The rotation factors of a model; `rotation` is called once per step, and all layers share its result."""
+    """The rotation factors of a model, by position; all layers use the same."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = inverse_frequencies(config)
         self._scale = config.yarn.rotation_scale if config.yarn else 1.0
-        self._first, self._cached = -1, torch.empty(0)  # the factors of `AT_ONCE` positions from `_first` on
+        self._known = np.empty((0, len(self._frequencies)), dtype=np.complex64)  # the factors of the first positions
 
-    def rotation(self, position: int, tokens: int) -> Tensor:
-        """Factors of `tokens` positions from `position` on: (cos + i·sin) · YaRN's scale, complex64 [tokens, P/2]."""
-        if tokens > 1:
-            return self._compute(position, tokens)
-        first = position // AT_ONCE * AT_ONCE
-        if first != self._first:
-            self._first, self._cached = first, self._compute(first, AT_ONCE)
-        return self._cached[position - first : position - first + 1]
+    @property
+    def pairs(self) -> int:
+        """Pairs of dimensions that rotate together: P/2."""
+        return len(self._frequencies)
 
-    def _compute(self, position: int, tokens: int) -> Tensor:
-        angles = torch.arange(position, position + tokens).float()[:, None] * self._frequencies
-        return torch.polar(torch.full_like(angles, self._scale), angles)
+    def table(self, count: int) -> Factors:
+        """Factors of at least the first `count` positions: (cos + i·sin) · YaRN's scale, complex64 [n, P/2].
+
+        They are computed once.
+        """
+        if count > len(self._known):
+            new = range(len(self._known), -(-count // GROWTH) * GROWTH, AT_ONCE)
+            self._known = np.concatenate((self._known, *map(self._compute, new)))
+        return self._known
+
+    def _compute(self, first: int) -> Factors:
+        """Factors of `AT_ONCE` positions from `first` on."""
+        angles = torch.arange(first, first + AT_ONCE).float()[:, None] * self._frequencies
+        return torch.polar(torch.full_like(angles, self._scale), angles).numpy()

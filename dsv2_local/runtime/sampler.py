@@ -149,7 +149,7 @@ def truncated(candidates: TopCandidates, params: SamplingParams) -> tuple[Ids, F
         return None
     ids, weights = candidates.ids[at], all_weights[at].astype(np.float64)
     if params.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
+        order = _descending(all_weights[at])
         ids, weights = ids[order], weights[order]
         # A token is dropped if the more likely ones already have top_p of the probability mass.
         count = max(1, int(np.searchsorted((weights.cumsum() - weights) / mass, params.top_p)))
@@ -157,3 +157,16 @@ def truncated(candidates: TopCandidates, params: SamplingParams) -> tuple[Ids, F
     kept = weights >= params.min_p
     ids, weights = ids[kept], weights[kept]
     return ids, weights / weights.sum()
+
+
+def _descending(weights: NDArray[np.float32]) -> Ids:
+    """The indices of positive weights in descending order, equal ones in ascending order of index.
+
+    Numpy sorts integers about ten times as fast as it finds the order of floats. The bits of a positive float are in
+    the order of the floats, so they are the upper half of a key, and the index is the lower half.
+    """
+    last = len(weights) - 1
+    keys = weights.view(np.int32).astype(np.int64) << 32
+    keys |= np.arange(last, -1, -1)
+    keys.sort()
+    return last - (keys[::-1] & 0xFFFFFFFF)

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dsv2_local import locks
 from dsv2_local.errors import DamagedCacheError, SavedCacheError
-from dsv2_local.quant.checkpoint import opened
+from dsv2_local.quant import checkpoint
 from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.sequence import Sequence
 
 FORMAT, VERSION = "dsv2 cache", 2
 NEW = "new"  # the file that is being written, in a directory of its own
@@ -48,21 +49,21 @@ class SavedHeader:
 
 def save(
     path: Path,
-    tokens: list[int],
+    sequence: Sequence,
     cache: LatentCache,
     fingerprint: str,
     conversation: str = "",
     wanted: Callable[[int], bool] | None = None,
 ) -> bool:
-    """Write the sequence in `cache`, whose tokens are `tokens`, to a file that only the user can read.
+    """Write a sequence, as far as `cache` has it, to a file that only the user can read.
 
     The file is replaced atomically: if the write fails or the process is killed, an old file stays as it was. Processes
     that save to one file take turns.
 
     Args:
         path: the file; if it is a link, what it links to.
-        tokens: the sequence.
-        cache: its rows.
+        sequence: its tokens, and where their rows are.
+        cache: the rows.
         fingerprint: the hash of the model's manifest.
         conversation: any text to store with it.
         wanted: called when it is this process's turn, with the number of tokens in the file as it is then (0 if there
@@ -79,7 +80,7 @@ def save(
         with _turn(path) as private:
             if wanted and not wanted(read_header(path).tokens if holds_something(path) else 0):
                 return False
-            tensors, metadata = _contents(tokens, cache, conversation)
+            tensors, metadata = _contents(sequence, cache, conversation)
             save_file(tensors, private / NEW, {**metadata, "model": fingerprint})
             (private / NEW).chmod(0o600)
             descriptor = os.open(private / NEW, os.O_RDONLY)
@@ -96,16 +97,16 @@ def holds_something(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _contents(tokens: list[int], cache: LatentCache, conversation: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _contents(sequence: Sequence, cache: LatentCache, conversation: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, and its metadata but for the model."""
-    tensors = {"tokens": torch.tensor(tokens, dtype=torch.int64)}
+    tensors = {"tokens": torch.tensor(sequence.tokens[: sequence.length], dtype=torch.int64)}
     metadata = {"format": f"{FORMAT} {VERSION}", "latents": str(cache.dtype)}
     if conversation:
         text = torch.frombuffer(bytearray(conversation.encode()), dtype=torch.uint8)
         tensors["conversation"] = text
         metadata["conversation_sha256"] = _sha256([text])
     for number in range(len(cache.layers)):
-        tensors[_name(number)] = cache.rows(number)
+        tensors[_name(number)] = cache.rows(sequence, number)
     return tensors, {**metadata, "sha256": _sha256(tensors.values())}
 
 
@@ -151,25 +152,42 @@ def _remove(private: Path) -> None:
         private.rmdir()
 
 
-def load(path: Path, cache: LatentCache, fingerprint: str) -> list[int]:
-    """Fill the cache from a file, up to its context; returns the tokens that it now holds.
+class SavedSequence:
+    """The contents of a file, which have been checked.
+
+    Attributes:
+        tokens: its tokens, as many as the context has room for.
+    """
+
+    def __init__(self, file: Any, cache: LatentCache) -> None:
+        self._file, self._cache = file, cache
+        self.tokens: list[int] = file.get_tensor("tokens")[: cache.context].tolist()
+
+    def load(self, sequence: Sequence) -> None:
+        """Write the rows into the blocks of a sequence of these tokens, of which none is computed yet.
+
+        Raises:
+            CacheFullError: other sequences hold the blocks.
+        """
+        count = len(self.tokens)
+        sequence.reserve(count)
+        for number in range(len(self._cache.layers)):  # layer by layer, since all at once may not fit in memory
+            self._cache.write_rows(sequence, number, self._file.get_tensor(_name(number))[:count])
+        sequence.advance(count)
+
+
+@contextmanager
+def opened(path: Path, cache: LatentCache, fingerprint: str) -> Iterator[SavedSequence]:
+    """Open a file that fits the cache.
 
     Raises:
-        DamagedCacheError: the contents do not match their checksum; the cache is unchanged.
-        SavedCacheError: the file cannot be read, or was saved from another model or with another type of cache; the
-            cache is unchanged.
+        DamagedCacheError: the contents do not match their checksum.
+        SavedCacheError: the file cannot be read, or was saved from another model or with another type of cache.
     """
     with _opened(path) as (file, metadata):
         _check(path, metadata, cache, fingerprint)
         _check_contents(path, file, metadata, cache)
-        tokens = file.get_tensor("tokens").tolist()
-        count = min(len(tokens), cache.context)
-        cache.match_prefix([])
-        cache.reserve(count)
-        for number in range(len(cache.layers)):  # layer by layer, since all at once may not fit in memory
-            cache.write_rows(number, file.get_tensor(_name(number))[:count])
-    cache.advance(count)
-    return [int(token) for token in tokens[:count]]
+        yield SavedSequence(file, cache)
 
 
 def read_header(path: Path) -> SavedHeader:
@@ -197,7 +215,7 @@ def read_header(path: Path) -> SavedHeader:
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """Open a file of this format; yields it with its metadata."""
     try:
-        with opened(path) as file:
+        with checkpoint.opened(path) as file:
             metadata = file.metadata() or {}
             name, _, version = metadata.get("format", "").rpartition(" ")
             if name != FORMAT or not version.isdecimal():

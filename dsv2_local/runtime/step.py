@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv2_local.kernels.format import MAX_CANDIDATES
 from dsv2_local.offload.device import typed_errors
 from dsv2_local.progress import Progress
+from dsv2_local.runtime.batch import Part
 from dsv2_local.runtime.sampling_params import SamplingParams
 
 # Fraction of the largest probability: less likely tokens are not among the top candidates that a GPU returns.
@@ -87,6 +88,7 @@ class StepResult:
         self.draft, self.accepted, self.seconds = list(draft), 0, seconds
         self._logits, self._packed, self._finish = logits, packed, finish
         self._candidates: list[TopCandidates | None] = []
+        self._detached = False
 
     def wait(self) -> None:
         """Wait until the step has ended.
@@ -105,6 +107,8 @@ class StepResult:
     def logits(self) -> Tensor:
         """Logits after the last accepted token, fp32 [vocab] in RAM; the next step may overwrite them (`detach`)."""
         self.wait()
+        if self._logits.is_cpu:
+            return self._logits[self.accepted]
         with typed_errors():
             return self._logits[self.accepted].cpu()
 
@@ -119,15 +123,24 @@ class StepResult:
         self.accepted += accepted
         return accepted
 
+    def drop_draft(self) -> None:
+        """Forget the draft tokens that the sampler has not chosen."""
+        del self.draft[self.accepted :]
+
     def detach(self) -> None:
         """Wait, and copy the logits, so that the next step does not overwrite them."""
         self.wait()
-        with typed_errors():
-            self._logits = self._logits.cpu().clone()
+        if not self._detached:
+            with typed_errors():
+                self._logits = self._logits.cpu().clone()
+            self._detached = True
 
 
 class Step(Protocol):
-    """Runs one token, and draft tokens after it, through the model and its head, appending them to the KV cache."""
+    """Runs the next tokens of sequences through the model and its head, appending them to the KV cache.
+
+    For each sequence that is one token, or a token and the draft tokens after it.
+    """
 
     @property
     def max_draft(self) -> int:
@@ -135,22 +148,33 @@ class Step(Protocol):
         ...
 
     @property
+    def drafts_together(self) -> bool:
+        """Whether several sequences of a step may have draft tokens, or one of several."""
+        ...
+
+    @property
+    def max_rows(self) -> int:
+        """Maximum number of sequences of a step."""
+        ...
+
+    @property
     def asynchronous(self) -> bool:
         """Whether `launch` returns long before the step ends, and the step needs no Python code meanwhile."""
         ...
 
-    def launch(self, tokens: list[int], params: SamplingParams) -> StepResult:
-        """Start the step of `tokens`, a token and its draft tokens, and append them to the cache.
+    def launch(self, parts: Sequence[Part], params: Sequence[SamplingParams]) -> list[StepResult]:
+        """Start the step of some sequences, and append the tokens to the cache.
 
         Args:
-            tokens: token ids, at most 1 + `max_draft`.
-            params: sampling parameters, which determine the top candidates to return.
+            parts: each sequence with its token, which may be followed by at most `max_draft` draft tokens.
+            params: each sequence's sampling parameters, which determine the top candidates to return.
 
         Returns:
-            The result, whose logits the next step of the same number of tokens may overwrite.
+            The result of each sequence. The next step of the same number of tokens may overwrite their logits.
 
         Raises:
-            ContextLengthError: the context is full.
+            ContextLengthError: a context is full.
+            CacheFullError: there are not enough blocks.
         """
         ...
 

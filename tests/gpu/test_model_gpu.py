@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv2_local import llm
 from dsv2_local.kernels import cpu
@@ -16,6 +17,7 @@ from dsv2_local.offload.plan_request import Machine, Mode
 from dsv2_local.runtime.cpu_step import CpuStep
 from dsv2_local.runtime.prompt_lookup import PromptLookup
 from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.sequence import Sequence
 from dsv2_local.runtime.step import TopCandidates
 from tests.conftest import kernels
 
@@ -57,6 +59,12 @@ def answer(model: LLM, tokens: int = 10) -> list[int | None]:
     return [c.token_id for c in model.generate(PROMPT, max_tokens=tokens, temperature=0, logit_bias=never_end)]
 
 
+def decoded(model: LLM, step: GpuStep | CpuStep, tokens: list[int], sequence: Sequence | None = None) -> Tensor:
+    """Logits [T, vocab] of tokens that follow those of a sequence, one by one."""
+    sequence = sequence or model.engine.cache.new_sequence()
+    return torch.cat([step.run([(sequence, [token])]).clone() for token in tokens])
+
+
 @pytest.fixture(scope="module")
 def expected() -> list[int | None]:
     with kernels(cpu.REFERENCE):
@@ -65,7 +73,7 @@ def expected() -> list[int | None]:
 
 def test_answers_are_those_of_the_reference(expected):
     with loaded(Mode.GPU) as model:
-        assert isinstance(model.engine.step, GpuStep)
+        assert isinstance(model.engine.decode_step, GpuStep)
         assert answer(model) == expected
         assert answer(model) == expected  # with a cached prompt, and all steps replayed
 
@@ -73,26 +81,48 @@ def test_answers_are_those_of_the_reference(expected):
 def test_answers_by_bitsandbytes_are_those_of_the_reference(expected):
     pytest.importorskip("bitsandbytes")
     with kernels(cpu.BITSANDBYTES), loaded(Mode.GPU) as model:
-        assert not isinstance(model.engine.step, GpuStep)
+        assert not isinstance(model.engine.decode_step, GpuStep)
         assert answer(model) == expected
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_replay_is_the_step_to_the_last_bit(dtype):
     with loaded(Mode.GPU, dtype=dtype) as model:
-        step = CpuStep(model.engine.model, model.engine.cache)
-        tokens = list(range(100, 130))
-        launched = [step.run(token).clone() for token in tokens]
-        model.engine.cache.truncate(0)
-        graphs = GpuStep(model.engine.model, model.engine.cache)
-        for token, logits in zip(tokens, launched, strict=True):
-            assert torch.equal(graphs.run(token), logits)
-        model.engine.cache.truncate(10)  # as when a chat turn is undone; then prompts, in memory outside the graphs
+        engine, tokens = model.engine, list(range(100, 130))
+        launched = decoded(model, CpuStep(engine.model, engine.cache), tokens)
+        graphs, sequence = GpuStep(engine.model, engine.cache), engine.cache.new_sequence()
+        assert torch.equal(decoded(model, graphs, tokens, sequence), launched)
+        sequence.truncate(10)  # as when a chat turn is undone; then prompts, in memory outside the graphs
         for length in (2, 3, 5, 7, 9):
-            model.engine.model.forward(torch.arange(length), model.engine.cache)
-        model.engine.cache.truncate(10)
-        for token, logits in zip(tokens[10:], launched[10:], strict=True):
-            assert torch.equal(graphs.run(token), logits)
+            other = engine.cache.new_sequence()
+            engine.model.forward(engine.cache, [(other, range(length))])
+            other.release()
+        assert torch.equal(decoded(model, graphs, tokens[10:], sequence), launched[10:])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(
+    ("mode", "slots"), [(Mode.GPU, 0), (Mode.HYBRID, 0), (Mode.HYBRID, 20), (Mode.STREAM, 0), (Mode.CPU, 0)]
+)
+def test_several_sequences_in_a_step_are_several_steps_up_to_rounding(mode, slots, dtype):
+    """Sequences of different lengths come and go, so that every number of rows is captured, replayed and padded."""
+    with loaded(mode, slots, dtype, context=2048) as model:
+        engine, step = model.engine, model.engine.decode_step
+        assert isinstance(step, GpuStep)
+        engine.warm_up()
+        texts = [list(range(100 + 40 * i, 103 + 41 * i)) for i in range(16)]
+        alone = [decoded(model, step, text)[-2:] for text in texts]
+        for count in (2, 3, 16, 5, 8, 1):
+            sequences = [engine.cache.new_sequence() for _ in range(count)]
+            for sequence, text in zip(sequences, texts, strict=False):
+                for token in text[:-2]:
+                    step.run([(sequence, [token])])
+            for at in (-2, -1):
+                logits = step.run([(s, [text[at]]) for s, text in zip(sequences, texts, strict=False)])
+                for row, single in zip(logits, alone, strict=False):
+                    assert (row - single[at]).norm() < (1e-3 if dtype == FP32 else 5e-2) * single[at].norm()
+            for sequence in sequences:
+                sequence.release()
 
 
 @pytest.mark.parametrize("slots", [0, 7, 40])
@@ -120,10 +150,10 @@ def test_logits_with_experts_placed_by_native_code_are_those_of_the_gpu(mode, sl
                 (device,) = model.experts.devices
                 assert device.native is not None
                 engine.warm_up()
-            logits = [engine.step.run(token).clone() for token in tokens]
-            engine.model.forward(torch.arange(200), engine.cache)
-            logits += [engine.step.run(token).clone() for token in tokens]
-            found.append(torch.stack(logits))
+            sequence = engine.cache.new_sequence()
+            before = decoded(model, engine.decode_step, tokens, sequence)
+            engine.model.forward(engine.cache, [(sequence, range(200))])
+            found.append(torch.cat((before, decoded(model, engine.decode_step, tokens, sequence))))
             if placed is not Mode.GPU:
                 assert model.experts.stats.host_experts > 0 or mode is Mode.STREAM
                 assert (model.experts.stats.fetched_bytes > 0) == (mode is not Mode.CPU)
@@ -134,8 +164,7 @@ def test_streamed_experts_change_no_bit():
     logits = []
     for mode, slots in ((Mode.GPU, 0), (Mode.STREAM, 0), (Mode.STREAM, 20)):
         with loaded(mode, slots, BF16) as model:
-            step = model.engine.step
-            logits.append(torch.stack([step.run(token).clone() for token in range(100, 130)]))
+            logits.append(decoded(model, model.engine.decode_step, list(range(100, 130))))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
 
@@ -146,7 +175,7 @@ def test_sampling_from_top_candidates_is_sampling_from_all_logits(monkeypatch, o
 
     def tokens() -> list[int | None]:
         with loaded(Mode.GPU, dtype=FP32) as model:
-            assert model.engine.step.asynchronous
+            assert model.engine.decode_step.asynchronous
             return [chunk.token_id for chunk in model.generate(PROMPT, max_tokens=40, **options)]
 
     narrowed = tokens()
@@ -157,14 +186,14 @@ def test_sampling_from_top_candidates_is_sampling_from_all_logits(monkeypatch, o
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_several_tokens_in_a_step_are_several_steps_up_to_rounding(dtype):
     with loaded(Mode.GPU, dtype=dtype) as model:
-        step, cache = model.engine.step, model.engine.cache
+        step, sequence = model.engine.decode_step, model.engine.cache.new_sequence()
         assert step.max_draft == DRAFT
         tokens, params = list(range(100, 130)), SamplingParams(temperature=0)
-        expected = torch.stack([step.run(token) for token in tokens])
+        expected = decoded(model, step, tokens, sequence)
         for start in range(0, len(tokens), 1 + DRAFT):
-            cache.truncate(start)
+            sequence.truncate(start)
             launched = tokens[start : start + 1 + DRAFT]
-            result = step.launch(launched, params)
+            (result,) = step.launch([(sequence, launched)], [params])
             result.wait()
             assert result.seconds > 0
             for token, logits in zip([*launched[1:], -1], expected[start:], strict=False):
@@ -173,7 +202,7 @@ def test_several_tokens_in_a_step_are_several_steps_up_to_rounding(dtype):
                 assert candidates is not None
                 assert candidates.ids.tolist() == (ours == ours.max()).nonzero().flatten().tolist()  # bf16 has ties
                 assert result.accept(token) == (token != -1)
-        assert cache.length == len(tokens)
+        assert sequence.length == len(tokens)
 
 
 def test_drafts_are_verified_in_one_step(monkeypatch):
