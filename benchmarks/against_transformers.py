@@ -38,6 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -175,15 +176,11 @@ def dsv2(tiny: bool) -> Iterator[tuple[Generate, dict[str, list[str]]]]:
     from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
     from dsv2_local.offload.simulated_device import SimulatedDevice
     from dsv2_local.quant.schema import Recipe
-    from dsv2_local.runtime.engine import Engine, Request, Stats
+    from dsv2_local.runtime.answer import Answer, Request, Stats
+    from dsv2_local.runtime.engine import Engine
     from dsv2_local.runtime.placement import ModelWeights, place_on_devices
-    from dsv2_local.runtime.prompt_lookup import PromptLookup
     from dsv2_local.runtime.random_weights import build
     from dsv2_local.runtime.sampling_params import SamplingParams
-
-    class EngineWithoutDrafts(Engine):
-        def _draft(self, lookup: PromptLookup, room: int) -> list[int]:
-            return []
 
     gpu = torch.cuda.is_available()
     config = parse_config(TINY if tiny else LITE)
@@ -195,14 +192,18 @@ def dsv2(tiny: bool) -> Iterator[tuple[Generate, dict[str, list[str]]]]:
     request = PlanRequest(config, Recipe.NF4, context, CacheDtype.BF16 if gpu else CacheDtype.FP32, Mode.GPU)
     plan = make_plan(request, Machine((device.free + CONTEXT_BYTES,), memory_available(), available=True))
     placed = place_on_devices(weights, plan, [device], torch.bfloat16 if gpu else torch.float32)
-    engine = EngineWithoutDrafts(placed.model, context, request.cache_dtype, plan.chunk)
+    engine = Engine(placed.model, context, request.cache_dtype, plan.chunk)
     engine.warm_up()
 
+    def no_draft(answer: Answer, most: int) -> None:
+        answer.draft = []
+
     def generate(prompt: list[int], tokens: int) -> list[float]:
-        engine.cache.clear()
+        engine.clear()
         answer = Request(prompt, SamplingParams(temperature=0), max_tokens=tokens)
         start = time.perf_counter()
-        return [time.perf_counter() - start for _ in engine.generate(answer, Stats())]
+        with mock.patch.object(Answer, "propose", no_draft):  # no speculative decoding
+            return [time.perf_counter() - start for _ in engine.generate(answer, Stats())]
 
     formats: dict[str, list[str]] = {}
     for name, weight in weights.dense.items():

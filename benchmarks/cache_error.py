@@ -33,9 +33,11 @@ from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.kernels.latents import quantize_latents
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import placement
+from dsv2_local.runtime.batch import Part
 from dsv2_local.runtime.cache import LatentCache
 from dsv2_local.runtime.model import LATENT_NORM_EPS, Transformer
 from dsv2_local.runtime.random_weights import build, first_layers
+from dsv2_local.runtime.sequence import Sequence
 
 CASES = ("bf16", "int8", "other", "fp32")
 PAIRS = (
@@ -59,9 +61,9 @@ def relative_error(got: Tensor, wanted: Tensor) -> tuple[float, float, float]:
     return float(errors.mean()), float(errors.std() / len(errors) ** 0.5), float(errors.max())
 
 
-def text(seed: int, tokens: int, vocab: int) -> Tensor:
-    """Random tokens: int64 [T]."""
-    return torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed))
+def text(seed: int, tokens: int, vocab: int) -> list[int]:
+    """Random tokens."""
+    return torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def run(case: str, layers: int, tokens: int, file: Path) -> None:
@@ -74,44 +76,45 @@ def run(case: str, layers: int, tokens: int, file: Path) -> None:
     cache = LatentCache(config, tokens + NEXT, CacheDtype.BF16 if case == "other" else CacheDtype(case))
     ids = text(1 if case == "other" else 0, tokens, config.vocab_size)
     following = text(2, NEXT, config.vocab_size)
-    start = time.perf_counter()
+    sequence, start = cache.new_sequence(), time.perf_counter()
     logits: Logits = defaultdict(dict)
     for begin, end in pairwise([0, *lengths(tokens)]):
         for at in range(begin, end, CHUNK):
-            read(model, ids[at : min(at + CHUNK, end)], cache)
-            print(f"{case}: {cache.length:,} tokens, {time.perf_counter() - start:,.0f} s", file=sys.stderr)
+            read(model, cache, (sequence, ids[at : min(at + CHUNK, end)]))
+            print(f"{case}: {sequence.length:,} tokens, {time.perf_counter() - start:,.0f} s", file=sys.stderr)
         for kind in (CacheDtype.BF16, CacheDtype.INT8) if case == "fp32" else ():
-            copy = rounded(cache, config, kind)
-            logits[f"fp32 rounded to {kind}"][end] = model.logits(model.forward(following, copy))
-        logits[case][end] = model.logits(model.forward(following, cache))
-        cache.truncate(end)
+            copy, again = rounded(cache, sequence, config, kind)
+            logits[f"fp32 rounded to {kind}"][end] = model.logits(model.forward(copy, [(again, following)]))
+        logits[case][end] = model.logits(model.forward(cache, [(sequence, following)]))
+        sequence.truncate(end)
         torch.save(dict(logits), file)
 
 
 @torch.inference_mode()
-def read(model: Transformer, ids: Tensor, cache: LatentCache) -> None:
+def read(model: Transformer, cache: LatentCache, part: Part) -> None:
     """Like `Transformer.forward`, but only to fill the cache: of the last layer it computes nothing but the latents."""
-    cache.reserve(len(ids))
-    rotation = model.rotation(cache.length, len(ids))
-    x = model.through_layers(model.embed(ids), rotation, cache, layers=-1)
+    batch = model.new_batch(cache, [len(part[1])])
+    batch.fill([part])
+    x = model.through_layers(model.embed(batch.ids), batch.rotation, batch, layers=-1)
     last, attention = model.layers[-1], model.layers[-1].self_attn
     kv_a = ops.linear(ops.rms_norm(x, last.input_layernorm, last.eps), attention.kv_a_proj_with_mqa)
-    rows, block_table = cache.layers[-1], cache.block_tables[-1]
-    ops.write_latents(rows, block_table, kv_a, attention.kv_a_layernorm, LATENT_NORM_EPS, rotation)
-    cache.advance(len(ids))
+    ops.write_latents(*batch.layers[-1], kv_a, attention.kv_a_layernorm, LATENT_NORM_EPS, batch.rotation)
+    batch.advance()
 
 
-def rounded(cache: LatentCache, config: ModelConfig, kind: CacheDtype) -> LatentCache:
-    """A copy of an fp32 cache with its rows rounded to `kind`."""
-    copy = LatentCache(config, cache.length + NEXT, kind)
-    copy.reserve(cache.length)
+def rounded(
+    cache: LatentCache, sequence: Sequence, config: ModelConfig, kind: CacheDtype
+) -> tuple[LatentCache, Sequence]:
+    """A copy of a sequence in an fp32 cache, with its rows rounded to `kind`."""
+    copy = LatentCache(config, sequence.length + NEXT, kind)
+    again = copy.new_sequence()
+    again.reserve(sequence.length)
     for layer in range(config.num_hidden_layers):
-        rows = cache.rows(layer)
-        copy.write_rows(
-            layer, quantize_latents(rows, config.kv_lora_rank) if kind is CacheDtype.INT8 else rows.bfloat16()
-        )
-    copy.advance(cache.length)
-    return copy
+        rows = cache.rows(sequence, layer)
+        rank = config.kv_lora_rank
+        copy.write_rows(again, layer, quantize_latents(rows, rank) if kind is CacheDtype.INT8 else rows.bfloat16())
+    again.advance(sequence.length)
+    return copy, again
 
 
 def main() -> None:

@@ -73,9 +73,10 @@ def at_once(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
 
 def token_by_token(llm: dsv2_local.LLM, ids: list[int]) -> Tensor:
     """Logits [T, vocab] after each token, by decode steps."""
-    llm.engine.cache.clear()
-    step = CpuStep(llm.engine.model, llm.engine.cache)
-    return torch.stack([step.run(token).clone() for token in ids])
+    step = llm.engine.decode_step
+    assert isinstance(step, CpuStep)
+    with llm.engine.new_sequence(ids) as sequence:
+        return torch.cat([step.run([(sequence, [token])]).clone() for token in ids])
 
 
 def log_probabilities(logits: Tensor, talk: Conversation) -> Tensor:

@@ -301,9 +301,11 @@ class Run:
             new.replace(self._args.json)
 
 
-def lengths(case: Wanted, tiny: bool) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Prompts, contexts and tokens to decode."""
-    return ((4,), (9,), 2) if tiny else (case.prompts, case.contexts, case.decode)
+def lengths(case: Wanted, tiny: bool) -> tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]:
+    """Prompts, contexts, tokens to decode, and numbers of sequences to decode in common steps."""
+    from dsv2_local.commands.bench.settings import PARALLEL
+
+    return ((4,), (9,), 2, (1, 2)) if tiny else (case.prompts, case.contexts, case.decode, PARALLEL)
 
 
 def shorten() -> None:

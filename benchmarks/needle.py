@@ -187,20 +187,22 @@ class Induction:
 
     def _scores(self, start: list[int], between: list[list[int]], string: list[int]) -> list[float]:
         """Mean log-probability of the string after `start` and after each further part of the text between."""
-        self.cache.clear()
-        self._read(start)
+        sequence = self.cache.new_sequence()
+
+        def read(ids: list[int]) -> Tensor:
+            return self.model.forward(self.cache, [(sequence, ids)])
+
+        read(start)
         scores = []
         for ids in between:
             if ids:
-                self._read(ids)
-            length = self.cache.length
-            logits = self.model.logits(self._read(string[:-1])[CUE - 1 :]).log_softmax(1)
+                read(ids)
+            length = sequence.length
+            logits = self.model.logits(read(string[:-1])[CUE - 1 :]).log_softmax(1)
             scores.append(float(logits.gather(1, torch.tensor(string[CUE:])[:, None]).mean()))
-            self.cache.truncate(length)
+            sequence.truncate(length)
+        sequence.release()
         return scores
-
-    def _read(self, ids: list[int]) -> Tensor:
-        return self.model.forward(torch.tensor(ids), self.cache)
 
 
 def measure(caches: Sequence[str], needles: int, distances: Sequence[int]) -> Iterator[Result]:

@@ -11,10 +11,7 @@ layers of it, is prefilled as usual and in absorbed form alone, which would give
 import argparse
 import random
 import statistics
-import types
 from time import perf_counter
-from typing import Any
-from unittest import mock
 
 import torch
 
@@ -25,6 +22,7 @@ from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import placement
 from dsv2_local.runtime.cache import LatentCache
+from dsv2_local.runtime.model import Transformer
 from dsv2_local.runtime.random_weights import build, first_layers
 
 
@@ -37,8 +35,7 @@ def compare(prompts: int, answer: int) -> None:
         reused = len(ids) - draw.randrange(1, 60)
         answers = []
         for prefix in (0, reused):
-            llm.engine.adopt([])
-            llm.engine.cache.clear()
+            llm.engine.clear()
             if prefix:
                 next(llm.generate(ids[:prefix], max_tokens=1))
             generation = llm.generate(ids, max_tokens=answer, temperature=0)
@@ -55,11 +52,12 @@ def distance(llm: dsv2_local.LLM, ids: list[int], reused: int) -> float:
     model, cache = llm.engine.model, llm.engine.cache
     found = []
     for parts in ([ids], [ids[:reused], ids[reused:]]):
-        llm.engine.adopt([])
-        cache.clear()
+        llm.engine.clear()
+        sequence = cache.new_sequence()
         for part in parts:
-            hidden = model.forward(torch.tensor(part), cache)
+            hidden = model.forward(cache, [(sequence, part)])
         found.append(model.logits(hidden[-1:]))
+        sequence.release()
     return float((found[0] - found[1]).norm() / found[0].norm())
 
 
@@ -76,24 +74,20 @@ def fixed_form(layers: int, lengths: list[int]) -> None:
         print(f"prefill of {length:,} tokens, {layers} layers: {chosen:.2f} s; absorbed {absorbed:.2f} s")
 
 
-def best(model: Any, cache: LatentCache, length: int, absorb: bool | None = None) -> float:
-    """The least seconds of three prefills in chunks of 512 tokens."""
+def best(model: Transformer, cache: LatentCache, length: int, *, absorb: bool = False) -> float:
+    """The least seconds of three prefills in chunks of 512 tokens; `absorb`: in absorbed form, whatever is chosen."""
     ids, times = torch.randint(model.config.vocab_size, (length,)), []
-    kernels = ops._kernels
-
-    def forced(*args: Any) -> Any:
-        chosen = kernels(*args)
-        wrapped = types.SimpleNamespace(**{name: getattr(chosen, name) for name in dir(chosen) if name[0] != "_"})
-        wrapped.attention = lambda *given: chosen.attention(*given[:-1], given[-1] if absorb is None else absorb)
-        return wrapped
-
-    with mock.patch.object(ops, "_kernels", forced):
-        for _ in range(3):
-            cache.clear()
-            start = perf_counter()
-            for chunk in ids.split(512):
-                model.forward(chunk, cache)
-            times.append(perf_counter() - start)
+    for _ in range(3):
+        sequence = cache.new_sequence()
+        start = perf_counter()
+        for chunk in ids.split(512):
+            batch = model.new_batch(cache, [len(chunk)], [1] if absorb else None)
+            batch.fill([(sequence, chunk.tolist())])
+            with torch.inference_mode():
+                model.layers_of(batch)
+            batch.advance()
+        times.append(perf_counter() - start)
+        sequence.release()
     return min(times)
 
 

@@ -17,7 +17,7 @@ from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import parse_config
 from dsv2_local.commands import bench
-from dsv2_local.commands.bench import hardware, report, settings, subject
+from dsv2_local.commands.bench import hardware, parallel, report, settings, subject
 from dsv2_local.commands.bench.subject import Subject
 from dsv2_local.commands.bench.timing import Stopwatch
 from dsv2_local.commands.inspect import summarise
@@ -92,7 +92,7 @@ def test_json_has_these_keys(bench_json, tmp_path):
     path = write_config(tmp_path / "small")
     result = bench_json("--random-weights", path, "--prompt", "5,40", "--decode", 3, "--context", "0,70")
     assert list(result) == [
-        "machine", "model", "prefill", "decode", "predicted", "parts", "peak_rss_bytes", "weight_bytes"
+        "machine", "model", "prefill", "decode", "parallel", "predicted", "parts", "peak_rss_bytes", "weight_bytes"
     ]  # fmt: skip
     assert min(result["predicted"].values()) > 0
     assert list(result["machine"]) == ["read_gb_s", "matmul_gflops", "threads", "kernels"]
@@ -105,6 +105,12 @@ def test_json_has_these_keys(bench_json, tmp_path):
     assert [set(run) for run in result["decode"]] == [
         {"context", "tok_s", "bytes_per_token", "gb_s", "read_gb_s", "read_fraction"}
     ] * 2
+    assert [set(run) for run in result["parallel"]] == [
+        {
+            "sequences", "context", "tok_s", "tok_s_each", "experts_per_layer", "random_experts_per_layer",
+            "bytes_per_step", "gb_s", "read_gb_s", "read_fraction", "bound_tok_s", "bound_fraction",
+        }
+    ] * 3  # fmt: skip
     assert set(result["parts"]) == {
         "attention", "dense", "shared", "routed", "head", "rest", "outside_kernels"
     }  # fmt: skip
@@ -123,6 +129,17 @@ def test_the_figures_agree_with_one_another(bench_json, tmp_path):
     for run in result["decode"]:
         assert run["gb_s"] == pytest.approx(run["bytes_per_token"] * run["tok_s"] / 1e9)
         assert run["read_fraction"] == pytest.approx(run["gb_s"] / run["read_gb_s"])
+    assert [(run["sequences"], run["context"]) for run in result["parallel"]] == [(1, 0), (4, 0), (16, 0)]
+    one = result["parallel"][0]
+    assert one["bytes_per_step"] == pytest.approx(result["decode"][0]["bytes_per_token"])
+    assert one["experts_per_layer"] == pytest.approx(one["random_experts_per_layer"]) == 3
+    for run in result["parallel"]:
+        steps = run["tok_s"] / run["sequences"]
+        assert run["tok_s_each"] == pytest.approx(steps)
+        assert run["gb_s"] == pytest.approx(run["bytes_per_step"] * steps / 1e9)
+        assert run["read_fraction"] == pytest.approx(run["gb_s"] / run["read_gb_s"])
+        assert run["bound_fraction"] == pytest.approx(run["tok_s"] / run["bound_tok_s"])
+        assert 3 <= run["experts_per_layer"] <= 8
     for run in result["prefill"]:
         assert run["tok_s"] == pytest.approx(run["tokens"] / run["seconds"])
         assert run["gflops"] == pytest.approx(2 * active * run["tok_s"] / 1e9)
@@ -132,6 +149,24 @@ def test_the_figures_agree_with_one_another(bench_json, tmp_path):
     parts = dict(result["parts"])
     assert 0 < parts.pop("outside_kernels") < 1
     assert all(seconds > 0 for seconds in parts.values())
+
+
+def test_several_sequences_at_a_context(bench_json, tmp_path, capsys):
+    arguments = ("--random-weights", write_config(tmp_path), "--prompt", 2, "--decode", 20, "--context", "70,0")
+    result = bench_json(*arguments, "--parallel", "3,40,3")
+    assert [(run["sequences"], run["context"]) for run in result["parallel"]] == [(3, 70), (40, 70)]
+    cli.app(["bench", *map(str, arguments), "--parallel", "1,2"], standalone_mode=False)
+    assert "Decode of several sequences in a step, at context 70" in capsys.readouterr().out
+    assert bench_json(*arguments[:-1], 5_000)["parallel"] == []  # four sequences would need a larger KV cache
+
+
+def test_the_number_of_experts_that_tokens_choose_at_random():
+    config = tiny(n_routed_experts=32, num_experts_per_tok=5)
+    choose = lambda: torch.randperm(32)[:5]  # noqa: E731
+    for tokens in (1, 2, 16):
+        drawn = [len(torch.cat([choose() for _ in range(tokens)]).unique()) for _ in range(2000)]
+        assert sum(drawn) / 2000 == pytest.approx(parallel.random_experts(config, tokens), rel=0.01)
+    assert parallel.random_experts(tiny(first_k_dense_replace=3), 4) == 0
 
 
 @pytest.mark.parametrize("recipe", list(Recipe))
@@ -238,6 +273,9 @@ def test_the_bundled_model_leaves_out_what_does_not_fit():
         (["--random-weights", "CONFIG", "--recipe", "q4"], "--recipe 'q4' is not one of nf4, mixed, int8, bf16"),
         (["--random-weights", "CONFIG", "--cache-type", "fp32"], "--cache-type 'fp32' is not one of bf16, int8"),
         (["--random-weights", "no-such-model"], "neither deepseek-v2 nor deepseek-v2-lite nor a config.json"),
+        (["--random-weights", "CONFIG", "--parallel", "0"], "--parallel must be between 1 and 256 sequences, not 0"),
+        (["--random-weights", "CONFIG", "--parallel", "1,300"], "--parallel must be between 1 and 256"),
+        (["--random-weights", "CONFIG", "--parallel", "a"], "--parallel must be whole numbers"),
         (["--recipe", "nf4"], "--recipe needs --random-weights"),
         (["--context", "4096"], "--context must be between 0 and 2,016"),
     ],
@@ -359,7 +397,7 @@ def test_a_random_model_computes_and_chooses_varied_experts(changes, quick):
     network = Transformer(config, model.weights, Watched(model.layout, model.records), torch.float32)
     ids = torch.randint(config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
     cache = network.new_cache(64, ops.cache_dtype(Recipe.NF4.format_of(Kind.KV_B), torch.float32, CacheDtype.BF16))
-    logits = network.logits(network.forward(ids, cache))
+    logits = network.logits(network.forward(cache, [(cache.new_sequence(), ids.tolist())]))
     assert torch.isfinite(logits).all()
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(1).unique()) > 16

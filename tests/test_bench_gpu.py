@@ -20,6 +20,7 @@ from dsv2_local.commands.bench import gpu_case, gpu_rates, gpu_timing
 from dsv2_local.errors import InputError, PlanError
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.kernels.graphs import GraphMemory
 from dsv2_local.machine import measurements
 from dsv2_local.offload import calibration
 from dsv2_local.offload.balance import Costs, Watch
@@ -57,9 +58,12 @@ def request(
     return PlanRequest(architecture or config(), Recipe.NF4, context, cache, mode)
 
 
-def device(slots: int, layers: int = LAYERS, cache: CacheDtype = CacheDtype.BF16) -> SimulatedDevice:
+def device(
+    slots: int, layers: int = LAYERS, cache: CacheDtype = CacheDtype.BF16, context: int = CONTEXT
+) -> SimulatedDevice:
     """A device with room for `slots` experts of the tiny model's first layers, and one byte more."""
-    plan = make_plan(request(architecture=first_layers(config(), layers), cache=cache), Machine((2 * GIB,), 1 << 40))
+    wanted = request(architecture=first_layers(config(), layers), context=context, cache=cache)
+    plan = make_plan(wanted, Machine((2 * GIB,), 1 << 40))
     parts = plan.gpus[0].parts
     fixed = sum(size for name, size in parts.items() if name not in ("driver", "expert slots"))
     return SimulatedDevice(capacity=fixed + slots * plan.expert_bytes + 1)
@@ -98,7 +102,7 @@ def bench(small, monkeypatch, capsys) -> Callable[..., dict[str, Any]]:
 
 def options(tmp_path: Path, *more: object, **changes: Any) -> tuple[object, ...]:
     path = write_config(tmp_path / "small", num_hidden_layers=LAYERS, **changes)
-    return ("--random-weights", path, "--prompt", "5,40", "--decode", 4, "--context", "0,70", *more)
+    return ("--random-weights", path, "--prompt", "5,40", "--decode", 4, "--context", "0,70", "--parallel", 1, *more)
 
 
 @pytest.mark.parametrize(("mode", "slots"), [("hybrid", 7), ("stream", 7), ("cpu", 7), ("auto", 32)])
@@ -128,6 +132,22 @@ def test_every_mode_is_measured(bench, tmp_path, mode, slots):
     assert memory["gpu_peak_bytes"][0] <= memory["gpu_planned_bytes"][0]
     assert "extrapolated" not in result
     assert on._threads[0].is_alive() is False  # closed
+
+
+@pytest.mark.parametrize(("mode", "slots"), [("hybrid", 7), ("auto", 32)])
+def test_several_sequences_are_decoded_in_a_step(bench, tmp_path, mode, slots):
+    """With 16 sequences nearly all experts are used, so that a token needs fewer bytes than alone."""
+    result = bench(device(slots, context=16 * 64), *options(tmp_path, "--experts", mode, "--parallel", "1,4,16"))
+    assert [run["sequences"] for run in result["parallel"]] == [1, 4, 16]
+    offloaded = mode != "auto"
+    for run in result["parallel"]:
+        assert run.keys() >= {"tok_s_each", "random_experts_per_layer", "bound", "bound_seconds", "bound_fraction"}
+        assert run["tok_s_each"] == pytest.approx(run["tok_s"] / run["sequences"])
+        assert run["bound_fraction"] == pytest.approx(run["bound_seconds"] * run["tok_s_each"])
+        assert (run.keys() >= COUNTED) == offloaded
+    if offloaded:
+        moved = [run["link_bytes"] + run["cpu_bytes"] for run in result["parallel"]]
+        assert moved[2] < moved[0]
 
 
 @pytest.mark.parametrize(("mode", "fetched", "computed"), [("stream", 1, 0), ("cpu", 0, 1), ("hybrid", 0.5, 0.5)])
@@ -173,7 +193,7 @@ def test_layers_are_cut_and_the_whole_is_extrapolated(bench, tmp_path, monkeypat
 
 def test_a_converted_model_is_measured_and_may_be_cut(bench, tmp_path):
     convert(save_random(tmp_path / "source", num_hidden_layers=LAYERS), tmp_path / "converted", recipe=Recipe.NF4)
-    arguments = ("-m", tmp_path / "converted", "--prompt", 4, "--decode", 2, "--context", 3)
+    arguments = ("-m", tmp_path / "converted", "--prompt", 4, "--decode", 2, "--context", 3, "--parallel", 1)
     result = bench(device(7), *arguments, "--experts", "stream")
     assert (result["model"]["name"], result["plan"]["mode"]) == ("converted", "stream")
     result = bench(device(7), *arguments, "--experts", "hybrid", "--layers", 3)
@@ -225,6 +245,7 @@ def test_a_trace_decides_the_hits(bench, tmp_path, layers):
         ({"tokens": 0}, (), "has no tokens"),
         ({"choose": lambda token, layer: [1, 2]}, (), "does not have 3 different experts"),
         ({"choose": lambda token, layer: [1, 2, 2]}, (), "does not have 3 different experts"),
+        ({}, ("--parallel", "2"), "--parallel cannot be used with --trace"),
         ({}, ("--experts", "cpu"), "--trace needs offloaded experts"),
         ({}, ("--experts", "auto", "--device", "cpu"), "--trace needs offloaded experts"),
     ],
@@ -345,7 +366,7 @@ class Again:
 
     made: ClassVar[list["Again"]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, memory: GraphMemory | None = None) -> None:
         self.fully_captured, self.replays = True, 0
         self.made.append(self)
 

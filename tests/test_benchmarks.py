@@ -23,6 +23,7 @@ from tests.models import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import against_transformers
+import batching
 import cache_error
 import cache_perplexity
 import needle
@@ -66,25 +67,27 @@ def tiny(reference_kernels):
 
 
 def test_filling_the_cache_alone_gives_the_cache_of_forward(tiny):
-    ids = torch.arange(70)
+    ids = list(range(70))
     whole, alone = (LatentCache(tiny.config, 128, CacheDtype.FP32) for _ in range(2))
-    tiny.forward(ids, whole)
-    cache_error.read(tiny, ids, alone)
-    assert alone.length == whole.length == 70
+    forward, filled = whole.new_sequence(), alone.new_sequence()
+    tiny.forward(whole, [(forward, ids)])
+    cache_error.read(tiny, alone, (filled, ids))
+    assert forward.length == filled.length == 70
     for layer in range(tiny.config.num_hidden_layers):
-        assert torch.equal(alone.rows(layer), whole.rows(layer))
+        assert torch.equal(alone.rows(filled, layer), whole.rows(forward, layer))
 
 
 @pytest.mark.parametrize(("kind", "error"), [(CacheDtype.BF16, 0.003), (CacheDtype.INT8, 0.007)])
 def test_a_rounded_cache_has_the_same_rows_up_to_rounding(tiny, kind, error):
     cache = LatentCache(tiny.config, 128, CacheDtype.FP32)
-    cache_error.read(tiny, torch.arange(70), cache)
-    copy = cache_error.rounded(cache, tiny.config, kind)
-    assert copy.length == 70
+    sequence = cache.new_sequence()
+    cache_error.read(tiny, cache, (sequence, list(range(70))))
+    copy, again = cache_error.rounded(cache, sequence, tiny.config, kind)
+    assert again.length == 70
     for layer in range(tiny.config.num_hidden_layers):
-        rows, rank = copy.rows(layer), tiny.config.kv_lora_rank
+        rows, rank = copy.rows(again, layer), tiny.config.kv_lora_rank
         got = dequantize_latents(rows, rank) if kind is CacheDtype.INT8 else rows.float()
-        wanted = cache.rows(layer)
+        wanted = cache.rows(sequence, layer)
         assert 0 < (got - wanted).norm() < error * wanted.norm()
 
 
@@ -102,6 +105,40 @@ def test_perplexity_is_over_tokens_and_its_error_over_conversations():
     worse = cache_perplexity.compare("", [log_probs, log_probs], [log_probs - 0.01, log_probs - 0.03])
     assert worse.difference == pytest.approx(100 * math.expm1(0.02))
     assert worse.se == pytest.approx(100 * 0.01)  # 0.01 and 0.03: deviation 0.01 * sqrt(2), over sqrt(2)
+
+
+@pytest.fixture(scope="module")
+def nano() -> batching.Subject:
+    return batching.converted(None)
+
+
+def test_many_answers_are_the_same_in_steps_of_any_number_of_sequences(nano, monkeypatch):
+    one, four = batching.answers(nano, [1, 4], prompts=6, most=5, rounds=2)
+    assert (one["parallel"], four["parallel"], one["tokens"], len(four["tok_s_runs"])) == (1, 4, 30, 2)
+    assert 0 < four["first_token_median_seconds"] <= four["first_token_max_seconds"]
+    submit = batching.ask
+    shorter = {1: 5, 4: 4}
+    monkeypatch.setattr(
+        batching, "ask", lambda engine, prompt, most, ends: submit(engine, prompt, shorter[engine.rows], ends)
+    )
+    with pytest.raises(ValueError, match="answers of 4 rows differ"):
+        batching.answers(nano, [1, 4], prompts=6, most=5, rounds=1)
+
+
+def test_a_common_prefix_is_computed_once_and_the_pause_is_measured(nano, monkeypatch):
+    monkeypatch.setattr(batching, "PREFIX", 200)
+    found = batching.prefix(nano)
+    assert found["prompt_tokens"] == 16 * 220
+    assert found["computed_tokens"] == 220 + 15 * (220 - 192)  # all but whole blocks of the prefix
+    monkeypatch.setattr(batching, "LONG_PROMPT", 600)
+    found = batching.pause(nano)
+    assert 0 < found["seconds_per_token_before"] <= found["longest_pause_seconds"] < 60
+    assert found["tokens_meanwhile"] > 1
+
+
+def test_the_engines_own_time_contains_that_of_its_parts(nano):
+    found = batching.own_time(nano)
+    assert 0 < found["scheduler_seconds"] + found["sampler_seconds"] < found["step_seconds"]
 
 
 @pytest.fixture(scope="module")

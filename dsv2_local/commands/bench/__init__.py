@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2_local import llm
-from dsv2_local.commands.bench import gpu, gpu_report, report, timing, tracing
+from dsv2_local.commands.bench import gpu, gpu_report, parallel, report, timing, tracing
 from dsv2_local.commands.bench.hardware import Reader, forget_peak, last_level_cache_bytes, matmul_rate, peak_bytes
 from dsv2_local.commands.bench.settings import BenchOptions, BenchPlan, settle, use_threads
 from dsv2_local.commands.bench.subject import prepare
@@ -86,6 +86,9 @@ def measure(plan: BenchPlan, status: StatusLine) -> dict[str, Any]:
     timing.prefill(engine, plan.warm_up_tokens, status)
     prefill = [timing.measure_prefill(engine, tokens, status) for tokens in plan.lengths.prompts]
     decode = [timing.measure_decode(engine, context, steps, reader, status) for context in contexts]
+    together = parallel.measure_parallel(
+        engine, plan.lengths.parallel, contexts[0], plan.lengths.parallel_steps, reader, status
+    )
     parts = timing.measure_parts(engine, contexts[0], steps, status)
     machine = report.machine_facts(decode, matmul, threads)
     return {
@@ -93,6 +96,7 @@ def measure(plan: BenchPlan, status: StatusLine) -> dict[str, Any]:
         "model": report.model_facts(subject, plan.cache_dtype),
         "prefill": [report.prefill_facts(run, subject) for run in prefill],
         "decode": [report.decode_facts(run, subject) for run in decode],
+        "parallel": [report.parallel_facts(run, subject) for run in together],
         "predicted": report.prediction(subject, plan.lengths.cache, machine),
         "parts": report.part_facts(parts, steps),
         "peak_rss_bytes": peak_bytes() - reader.buffer_bytes,

@@ -135,6 +135,12 @@ def _measure_placed(case: Case, placed: PlacedModel, machine: MachineRates, phas
         with phases(f"decoding at context {context:,}"):
             run = gpu_timing.measure_decode(engine, placed, context, case.lengths.decode, replay, status)
         decode.append(gpu_report.decode_facts(run, plan, machine))
+    parallel, together = case.lengths.parallel, []
+    if parallel:
+        with phases("decoding several sequences"):
+            together = gpu_timing.measure_parallel(
+                engine, placed, parallel, case.lengths.contexts[0], case.lengths.parallel_steps, status
+            )
     with phases("parts of a token"):
         parts = gpu_timing.measure_parts(engine, placed, case.lengths.contexts[0])
     subject = Subject(case.name, case.recipe, placed.model, summarise(case.config, case.recipe), [])
@@ -146,6 +152,7 @@ def _measure_placed(case: Case, placed: PlacedModel, machine: MachineRates, phas
         "plan": gpu_report.plan_facts(plan),
         "prefill": prefill,
         "decode": decode,
+        "parallel": [gpu_report.parallel_facts(run, plan, machine) for run in together],
         "parts": gpu_report.part_facts(parts, 1 / decode[0]["tok_s"], plan),
     }
 

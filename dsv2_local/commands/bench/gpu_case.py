@@ -13,6 +13,7 @@ from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.bench.settings import (
     GPU_DECODE,
     GPU_PROMPTS,
+    MOST_PARALLEL,
     BenchOptions,
     Lengths,
     architecture,
@@ -79,7 +80,7 @@ def settle(options: BenchOptions, devices: Sequence[Device]) -> tuple[Case, Chec
     checkpoint = Checkpoint(directory) if directory else None
     config = whole if options.layers is None else first_layers(whole, options.layers)
     recipe = checkpoint.recipe if checkpoint else options.recipe or Recipe.NF4
-    lengths = settle_lengths(options, config.max_position_embeddings, GPU_PROMPTS, GPU_DECODE)
+    lengths = settle_lengths(options, config.max_position_embeddings, GPU_PROMPTS, GPU_DECODE, MOST_PARALLEL["GPU"])
     cache_dtype = cache_dtype_on(devices[0], recipe, DTYPE, options.cache_dtype)
     request = PlanRequest(config, recipe, lengths.cache, cache_dtype, options.experts)
     machine = llm.this_machine(devices, options.vram, options.experts)

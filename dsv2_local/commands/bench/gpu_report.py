@@ -8,6 +8,7 @@ from rich.table import Table
 from dsv2_local.commands.bench.gpu_case import Case
 from dsv2_local.commands.bench.gpu_rates import MachineRates
 from dsv2_local.commands.bench.gpu_timing import GpuRun
+from dsv2_local.commands.bench.parallel import random_experts
 from dsv2_local.commands.bench.report import heading, table_of
 from dsv2_local.commands.console import format_bytes, report_console
 from dsv2_local.offload.forecast import Forecast, forecast
@@ -56,6 +57,42 @@ def decode_facts(run: GpuRun, plan: Plan, rates: MachineRates) -> dict[str, Any]
     }
 
 
+def parallel_facts(run: GpuRun, plan: Plan, rates: MachineRates) -> dict[str, Any]:
+    """Speed of decoding several sequences in common steps, of all of them together."""
+    tok_s = run.tokens / run.seconds
+    return {
+        "sequences": run.sequences,
+        "context": run.context,
+        "tok_s": tok_s,
+        "tok_s_each": tok_s / run.sequences,
+        "random_experts_per_layer": random_experts(plan.request.config, run.sequences),
+        **_expert_facts(run, plan, run.tokens),
+        **_bound_facts(run.sequences * run.seconds / run.tokens, *parallel_bound(run, plan, rates)),
+    }
+
+
+def parallel_bound(run: GpuRun, plan: Plan, rates: MachineRates) -> tuple[float, str]:
+    """The least seconds per step that memory and link allow, and which of them.
+
+    If experts are offloaded: the bytes that were copied and those that the CPU computed, over the speeds that the mode
+    uses. If they are resident: the bytes of dense weights and of as many experts as random choice takes.
+    """
+    sizes, config = sizes_of(plan.request), plan.request.config
+    if run.experts is None:
+        experts = len(config.moe_layers) * random_experts(config, run.sequences) * sizes.expert
+        return (sum(sizes.layers) + sizes.head + experts) / (rates.gpu_gb_s * GB), "GPU memory"
+    missed = (run.experts.fetched_bytes + run.experts.host_experts * sizes.expert) * run.sequences / run.tokens
+    speed, limit = _missed_speed(plan, rates)
+    return missed / speed, limit
+
+
+def _missed_speed(plan: Plan, rates: MachineRates) -> tuple[float, str]:
+    """Bytes per second at which experts without a slot can be used, and what limits it: RAM, the link, or both."""
+    speeds = {"RAM": rates.read_gb_s, "link": rates.link_gb_s}
+    used = {Mode.CPU: ["RAM"], Mode.STREAM: ["link"]}.get(plan.mode, ["RAM", "link"])
+    return sum(speeds[name] for name in used) * GB, " and ".join(used)
+
+
 def decode_bound(run: GpuRun, plan: Plan, rates: MachineRates) -> tuple[float, str]:
     """The least seconds per token that memory and link allow, and which of them.
 
@@ -67,9 +104,8 @@ def decode_bound(run: GpuRun, plan: Plan, rates: MachineRates) -> tuple[float, s
         active = sum(sizes.layers) + sizes.head + sizes.experts_per_token
         return active / (rates.gpu_gb_s * GB), "GPU memory"
     missed = sizes.experts_per_token - run.experts.hits / run.tokens * sizes.expert
-    speeds = {"RAM": rates.read_gb_s, "link": rates.link_gb_s}
-    used = {Mode.CPU: ["RAM"], Mode.STREAM: ["link"]}.get(plan.mode, ["RAM", "link"])
-    return missed / (sum(speeds[name] for name in used) * GB), " and ".join(used)
+    speed, limit = _missed_speed(plan, rates)
+    return missed / speed, limit
 
 
 def prefill_bound(run: GpuRun, plan: Plan, rates: MachineRates) -> tuple[float, str]:
@@ -182,7 +218,10 @@ def show(result: dict[str, Any]) -> None:
     """Print the result as tables."""
     console = report_console()
     console.print(*_heading(result), sep="\n", markup=False, soft_wrap=True)
-    for table in (_prefill_table(result), _decode_table(result), _parts_table(result)):
+    tables = [_prefill_table(result), _decode_table(result), _parts_table(result)]
+    if result["parallel"]:
+        tables.insert(2, _parallel_table(result))
+    for table in tables:
         console.print(table)
     console.print(*_closing(result), sep="\n", markup=False, soft_wrap=True)
 
@@ -223,6 +262,21 @@ def _decode_table(result: dict[str, Any]) -> Table:
         table.add_row(
             f"{run['context']:,}", f"{run['tok_s']:,.2f}", f"{run['hit_rate']:.1%}" if "hit_rate" in run else "",
             *_moved(run), f"{run['bound_fraction']:.0%}", f"{run['predicted_tok_s']:,.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _parallel_table(result: dict[str, Any]) -> Table:
+    runs = result["parallel"]
+    table = table_of(
+        f"Decode of several sequences in a step, at context {runs[0]['context']:,}", "sequences", "tok/s", "each",
+        "random experts", "hits", "link", "CPU", _bound(runs),
+    )  # fmt: skip
+    for run in runs:
+        table.add_row(
+            f"{run['sequences']}", f"{run['tok_s']:,.2f}", f"{run['tok_s_each']:,.2f}",
+            f"{run['random_experts_per_layer']:,.1f}", f"{run['hit_rate']:.1%}" if "hit_rate" in run else "",
+            *_moved(run), f"{run['bound_fraction']:.0%}",
         )  # fmt: skip
     return table
 

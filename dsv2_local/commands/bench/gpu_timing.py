@@ -5,7 +5,7 @@ so that the text does not fall into a loop, whose experts would all be cached. T
 latents.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -16,15 +16,17 @@ from torch import Tensor
 from dsv2_local.commands.bench import timing
 from dsv2_local.commands.bench.gpu_rates import seconds_of
 from dsv2_local.commands.bench.replay import ReplayedRouting
-from dsv2_local.commands.bench.timing import GREEDY, PrefillRun, Status
+from dsv2_local.commands.bench.timing import BURST, GREEDY, PrefillRun, Status, filled, random_parts, take_back
 from dsv2_local.kernels import graphs, ops
 from dsv2_local.kernels.graphs import PiecewiseGraph
 from dsv2_local.offload.device import Device, typed_errors
 from dsv2_local.offload.offloaded_experts import ExpertStats, OffloadedExperts
+from dsv2_local.runtime.batch import Batch
 from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.model import MLP, Block, MoE, Transformer
 from dsv2_local.runtime.placement import PlacedModel
 from dsv2_local.runtime.sampler import Sampler
+from dsv2_local.runtime.sequence import Sequence
 
 WARM_UP_STEPS = 3  # before each measurement of decoding
 TRACE_WARM_UP = 96  # tokens of a trace at most: four half-lives of a use in the expert cache
@@ -44,6 +46,7 @@ class GpuRun:
         seconds: of all tokens.
         first_token_seconds: of prefill: seconds to the token that follows.
         experts: the counters of these tokens; None if all experts are resident.
+        sequences: how many were decoded in each step.
     """
 
     tokens: int
@@ -51,6 +54,12 @@ class GpuRun:
     seconds: float
     first_token_seconds: float = 0.0
     experts: ExpertStats | None = None
+    sequences: int = 1
+
+    def plus(self, tokens: int, seconds: float, experts: ExpertStats | None) -> "GpuRun":
+        """The same with more tokens."""
+        both = self.experts + experts if self.experts and experts else experts
+        return replace(self, tokens=self.tokens + tokens, seconds=self.seconds + seconds, experts=both)
 
 
 def measure_prefill(engine: Engine, placed: PlacedModel, tokens: int, status: Status) -> GpuRun:
@@ -65,22 +74,45 @@ def measure_decode(
     engine: Engine, placed: PlacedModel, context: int, steps: int, replay: ReplayedRouting | None, status: Status
 ) -> GpuRun:
     """Decode `steps` tokens after `context` tokens."""
-    fill(engine, context)
-    decode_tokens(engine, min(WARM_UP_STEPS, steps), replay)
-    engine.cache.truncate(context)
-    status(f"decoding {steps} tokens at context {context:,}")
-    before, start = stats(placed), perf_counter()
-    decode_tokens(engine, steps, replay)
-    seconds = perf_counter() - start
+    with filled(engine, context) as sequences:
+        decode_tokens(engine, sequences, min(WARM_UP_STEPS, steps), replay)
+        take_back(sequences, context)
+        status(f"decoding {steps} tokens at context {context:,}")
+        before, start = stats(placed), perf_counter()
+        decode_tokens(engine, sequences, steps, replay)
+        seconds = perf_counter() - start
     return GpuRun(steps, context, seconds, experts=_since(placed, before))
+
+
+def measure_parallel(
+    engine: Engine, placed: PlacedModel, counts: Iterable[int], context: int, steps: int, status: Status
+) -> list[GpuRun]:
+    """Decode `steps` tokens of each of so many sequences in common steps, after `context` tokens.
+
+    The numbers of sequences take turns, so that what slows the machine for a while slows all of them.
+    """
+    runs = {count: GpuRun(0, context, 0.0, sequences=count) for count in counts}
+    with filled(engine, context, max(runs, default=0)) as sequences:
+        for begin in range(0, steps, BURST):
+            for count, run in runs.items():
+                status(f"decoding {count} sequences at context {context:,}")
+                some, burst = sequences[:count], min(BURST, steps - begin)
+                decode_tokens(engine, some, min(WARM_UP_STEPS, burst), None)
+                take_back(some, context)
+                before, start = stats(placed), perf_counter()
+                decode_tokens(engine, some, burst, None)
+                seconds = perf_counter() - start
+                runs[count] = run.plus(count * burst, seconds, _since(placed, before))
+                take_back(some, context)
+    return list(runs.values())
 
 
 def warm_up_slots(engine: Engine, replay: ReplayedRouting, tokens: int, status: Status) -> None:
     """Give the slots to the experts that a text uses: decode the first part of the trace."""
     status(f"decoding {tokens} tokens of the trace to warm the expert cache")
     for _ in range(tokens):
-        fill(engine, 0)
-        decode_tokens(engine, 1, replay)
+        with filled(engine, 0) as sequences:
+            decode_tokens(engine, sequences, 1, replay)
 
 
 def warm_up_length(trace_tokens: int) -> int:
@@ -88,23 +120,16 @@ def warm_up_length(trace_tokens: int) -> int:
     return min(TRACE_WARM_UP, trace_tokens // 2)
 
 
-def decode_tokens(engine: Engine, steps: int, replay: ReplayedRouting | None) -> None:
-    """Decode random tokens, each step as the engine runs it: launch, wait, choose."""
-    sampler, vocab = Sampler(GREEDY, []), engine.model.config.vocab_size
-    for token in torch.randint(vocab, (steps,)).tolist():
+def decode_tokens(engine: Engine, sequences: list[Sequence], steps: int, replay: ReplayedRouting | None) -> None:
+    """Decode random tokens of these sequences, each step as the engine runs it: launch, wait, choose."""
+    sampler, params = Sampler(GREEDY, []), [GREEDY] * len(sequences)
+    for _ in range(steps):
         if replay:
             replay.advance()
         with typed_errors():
-            result = engine.step.launch([token], GREEDY)
-        sampler.choose(result)
-
-
-def fill(engine: Engine, context: int) -> None:
-    """Begin a sequence of `context` random latents."""
-    engine.cache.clear()
-    engine.adopt([])
-    with torch.inference_mode():
-        timing.fill(engine.cache, context, engine.model.config)
+            results = engine.decode_step.launch(random_parts(sequences, engine.model.config), params)
+        for result in results:
+            sampler.choose(result)
 
 
 def stats(placed: PlacedModel) -> ExpertStats | None:
@@ -124,11 +149,11 @@ def measure_parts(engine: Engine, placed: PlacedModel, context: int) -> dict[str
     "routed" is there only if the experts are resident: else their time is not that of kernels alone.
     """
     model, seconds = engine.model, {}
-    fill(engine, context)
-    engine.cache.reserve(1)
-    for name, launch in _launches(engine, isinstance(placed.experts, OffloadedExperts)).items():
-        seconds[name] = _seconds_of_part(launch, placed.devices[-1], model)
-    engine.cache.clear()
+    with filled(engine, context) as sequences:
+        batch = model.new_batch(engine.cache, [1])
+        batch.fill(random_parts(sequences, model.config))
+        for name, launch in _launches(model, batch, isinstance(placed.experts, OffloadedExperts)).items():
+            seconds[name] = _seconds_of_part(launch, placed.devices[-1], model)
     return seconds
 
 
@@ -145,12 +170,11 @@ def _seconds_of_part(launch: Launch, device: Device, model: Transformer) -> floa
     return seconds_of(device, run, PART_REPEATS)
 
 
-def _launches(engine: Engine, offloaded: bool) -> dict[str, Launch]:
+def _launches(model: Transformer, batch: Batch, offloaded: bool) -> dict[str, Launch]:
     """The function of each part, which runs it in all layers, on the same input."""
-    model, cache = engine.model, engine.cache
     config, first = model.config, model.layers[0].device
     x = torch.randn(1, config.hidden_size).to(first, model.dtype)
-    rotation = model.rotation(cache.length, 1).to(first)
+    rotation = batch.rotation.to(first)
     ids = torch.randperm(config.n_routed_experts)[: config.num_experts_per_tok][None].to(first)
     weights = torch.rand(ids.shape).to(first)
 
@@ -190,7 +214,7 @@ def _launches(engine: Engine, offloaded: bool) -> dict[str, Launch]:
         return layer.mlp.forward(inputs[0])
 
     def attention(layer: Block, inputs: tuple[Tensor, ...]) -> Tensor:
-        return layer.self_attn.forward(inputs[0], inputs[1], cache)
+        return layer.self_attn.forward(inputs[0], inputs[1], batch)
 
     parts = {"attention": in_layers(model.layers, attention)}
     if plain := [layer for layer in model.layers if isinstance(layer.mlp, MLP)]:

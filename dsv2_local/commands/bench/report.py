@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from dsv2_local.architectures.config import ModelConfig
+from dsv2_local.commands.bench.parallel import ParallelRun, random_experts
 from dsv2_local.commands.bench.settings import BenchPlan
 from dsv2_local.commands.bench.subject import Subject
 from dsv2_local.commands.bench.timing import DecodeRun, PrefillRun, layer_kind
@@ -57,6 +58,32 @@ def decode_facts(run: DecodeRun, subject: Subject) -> dict[str, Any]:
         "gb_s": gb_s,
         "read_gb_s": run.read_gb_s,
         "read_fraction": gb_s / run.read_gb_s,
+    }
+
+
+def parallel_facts(run: ParallelRun, subject: Subject) -> dict[str, Any]:
+    """Speed of decoding several sequences in common steps, of all of them together.
+
+    `bound_tok_s` is what the memory bandwidth allows if experts were chosen at random. GB/s count the weights of the
+    experts that were used, each once per step, without the KV cache.
+    """
+    tok_s, expected = run.sequences * run.steps / run.seconds, random_experts(subject.config, run.sequences)
+    nbytes = subject.step_bytes(run.sequences, run.experts)
+    gb_s = nbytes * run.steps / run.seconds / 1e9
+    bound = run.sequences * run.read_gb_s * 1e9 / subject.step_bytes(run.sequences, expected)
+    return {
+        "sequences": run.sequences,
+        "context": run.context,
+        "tok_s": tok_s,
+        "tok_s_each": tok_s / run.sequences,
+        "experts_per_layer": run.experts,
+        "random_experts_per_layer": expected,
+        "bytes_per_step": nbytes,
+        "gb_s": gb_s,
+        "read_gb_s": run.read_gb_s,
+        "read_fraction": gb_s / run.read_gb_s,
+        "bound_tok_s": bound,
+        "bound_fraction": tok_s / bound,
     }
 
 
@@ -116,7 +143,10 @@ def show(result: dict[str, Any]) -> None:
     """Print the result as tables."""
     console = report_console()
     console.print(*_heading(result), sep="\n", markup=False, soft_wrap=True)
-    for table in (_prefill_table(result), _decode_table(result), _parts_table(result)):
+    tables = [_prefill_table(result), _decode_table(result), _parts_table(result)]
+    if result["parallel"]:
+        tables.insert(2, _parallel_table(result))
+    for table in tables:
         console.print(table)
     console.print(*_closing(result), sep="\n", markup=False, soft_wrap=True)
 
@@ -190,6 +220,21 @@ def _decode_table(result: dict[str, Any]) -> Table:
             f"{run['gb_s']:,.2f}",
             f"{run['read_fraction']:.0%}",
         )
+    return table
+
+
+def _parallel_table(result: dict[str, Any]) -> Table:
+    runs = result["parallel"]
+    table = table_of(
+        f"Decode of several sequences in a step, at context {runs[0]['context']:,} (experts: in a layer and step)",
+        "sequences", "tok/s", "each", "experts", "random", "read", "bound", "reached",
+    )  # fmt: skip
+    for run in runs:
+        table.add_row(
+            f"{run['sequences']}", f"{run['tok_s']:,.2f}", f"{run['tok_s_each']:,.2f}",
+            f"{run['experts_per_layer']:,.1f}", f"{run['random_experts_per_layer']:,.1f}",
+            format_bytes(run["bytes_per_step"]), f"{run['bound_tok_s']:,.2f}", f"{run['bound_fraction']:.0%}",
+        )  # fmt: skip
     return table
 
 

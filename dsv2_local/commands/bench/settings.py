@@ -1,7 +1,7 @@
 """What to measure: checks the options against the model's limits and the memory, before anything large is allocated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,18 +15,22 @@ from dsv2_local.commands.bench.hardware import last_level_cache_bytes
 from dsv2_local.commands.console import notice
 from dsv2_local.errors import InputError
 from dsv2_local.kernels import ops
-from dsv2_local.kernels.format import CacheDtype
+from dsv2_local.kernels.format import CACHE_BLOCK, CacheDtype, blocks_for
 from dsv2_local.machine.resources import choose_threads
 from dsv2_local.offload.plan import CPU_CHUNK
-from dsv2_local.offload.plan_request import Mode
+from dsv2_local.offload.plan_request import DEFAULT_PARALLEL, Mode
 from dsv2_local.quant import hub
 from dsv2_local.quant.checkpoint import Manifest
 from dsv2_local.quant.schema import Recipe, expert_layout
 from dsv2_local.runtime import random_weights
+from dsv2_local.runtime.cpu_step import CpuStep
 
 PROMPTS, DECODE = (128, 512), 32
 GPU_PROMPTS, GPU_DECODE = (512, 4_096), 64
 CONTEXTS = (0, 4_096, 32_768)
+PARALLEL = (1, 4, 16)
+PARALLEL_TOKENS = 8_192  # of KV cache that the default numbers of sequences may take, if longer contexts need no more
+MOST_PARALLEL = {"CPU": CpuStep.max_rows, "GPU": DEFAULT_PARALLEL}
 DTYPE = torch.float32
 WARM_UP_TOKENS = 32  # of prefill, if the weights are in memory and need not be mapped from files
 WORKING_BYTES = 1 << 30  # memory for computing, besides weights and KV cache
@@ -50,6 +54,7 @@ class BenchOptions:
     experts: Mode = Mode.AUTO
     vram: Sequence[int] | None = None
     trace: Path | None = None
+    parallel: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -74,16 +79,32 @@ class Lengths:
         prompts: lengths of the prompts to prefill.
         contexts: tokens in the KV cache before each measurement of decoding.
         decode: tokens to decode in each measurement.
+        parallel: numbers of sequences to decode in common steps, at the first of the contexts.
     """
 
     prompts: tuple[int, ...]
     contexts: tuple[int, ...]
     decode: int
+    parallel: tuple[int, ...] = ()
+
+    @property
+    def parallel_steps(self) -> int:
+        """Steps of each number of sequences; those of many sequences take long."""
+        return -(-self.decode // 2)
+
+    @property
+    def alone(self) -> int:
+        """Tokens that the KV cache must hold for one sequence; the engine needs room for one more after a prompt."""
+        return max(max(self.contexts) + self.decode, *(length + 1 for length in (*self.prompts, 1)))
 
     @property
     def cache(self) -> int:
-        """Tokens that the KV cache must hold; the engine needs room for one more after a prompt."""
-        return max(max(self.contexts) + self.decode, *(length + 1 for length in (*self.prompts, 1)))
+        """Tokens that the KV cache must hold, in whole blocks if it has several sequences."""
+        return max(self.alone, *(self.together(count) for count in (*self.parallel, 0)))
+
+    def together(self, count: int) -> int:
+        """Tokens that so many sequences take in the KV cache."""
+        return count * blocks_for(self.contexts[0] + self.decode) * CACHE_BLOCK if count > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,7 @@ def settle(options: BenchOptions) -> BenchPlan:
     config = whole if options.layers is None else random_weights.first_layers(whole, options.layers)
     recipe = Manifest.load(directory).recipe if directory else options.recipe or Recipe.NF4
     cache_dtype = ops.cache_dtype(recipe.format_of(Kind.KV_B), DTYPE, options.cache_dtype)
-    lengths = settle_lengths(options, config.max_position_embeddings, PROMPTS, DECODE)
+    lengths = settle_lengths(options, config.max_position_embeddings, PROMPTS, DECODE, MOST_PARALLEL["CPU"])
     read_at_least = read_bytes()
     if directory is None:
         experts = expert_layout(config, recipe).nbytes * config.n_routed_experts * len(config.moe_layers)
@@ -168,18 +189,32 @@ def architecture(options: BenchOptions) -> tuple[Path | None, ModelConfig]:
     return directory, load_config(directory)
 
 
-def settle_lengths(options: BenchOptions, limit: int, prompts: tuple[int, ...], decode: int) -> Lengths:
+def settle_lengths(
+    options: BenchOptions, limit: int, prompts: tuple[int, ...], decode: int, most_parallel: int
+) -> Lengths:
     """The requested lengths, or those of the defaults that fit in `limit` tokens; `prompts`, `decode` are defaults.
 
     Raises:
-        InputError: a requested length does not fit.
+        InputError: a requested length does not fit, or more than `most_parallel` sequences are requested.
     """
     decode = decode if options.decode is None else options.decode
     if decode > limit:
         raise InputError(f"--decode {decode:,} is more than the model's context of {limit:,} tokens")
     fitting_prompts = _fitting("--prompt", options.prompt, prompts, 1, limit - 1, limit)
     contexts = _fitting("--context", options.context, CONTEXTS, 0, limit - decode, limit)
-    return Lengths(fitting_prompts, contexts, decode)
+    lengths = Lengths(fitting_prompts, contexts, decode)
+    if options.parallel is None:
+        most = max(lengths.alone, PARALLEL_TOKENS)
+        counts = tuple(count for count in PARALLEL if lengths.together(count) <= most)
+        return replace(lengths, parallel=() if options.trace or counts == (1,) else counts)
+    counts = tuple(dict.fromkeys(_numbers("--parallel", options.parallel)))
+    if wrong := [count for count in counts if not 1 <= count <= most_parallel]:
+        raise InputError(f"--parallel must be between 1 and {most_parallel} sequences, not {wrong[0]:,}")
+    if options.trace is not None:
+        if counts != (1,):
+            raise InputError("--parallel cannot be used with --trace, which has a single text; drop one of them")
+        counts = ()
+    return replace(lengths, parallel=counts)
 
 
 def _fitting(

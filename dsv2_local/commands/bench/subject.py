@@ -57,15 +57,15 @@ class Subject:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that decoding one token reads: all active weights, and one row of the embedding."""
+        return round(self.step_bytes(1, self.config.num_experts_per_tok))
+
+    def step_bytes(self, tokens: int, experts: float) -> float:
+        """Bytes of weights that a step of so many tokens reads, which use so many different experts in each layer."""
         c = self.config
         row = matrix_nbytes(self.recipe.format_of(Kind.EMBEDDING), ROWS, c.hidden_size) // ROWS
         every = sum(kind.bytes for kind in self._every_token())
-        return every + row + self._chosen * expert_layout(c, self.recipe).nbytes
-
-    @property
-    def _chosen(self) -> int:
-        """Routed experts that are used for one token, over all layers."""
-        return self.config.num_experts_per_tok * len(self.config.moe_layers)
+        expert = expert_layout(c, self.recipe).nbytes if c.moe_layers else 0
+        return every + tokens * row + len(c.moe_layers) * experts * expert
 
     def _every_token(self) -> list[KindSummary]:
         """The kinds of tensors that every token reads as a whole; the embedding if it is also the head."""

@@ -5,7 +5,7 @@ Token ids and the contents of the KV cache are random, since the speed does not 
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +21,14 @@ from dsv2_local.commands.bench import hardware
 from dsv2_local.commands.bench.hardware import Reader
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.latents import write_rows
+from dsv2_local.runtime.answer import Request, Stats
+from dsv2_local.runtime.batch import Part
 from dsv2_local.runtime.cache import LatentCache
 from dsv2_local.runtime.cpu_step import CpuStep
-from dsv2_local.runtime.engine import Engine, Request, Stats
+from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.model import MoE, Transformer
 from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.sequence import Sequence
 
 WARM_UP_STEPS = 2  # at the start of each burst of decoding; not measured
 BURST = 8  # decode steps between two measurements of memory bandwidth
@@ -75,7 +78,7 @@ def measure_prefill(engine: Engine, tokens: int, status: Status) -> PrefillRun:
 
 def prefill(engine: Engine, tokens: int, status: Status) -> PrefillRun:
     """Prefill one prompt of random tokens from an empty cache."""
-    engine.cache.clear()
+    engine.clear()
     prompt = torch.randint(engine.model.config.vocab_size, (tokens,)).tolist()
     stats, start = Stats(), perf_counter()
     request = Request(prompt, GREEDY, max_tokens=1)
@@ -102,50 +105,81 @@ def measure_decode(engine: Engine, context: int, steps: int, reader: Reader, sta
 
     Times are summed over all steps, so that slow steps count in full; warm-up steps after each pass over memory do not.
     """
-    fill(engine.cache, context, engine.model.config)
     step = CpuStep(engine.model, engine.cache)
     seconds, reads = 0.0, []
-    for begin in range(0, steps, BURST):
-        reads.append(reader.gb_s())
-        _warm_up(step, min(WARM_UP_STEPS, steps - begin))
-        seconds += _steps(step, min(BURST, steps - begin), f"decode at context {context:,}", status)
+    with filled(engine, context) as sequences:
+        for begin in range(0, steps, BURST):
+            reads.append(reader.gb_s())
+            warm_up(step, sequences, min(WARM_UP_STEPS, steps - begin))
+            seconds += timed_steps(step, sequences, min(BURST, steps - begin), f"decode at context {context:,}", status)
     return DecodeRun(context, steps, seconds, harmonic_mean(reads))
 
 
-def _warm_up(step: CpuStep, steps: int) -> None:
-    """Run steps that only warm the CPU's caches, and take their tokens back."""
-    length = step.cache.length
+def warm_up(step: CpuStep, sequences: list[Sequence], steps: int) -> None:
+    """Run steps that only warm the CPU's caches, and take their tokens back; the sequences have the same length."""
+    context = sequences[0].length
     for _ in range(steps):
-        _timed(step)
-    step.cache.truncate(length)
+        _timed(step, sequences)
+    take_back(sequences, context)
 
 
-def _steps(step: CpuStep, steps: int, what: str, status: Status) -> float:
+def timed_steps(step: CpuStep, sequences: list[Sequence], steps: int, what: str, status: Status) -> float:
+    """Seconds to decode `steps` random tokens of each sequence."""
     seconds = 0.0
     for done in range(steps):
-        status(f"{what}: {done}/{steps} tokens")
-        seconds += _timed(step)
+        status(f"{what}: {done}/{steps} steps")
+        seconds += _timed(step, sequences)
     return seconds
 
 
-def _timed(step: CpuStep) -> float:
-    """Seconds to decode a random token: the model, its logits, and finding the largest."""
-    token = int(torch.randint(step.model.config.vocab_size, (1,)))
+def _timed(step: CpuStep, sequences: list[Sequence]) -> float:
+    """Seconds to decode a random token of each sequence: the model, its logits, and finding the largest."""
+    parts = random_parts(sequences, step.model.config)
     start = perf_counter()
-    int(step.run(token).argmax())
+    step.run(parts).argmax(1).tolist()
     return perf_counter() - start
 
 
-def fill(cache: LatentCache, tokens: int, config: ModelConfig) -> None:
-    """Fill the KV cache with random latents of rms 1 for `tokens` tokens, the same in every layer."""
-    cache.match_prefix([])
-    cache.reserve(tokens)
+def random_parts(sequences: list[Sequence], config: ModelConfig) -> list[Part]:
+    """A random token for each sequence."""
+    tokens = torch.randint(config.vocab_size, (len(sequences),)).tolist()
+    return [(sequence, [token]) for sequence, token in zip(sequences, tokens, strict=True)]
+
+
+def take_back(sequences: Iterable[Sequence], context: int) -> None:
+    """Take back all tokens but the first `context`."""
+    for sequence in sequences:
+        sequence.truncate(context)
+
+
+@contextmanager
+def filled(engine: Engine, context: int, count: int = 1) -> Iterator[list[Sequence]]:
+    """Sequences of `context` random latents of rms 1, the same in every layer; their blocks are given back at the end.
+
+    The prefix cache is emptied.
+    """
+    engine.clear()
+    sequences = [engine.cache.new_sequence() for _ in range(count)]
+    try:
+        for sequence in sequences:
+            _fill(engine.cache, sequence, context, engine.model.config)
+        yield sequences
+    finally:
+        for sequence in sequences:
+            sequence.release()
+
+
+@torch.inference_mode()
+def _fill(cache: LatentCache, sequence: Sequence, tokens: int, config: ModelConfig) -> None:
+    sequence.reserve(tokens)
     for start in range(0, tokens, FILLED_ROWS):
         latents = torch.randn(min(FILLED_ROWS, tokens - start), config.latent_dim)
-        on = {device: latents.to(device) for device in {layer.device for layer in cache.layers}}
-        for layer, block_table in zip(cache.layers, cache.block_tables, strict=True):
-            write_rows(layer, block_table, on[layer.device], config.kv_lora_rank)
-        cache.advance(len(latents))
+        table = torch.from_numpy(sequence.block_table)
+        devices = {layer.device for layer in cache.layers}
+        on = {device: (table.to(device), latents.to(device)) for device in devices}
+        for layer in cache.layers:
+            write_rows(layer, *on[layer.device], config.kv_lora_rank)
+        sequence.advance(len(latents))
 
 
 class Stopwatch:
@@ -196,18 +230,19 @@ def measure_parts(engine: Engine, context: int, steps: int, status: Status) -> d
     A replayed step calls no Python functions that could be watched. Instead its recording is watched, with a clock that
     counts recorded kernel calls; then the replays measure the time of each call.
     """
-    fill(engine.cache, context, engine.model.config)
     step = CpuStep(engine.model, engine.cache)
     watch = Stopwatch(lambda: len(step.recording.names) if step.recording else perf_counter())
-    with watch.on(_targets(engine.model)):
-        _warm_up(step, 1)  # records the step, if it can be replayed
-        if not step.recording:
-            watch.spans.clear()
-            whole = _steps(step, steps, "decode by part", status)
+    with filled(engine, context) as sequences:
+        with watch.on(_targets(engine.model)):
+            warm_up(step, sequences, 1)  # records the step, if it can be replayed
+            if not step.recording:
+                watch.spans.clear()
+                whole = timed_steps(step, sequences, steps, "decode by part", status)
+        if step.recording:
+            taken = step.recording.take_times()
+            whole = timed_steps(step, sequences, steps, "decode by part", status)
     spans = watch.spans
     if step.recording:
-        taken = step.recording.take_times()
-        whole = _steps(step, steps, "decode by part", status)
         clock = [0.0, *accumulate(taken)]
         spans = [(name, clock[int(start)], clock[int(end)]) for name, start, end in spans]
     seconds = defaultdict(float, steps=whole)
@@ -223,7 +258,8 @@ def _targets(model: Transformer) -> list[tuple[Any, str, str]]:
     experts = {}  # by identity, since layers may share one object
     for layer in model.layers:
         targets.append((layer.self_attn, "forward", "attention"))
-        targets.append((layer, "forward", layer_kind(isinstance(layer.mlp, MoE))))
+        kind = layer_kind(isinstance(layer.mlp, MoE))
+        targets += [(layer, half, kind) for half in ("attend", "feed_forward")]
         if not isinstance(layer.mlp, MoE):
             targets.append((layer.mlp, "forward", "dense"))
             continue

@@ -55,13 +55,13 @@ def record(options: BenchOptions, text: str, file: Path, status: StatusLine) -> 
         if isinstance(layer.mlp, MoE):
             layer.mlp.routed_experts = watched
     trace = Trace(loaded.name, len(loaded.config.moe_layers), loaded.config.n_routed_experts, [])
-    step = CpuStep(network, cache)
+    step, sequence = CpuStep(network, cache), cache.new_sequence()
     with torch.inference_mode():
         for done, token in enumerate(tokens):
             if done % min(PASSAGE, cache.context) == 0:
-                cache.truncate(0)
+                sequence.truncate(0)
                 status(f"tracing: {done:,} of {len(tokens):,} tokens")
-            step.run(token)
+            step.run([(sequence, [token])])
             trace.tokens.append([watched.chosen[layer] for layer in loaded.config.moe_layers])
     try:
         trace.save(file)
