@@ -17,6 +17,7 @@ from dsv2_local.errors import InputError
 from dsv2_local.options import DRAW, drawn_seed, one_of
 
 if TYPE_CHECKING:
+    from dsv2_local.commands.batch_options import BatchOptions
     from dsv2_local.commands.run_options import RunOptions
     from dsv2_local.llm import LLM
 
@@ -62,6 +63,7 @@ System = Annotated[str | None, typer.Option(help="System message.", callback=_un
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _PANEL = "Sampling (default: the model's generation_config.json)"
+_BATCH = "Files of requests"
 
 
 @dataclass(frozen=True)
@@ -204,13 +206,13 @@ def chat(
 
         notice("standard input is not a terminal; answering it like `dsv2 run`")
         options = RunOptions(gather_prompt(None, [], sys.stdin), generation.given(), system)
-        with _load(load) as llm:
+        with _load(load, parallel=1) as llm:
             _run(llm, options)
         return
     from dsv2_local.commands.terminal import Terminal
 
     given = generation.given()
-    with Terminal() as terminal, _load(load, terminal.collect) as llm:
+    with Terminal() as terminal, _load(load, terminal.collect, parallel=1) as llm:
         from dsv2_local.commands.chat import COMMANDS, Chat
         from dsv2_local.commands.prompt import Prompt
 
@@ -244,22 +246,82 @@ def run(
     ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: log probabilities of this many most likely tokens per step.")
+        int | None,
+        typer.Option(help="With --json or --batch: log probabilities of this many most likely tokens per step."),
     ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Save the KV cache to this file; a later prompt that begins the same reuses it."),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help='Answer every line of this file (-: standard input), many at once. {"prompt": TEXT} is continued as '
+            'with --raw, {"messages": [...]} answered, with options of their own; or lines of OpenAI\'s batch format. '
+            "Options here are for lines without their own. --seed is of line 1, every further line has the next one.",
+            rich_help_panel=_BATCH,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The results, a line for each; if interrupted, run the same command to continue. Default, or -: "
+            "standard output, which cannot be continued.",
+            rich_help_panel=_BATCH,
+        ),
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORDER",
+            help="Order of the results: input (default), or finished: as they come.",
+            rich_help_panel=_BATCH,
+        ),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(help="How many lines to compute at once. Default: from the plan.", rich_help_panel=_BATCH),
+    ] = None,
 ) -> None:
-    """Answer one prompt from arguments, files and standard input; for scripts."""
+    """Answer one prompt from arguments, files and standard input, or a file of requests; for scripts."""
+    from dsv2_local.commands import batch_options
     from dsv2_local.commands.run_options import RunOptions, gather_prompt
     from dsv2_local.machine.homes import expanded
 
+    if batch is not None:
+        batch_options.refuse(
+            {
+                "a PROMPT": prompt is not None, "--file": bool(file), "--stdin": stdin is True,
+                "--no-stdin": stdin is False, "--raw": raw, "--json": as_json, "--no-stream": not stream,
+                "--no-newline": no_newline, "--cache": cache is not None,
+            },
+            "has no meaning with --batch: the lines of its file are the prompts, and those of its output the answers",
+        )  # fmt: skip
+        given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
+        _run_batch(
+            load,
+            batch_options.BatchOptions(
+                batch_options.place(batch, "--batch"),
+                None if output is None else batch_options.place(output, "-o"),
+                given, system, load.model, one_of("--order", order or batch_options.Order.INPUT, batch_options.Order),
+                stats, drawn=generation.seed == DRAW,
+            ),
+            parallel,
+        )  # fmt: skip
+        return
+    batch_options.refuse(
+        {"--output": output is not None, "--order": order is not None, "--parallel": parallel is not None},
+        "needs --batch FILE; the answer to one prompt goes to standard output",
+    )
     given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
     text = gather_prompt(prompt, file or [], sys.stdin, raw, read_stdin=stdin)
     newline = not no_newline
     options = RunOptions(text, given, system, raw, as_json, stream, stats, cache and expanded(cache), newline)
-    with _load(load) as llm:
+    with _load(load, parallel=1) as llm:
         _run(llm, options)
 
 
@@ -331,6 +393,9 @@ def plan(
     cache_type: Annotated[str, typer.Option("--cache-type", help="Type of the KV cache: bf16, int8 or fp32.")] = "bf16",
     cache: Annotated[str | None, typer.Option("--cache", hidden=True)] = None,
     experts: Experts = "auto",
+    parallel: Annotated[
+        int | None, typer.Option(help="Maximum sequences that are computed in one step. Default: 16.")
+    ] = None,
     rates: Annotated[
         str, typer.Option(help="Rates for the predicted speed, in GB/s and GFLOP/s: ram=80,link=25,vram=900.")
     ] = "",
@@ -342,7 +407,7 @@ def plan(
 
     if cache is not None:
         notice("--cache is now called --cache-type")
-    options = plan.PlanOptions(model, recipe, vram, ram, context, cache or cache_type, rates, experts)
+    options = plan.PlanOptions(model, recipe, vram, ram, context, cache or cache_type, rates, experts, parallel)
     plan.run(options, as_json)
 
 
@@ -381,6 +446,10 @@ def bench(
     context: Annotated[
         str | None, typer.Option(help="Context lengths at which to decode, in tokens. Default: 0,4096,32768.")
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="Numbers of sequences to decode in common steps, at the first context. Default: 1,4,16."),
+    ] = None,
     device: DeviceNames = "auto",
     experts: Experts = "auto",
     vram: Vram = None,
@@ -416,7 +485,7 @@ def bench(
     cache_dtype = one_of("--cache-type", cache_type, CACHE_DTYPES)
     options = bench.BenchOptions(
         model, random_weights, layers, prompt, decode, context, threads, chosen, cache_dtype,
-        device, one_of("--experts", experts, Mode), vram_limits(vram), trace,
+        device, one_of("--experts", experts, Mode), vram_limits(vram), trace, parallel,
     )  # fmt: skip
     if record_trace is not None:
         bench.record_trace(options, record_trace, text)
@@ -424,8 +493,11 @@ def bench(
     bench.run(options, as_json)
 
 
-def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None) -> "LLM":
-    """Load a model. Something is on the screen before torch is imported; `begun` is called after that."""
+def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None, **more: Any) -> "LLM":
+    """Load a model. Something is on the screen before torch is imported; `begun` is called after that.
+
+    `more` are options of `commands.loading.load` that not every command has.
+    """
     from dsv2_local.commands.console import notice, waiting
     from dsv2_local.commands.process import held_signals
 
@@ -436,13 +508,24 @@ def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None) -> "LL
         with held_signals():
             from dsv2_local.commands.loading import load
 
-        return load(**asdict(options))
+        return load(**asdict(options), **more)
 
 
 def _run(llm: "LLM", options: "RunOptions") -> None:
     from dsv2_local.commands import run
 
     run.run(llm, options, sys.stdout)
+
+
+def _run_batch(load: LoadOptions, options: "BatchOptions", parallel: int | None) -> None:
+    from dsv2_local.commands.batch import Batch
+
+    with Batch(options) as batch:
+        if not batch.is_complete():
+            with _load(load, parallel=parallel, batch_invariant=True) as llm:
+                batch.run(llm)
+        code = batch.end()
+    raise typer.Exit(code)
 
 
 def main() -> None:

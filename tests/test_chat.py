@@ -33,8 +33,8 @@ from dsv2_local.commands.messages import as_message, as_typed, is_command
 from dsv2_local.commands.prompt import Prompt
 from dsv2_local.commands.terminal import Terminal
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
-from dsv2_local.llm import Chunk
-from dsv2_local.runtime.engine import Stats
+from dsv2_local.generation import Chunk
+from dsv2_local.runtime.answer import Stats
 from dsv2_local.runtime.sampling_params import SamplingParams
 from dsv2_local.runtime.saved_cache import read_header
 from tests.models import heed_signals

@@ -36,6 +36,7 @@ RUN = [
     pytest.param('dsv2 run --json "Hello" | jq .decode_tok_s', r"\d+(\.\d+)?\n", id="json", marks=slow),
     pytest.param('dsv2 run --raw "Once upon a time"', r".+", id="raw", marks=slow),
     pytest.param('dsv2 run --cache book.cache -f book.txt "Who dies?"', r".+", id="cache", marks=slow),
+    pytest.param("dsv2 run --batch questions.jsonl -o answers.jsonl", r"", id="batch", marks=slow),
     pytest.param(
         "dsv2 plan deepseek-v2 --vram 24GiB --ram 192GiB --context 128K",
         r"deepseek-v2, nf4, context 131,072 tokens .*GPU 0, 24\.0 GiB.*RAM, 192\.0 GiB.*decode about \d.*",
@@ -72,6 +73,7 @@ def folder(tmp_path: Path) -> Path:
     """The files that the commands read."""
     (tmp_path / "notes.txt").write_text("A hammer is a hand tool. A river is a stream of water.\n")
     (tmp_path / "book.txt").write_text("The doctor went down to the river, and nobody saw him again.\n")
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "A dog is", "max_tokens": 4}\n')
     return tmp_path
 
 
@@ -101,12 +103,13 @@ def test_it_runs(command, prints, folder):
 
 
 def test_the_python_runs():
-    (code,) = blocks("python")
     out = io.StringIO()
     names: dict[str, object] = {}
     with contextlib.redirect_stdout(out):
-        exec(compile(code, "README.md", "exec"), names)
+        for code in blocks("python"):
+            exec(compile(code, "README.md", "exec"), names)
     assert "A violin is a bowed stringed instrument" in out.getvalue()
+    assert names["answer"].text, "of the last question of the batch"
     assert tuple(names["logits"].shape) == (len(names["llm"].tokenizer.encode("Once upon")), 8192)
 
 

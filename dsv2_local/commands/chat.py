@@ -34,7 +34,8 @@ from dsv2_local.commands.messages import as_message, is_command
 from dsv2_local.commands.shortening import drop_oldest, summarise_oldest
 from dsv2_local.commands.terminal import Terminal
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
-from dsv2_local.llm import LLM, Generation
+from dsv2_local.generation import Generation
+from dsv2_local.llm import LLM
 
 PATIENCE = 20
 """A session is saved after a turn if this many times the duration of the last save has passed: 5 % of the time."""

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from dsv2_local.generation import Chunk
     from dsv2_local.llm import LLM
-    from dsv2_local.runtime.engine import Stats
+    from dsv2_local.runtime.answer import Stats
 
 Item = TypeVar("Item")
 
@@ -37,6 +38,7 @@ RECENT = 9
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """The control characters but line end and tab. A terminal obeys them: an answer must not clear or rename it."""
+_BREAKING = re.compile(f"{CONTROL.pattern}|[\u2028\u2029]")
 
 
 def without_control_characters(text: str) -> str:
@@ -47,6 +49,20 @@ def without_control_characters(text: str) -> str:
 def json_text(value: Any, **layout: Any) -> str:
     """A value as JSON, which knows no NaN and no infinity: they become null. `layout` is for `json.dumps`."""
     return json.dumps(_of_json(value), allow_nan=False, **layout)
+
+
+def json_line(value: Any, *, ascii: bool) -> str:
+    """One line of JSON in which all control characters are escaped; `json` itself leaves those from 127 on.
+
+    So are the line and paragraph separators of Unicode, at which some programs break lines.
+    """
+    return _BREAKING.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text(value, ensure_ascii=ascii))
+
+
+def json_logprob(chunk: "Chunk") -> dict[str, Any]:
+    """A token with its log probability, and the most likely ones in its place."""
+    top = [{"token_id": token, "logprob": logprob} for token, logprob in chunk.top_logprobs]
+    return {"token_id": chunk.token_id, "text": chunk.text, "logprob": chunk.logprob, "top_logprobs": top}
 
 
 def _of_json(value: Any) -> Any:
@@ -157,10 +173,10 @@ class ProgressBar:
         count = format_bytes if self._unit is None else lambda number: f"{number:,.0f}"
         unit = "" if self._unit is None else f" {self._unit}"
         if done == first:
-            return f"{count(done)}/{count(total)}{unit} · {_clock(now - start)}"
+            return f"{count(done)}/{count(total)}{unit} · {clock(now - start)}"
         rate = (done - first) / (last - start)
         left = (total - done) / rate - (now - last)
-        return f"{count(done)}/{count(total)} · {count(rate)}{unit}/s · {_clock(left)} left"
+        return f"{count(done)}/{count(total)} · {count(rate)}{unit}/s · {clock(left)} left"
 
     def _show(self) -> None:
         from rich.console import Console
@@ -192,7 +208,8 @@ class ProgressBar:
             self._steps.clear()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds: 0:01:05."""
     return str(timedelta(seconds=round(max(0.0, seconds))))
 
 

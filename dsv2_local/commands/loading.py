@@ -18,6 +18,8 @@ def load(
     vram: str | None,
     cache_type: str,
     threads: int | None,
+    parallel: int | None = None,
+    batch_invariant: bool = False,
 ) -> LLM:
     """Load a model as `llm.load` does; `vram` is a size such as "8GiB", or one per GPU, separated by commas."""
     process.explain_lost_files()
@@ -28,7 +30,8 @@ def load(
     with pinning as progress, compiling as preparing, checking as verifying:
         loaded = llm.load(
             model, context=context, dtype=dtype, device=device, experts=experts, vram=limits, cache_dtype=cache_type,
-            threads=threads, progress=progress, preparing=preparing, verifying=verifying,
+            threads=threads, parallel=parallel, batch_invariant=batch_invariant, progress=progress,
+            preparing=preparing, verifying=verifying,
         )  # fmt: skip
     for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
         if warning:

@@ -23,11 +23,19 @@ from dsv2_local.machine.homes import expanded
 from dsv2_local.machine.resources import lockable_memory, memory_available
 from dsv2_local.offload import forecast
 from dsv2_local.offload.plan import MemoryShare, Plan, make_plan
-from dsv2_local.offload.plan_request import RATES, Machine, Mode, PlanRequest, Rates, default_context
+from dsv2_local.offload.plan_request import (
+    DEFAULT_PARALLEL,
+    RATES,
+    Machine,
+    Mode,
+    PlanRequest,
+    Rates,
+    default_context,
+)
 from dsv2_local.offload.sizes import GIB, STAGING_BUFFERS
 from dsv2_local.options import one_of, size
 from dsv2_local.quant.schema import Recipe
-from dsv2_local.values import Number
+from dsv2_local.values import Number, checked
 
 RATE = Number(1e-3, 1e9)  # GB/s or GFLOP/s
 BAR = 64  # width of a memory's bar in characters
@@ -46,6 +54,7 @@ class PlanOptions:
     cache_dtype: str = CacheDtype.BF16
     rates: str = ""
     experts: str = Mode.AUTO
+    parallel: int | None = None
 
 
 def run(options: PlanOptions, as_json: bool) -> None:
@@ -70,7 +79,9 @@ def _plan_request(options: PlanOptions) -> PlanRequest:
     recipe = one_of("--recipe", options.recipe or stored_recipe(model) or Recipe.NF4, Recipe)
     cache_dtype = one_of("--cache-type", options.cache_dtype, CacheDtype)
     experts = one_of("--experts", options.experts, Mode)
-    return PlanRequest(config, recipe, _context(options.context, config), cache_dtype, experts)
+    parallel = DEFAULT_PARALLEL if options.parallel is None else options.parallel
+    parallel = checked("--parallel", parallel, Number(1, whole=True), InputError)
+    return PlanRequest(config, recipe, _context(options.context, config), cache_dtype, experts, parallel)
 
 
 def _located(model: str) -> str:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsv2_local.commands.console import (
-    CONTROL,
     ProgressBar,
     Stopwatch,
     describe_experts,
     describe_stats,
     describe_stop,
-    json_text,
+    json_line,
+    json_logprob,
     notice,
     prompt_progress,
     without_control_characters,
@@ -19,9 +19,10 @@ from dsv2_local.commands.console import (
 from dsv2_local.commands.run_options import RunOptions
 from dsv2_local.commands.streams import is_unicode
 from dsv2_local.errors import InputError, OutputError
-from dsv2_local.llm import LLM, Chunk, Generation
+from dsv2_local.generation import Chunk, Generation
+from dsv2_local.llm import LLM
 from dsv2_local.runtime import saved_cache
-from dsv2_local.runtime.engine import Stats
+from dsv2_local.runtime.answer import Stats
 
 
 def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
@@ -98,7 +99,7 @@ def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
 
 def _finish(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], out: TextIO) -> None:
     if options.json:
-        _write(out, _to_json(_as_json(llm, options, generation, chunks), ascii=not is_unicode(out)))
+        _write(out, json_line(_as_json(llm, options, generation, chunks), ascii=not is_unicode(out)))
     elif not options.stream:
         _write_text(out, generation.text)
     if options.newline and (options.json or not generation.text.endswith("\n")):
@@ -108,11 +109,6 @@ def _finish(llm: LLM, options: RunOptions, generation: Generation, chunks: list[
 def _write_text(out: TextIO, text: str) -> None:
     """Write text of the model: all of it to a pipe or file, but nothing that would control a terminal."""
     _write(out, without_control_characters(text) if out.isatty() else text)
-
-
-def _to_json(result: dict[str, Any], ascii: bool) -> str:
-    """One line of JSON in which all control characters are escaped; `json` itself leaves those from 127 on."""
-    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text(result, ensure_ascii=ascii))
 
 
 def _write(out: TextIO, text: str) -> None:
@@ -130,10 +126,5 @@ def _as_json(llm: LLM, options: RunOptions, generation: Generation, chunks: list
     for name in ("prefill_seconds", "decode_seconds", "prefill_tok_s", "decode_tok_s"):
         result[name] = round(getattr(stats, name), 6)
     if options.generation.get("logprobs") is not None:
-        result["logprobs"] = [_logprob(chunk) for chunk in chunks if chunk.token_id is not None]
+        result["logprobs"] = [json_logprob(chunk) for chunk in chunks if chunk.token_id is not None]
     return result
-
-
-def _logprob(chunk: Chunk) -> dict[str, Any]:
-    top = [{"token_id": token, "logprob": logprob} for token, logprob in chunk.top_logprobs]
-    return {"token_id": chunk.token_id, "text": chunk.text, "logprob": chunk.logprob, "top_logprobs": top}

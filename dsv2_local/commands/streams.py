@@ -65,6 +65,23 @@ class _Output(io.FileIO):
         return len(data)
 
 
+class _Input(io.FileIO):
+    """A descriptor that is read even if it does not block; after `PATIENCE` seconds of silence, a line says so."""
+
+    def __init__(self, descriptor: int, where: str) -> None:
+        super().__init__(descriptor, "r", closefd=False)
+        self._where = where
+        self._patience: float | None = PATIENCE
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if not _wait(self.fileno(), select.POLLIN, self._patience):
+                notice(f"waiting for {self._where}")
+                self._patience = None
+            elif (size := super().readinto(buffer)) is not None:
+                return size
+
+
 def _text(stream: TextIO | None, flags: int, failed: Callable[[OSError], None], errors: str) -> TextIO:
     """A text stream over the descriptor of `stream`, with its encoding and buffering; None: it was closed."""
     raw = _Output(os.open(os.devnull, flags) if stream is None else stream.fileno(), failed)
@@ -130,6 +147,11 @@ def read_all(descriptor: int, where: str, advice: str = "") -> bytes:
         size += len(part)
         if size > LARGEST:
             raise InputError(f"{where} has more than {LARGEST >> 20} MiB, which is more text than any context holds")
+
+
+def reader(descriptor: int, where: str) -> io.BufferedReader:
+    """A file to read a descriptor line by line; `where` is what is waited for."""
+    return io.BufferedReader(_Input(descriptor, where))
 
 
 def shared(descriptor: int) -> tuple[int, int] | None:
