@@ -1,11 +1,14 @@
 """An iterator that is read in a thread of its own, since it may wait for a file or for the network."""
 
+import atexit
 import threading
 from collections.abc import Iterable, Iterator
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 Item = TypeVar("Item")
+PATIENCE = 0.5  # seconds that the end of Python waits for a source to give its item
 
 
 class ReadAhead(Generic[Item]):
@@ -19,7 +22,9 @@ class ReadAhead(Generic[Item]):
         self._room, self._closed = threading.Semaphore(room), False
         self._items: SimpleQueue[Item | _End] = SimpleQueue()
         self._end: _End | None = None
-        threading.Thread(target=self._read, args=(iter(source),), name="dsv2-source", daemon=True).start()
+        self._thread = threading.Thread(target=self._read, args=(iter(source),), name="dsv2-source", daemon=True)
+        self._thread.start()
+        _all.add(self)
 
     @property
     def has_news(self) -> bool:
@@ -53,6 +58,11 @@ class ReadAhead(Generic[Item]):
         self._closed = True
         self._room.release()
 
+    def stop(self) -> None:
+        """Take no more items, and wait for the one that is being made, but not for long."""
+        self.close()
+        self._thread.join(PATIENCE)
+
     def _read(self, source: Iterator[Item]) -> None:
         end = _End(None)
         try:
@@ -70,3 +80,13 @@ class _End:
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
+
+
+_all = WeakSet[ReadAhead[Any]]()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Python ends a thread that is in native code, as in a tokenizer, with the whole process, as a crash."""
+    for source in list(_all):
+        source.stop()
