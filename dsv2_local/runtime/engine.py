@@ -60,6 +60,18 @@ class Engine(EngineCore):
         self._pressing, self._pressed = set[Answer](), threading.RLock()  # those that are not paced, once admitted
         self._stepped, self._waiters = threading.Condition(), 0
 
+    @property
+    def sequence(self) -> Sequence:
+        """See `EngineCore`. If another thread computes, this waits for its step."""
+        with self.turn:
+            return super().sequence
+
+    @property
+    def tokens(self) -> list[int]:
+        """See `EngineCore`."""
+        with self.turn:
+            return super().tokens
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Have the engine for this thread alone, one step or one access to the cache long.
