@@ -25,7 +25,6 @@ from dsv2_local.runtime.prefill import PrefillPass
 from dsv2_local.runtime.scheduler import Scheduler
 from dsv2_local.runtime.sequence import Sequence
 from dsv2_local.runtime.step import Step, StepResult
-from dsv2_local.runtime.waiting import State
 
 PREFILL_SECONDS = 0.2  # how long decoding waits for a piece of a prefill pass, unless half a layer takes longer
 QUEUE = 100_000  # answers that may wait
@@ -143,11 +142,7 @@ class EngineCore:
     def _launch(self) -> list[Answer]:
         """Start the decode step of all answers that want one; returns those."""
         most = self.decode_step.max_draft
-        wanting = [
-            answer
-            for answer in self.scheduler.running
-            if answer.state is State.DECODING and answer.wants and answer.needs_step
-        ]
+        wanting = [answer for answer in self.scheduler.running if answer.is_next]
         if not wanting:
             return []
         if most and (len(wanting) == 1 or self.decode_step.drafts_together):
