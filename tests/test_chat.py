@@ -535,7 +535,7 @@ def test_a_model_without_a_chat_template_is_refused_at_once(keyboard, monkeypatc
     llm = Mock(**{"tokenizer.require_chat_template.side_effect": TemplateError("this checkpoint has no chat template")})
     llm.__enter__ = lambda self: self
     llm.__exit__ = lambda *_: None
-    monkeypatch.setattr(cli, "_load", lambda *_: llm)
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: llm)
     before = modes(keyboard)
     with pytest.raises(TemplateError):
         cli.app(["chat"], standalone_mode=False)
