@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dsv2_local.errors import CacheFullError
 from dsv2_local.runtime.block_pool import BlockPool
+from tests.scheduling import seen
 
 SIZE = 4
 
@@ -137,15 +138,6 @@ class World:
         for part, child in node.children.items():
             assert (child.tokens, child.parent) == (part, node)
             self.check_tree(child, tokens)
-
-
-def seen(tokens: list[int]) -> list[int]:
-    """The contents of memory for these tokens."""
-    cells, cell = [], 1
-    for token in tokens:
-        cell = hash((cell, token))
-        cells.append(cell)
-    return cells
 
 
 @pytest.mark.slow

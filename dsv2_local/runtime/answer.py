@@ -150,7 +150,7 @@ class Answer(Scheduled):
     @property
     def is_next(self) -> bool:
         """Whether it takes part in the next decode step, if there is room."""
-        return self.state is State.DECODING and self.result is None and self.wants
+        return self.state is State.DECODING and self.needs_step and self.wants
 
     def preempted(self) -> None:
         """Drop what its latest step has verified beyond the next token, since the latents are gone; see `Scheduled`."""

@@ -106,7 +106,7 @@ class EngineCore:
         return self.sequence.tokens[: self.sequence.length]
 
     def step(self) -> bool:
-        """Compute one piece of work; returns whether there was any. The caller has `opened` the engine.
+        """Compute one piece of work; returns whether there was any.
 
         An error of one answer ends that answer alone (`Answer.error`).
         """

@@ -55,9 +55,8 @@ class Scheduled:
     preemptions: int = field(default=0, init=False)
     in_pass: bool = field(default=False, init=False)
     begun: bool = field(default=False, init=False)  # whether its sequence has looked into the prefix cache before
-    served: int = field(
-        default=0, init=False
-    )  # when it had its last turn: a number of passes, or of rows if it decodes
+    # When it had its last turn: a number of passes, or of rows if it decodes.
+    served: int = field(default=0, init=False)
     idle: int = field(default=0, init=False)  # how many calls of the scheduler its reader has wanted nothing for
     reusable: bool = field(default=True, init=False)  # whether what is computed may go into the prefix cache
 
