@@ -1,12 +1,16 @@
 """A scheduler with simulated computing, for its tests: memory whose contents show what was computed, and checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
+
+from dsv2_local.runtime import sequence
+from dsv2_local.runtime.block_files import BlockFiles, Rows
 from dsv2_local.runtime.block_pool import BlockPool
+from dsv2_local.runtime.block_store import BlockStore, StoredBlock, first_key
 from dsv2_local.runtime.scheduler import OVERTAKING, Scheduler
-from dsv2_local.runtime.sequence import Sequence
 from dsv2_local.runtime.waiting import PATIENCE, Scheduled, State
 
 SIZE = 4
@@ -32,6 +36,32 @@ class Stream(Scheduled):
     @property
     def tokens(self) -> list[int]:
         return self.sequence.tokens
+
+
+def add_store(
+    pool: BlockPool,
+    memory: list[list[int]],
+    blocks: int,
+    files: BlockFiles | None = None,
+    loses: Callable[[], bool] = lambda: False,
+) -> BlockStore:
+    """Give a pool of simulated memory a block store: `blocks` of them in RAM; `loses` says whether one is lost."""
+
+    def read(block: int, tokens: int) -> Rows:
+        return np.array([*memory[block][:tokens], *[0] * (SIZE - tokens)], np.int64).view(np.uint8)
+
+    def write(block: int, rows: Rows) -> None:
+        memory[block] = rows.view(np.int64).tolist()
+
+    class Store(BlockStore):
+        def take(self, blocks: Sequence[StoredBlock]) -> Generator[tuple[tuple[int, ...], Rows], None, None]:
+            for found in super().take(blocks):
+                if loses():
+                    return
+                yield found
+
+    pool.store = Store(first_key("simulated"), SIZE * 8, read, write, blocks * SIZE * 8, files, SIZE)
+    return pool.store
 
 
 def seen(tokens: list[int]) -> list[int]:
@@ -64,7 +94,7 @@ class World:
         """Make and submit a sequence."""
         context = len(self.memory) * SIZE
         most = min(len(tokens) + answer, context)
-        item = Stream(Sequence(self.pool, context, tokens), most, **options)  # type: ignore[arg-type]
+        item = Stream(sequence.Sequence(self.pool, context, tokens), most, **options)  # type: ignore[arg-type]
         self.scheduler.submit(item)
         self.items.append(item)
         return item

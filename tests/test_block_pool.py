@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2_local.errors import CacheFullError
+from dsv2_local.runtime.block_files import BlockFiles
 from dsv2_local.runtime.block_pool import BlockPool
-from tests.scheduling import seen
+from tests.scheduling import add_store, seen
 
 SIZE = 4
 
@@ -31,12 +32,17 @@ class World:
     `choose(n)` draws from [0, n).
     """
 
-    def __init__(self, count: int, choose: Callable[[int], int]) -> None:
+    def __init__(
+        self, count: int, choose: Callable[[int], int], stored: int = 0, files: BlockFiles | None = None
+    ) -> None:
         self.pool, self.choose = BlockPool(count, SIZE), choose
         self.memory = [[0] * SIZE for _ in range(count)]
+        if stored or files:
+            add_store(self.pool, self.memory, stored, files)
         self.references = [0] * count
         self.texts: list[Text] = []
-        self.operations = 0
+        self.operations = self.restored = 0
+        self.lossy = files is not None  # whether stored blocks may be lost
 
     def step(self) -> None:
         if self.choose(3) == 0 or not self.texts:
@@ -50,7 +56,16 @@ class World:
         """Begin another prompt, with only two different tokens, so that many prompts have common prefixes."""
         self.release(text.blocks)
         prompt = [self.choose(2) for _ in range(self.choose(5 * SIZE))]
+        blocks, cached, foreseen = self.pool.find(prompt)
+        assert self.pool.find(prompt) == (blocks, cached, foreseen), "something has changed"
+        free = self.pool.available
+        restored = self.pool.restore(prompt)
+        assert self.pool.available == free
         text.blocks, done = self.pool.match(prompt)
+        assert cached <= done == cached + restored <= foreseen
+        if -(-len(prompt) // SIZE) < free and not self.lossy:
+            assert done == foreseen
+        self.restored += restored
         self.operations += 1
         for block in text.blocks:
             self.references[block] += 1
@@ -142,21 +157,22 @@ class World:
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
-@given(count=st.integers(1, 12), data=st.data())
-def test_any_few_operations(count, data):
-    world = World(count, lambda n: data.draw(st.integers(0, n - 1)))
+@given(count=st.integers(1, 12), stored=st.integers(0, 12), data=st.data())
+def test_any_few_operations(count, stored, data):
+    world = World(count, lambda n: data.draw(st.integers(0, n - 1)), stored)
     for _ in range(data.draw(st.integers(1, 25))):
         world.step()
         world.check_all()
 
 
 @pytest.mark.slow
-def test_a_million_operations():
+@pytest.mark.parametrize(("counts", "stored", "least"), [((1, 2, 7, 16, 60), 0, 1_000_000), ((2, 16), 30, 100_000)])
+def test_a_million_operations(counts: tuple[int, ...], stored: int, least: int):
     start, done = perf_counter(), 0
-    for count in (1, 2, 7, 16, 60):
+    for count in counts:
         draw = random.Random(count)
-        world = World(count, lambda n, draw=draw: int(draw.random() * n))
-        while world.operations < 200_000:
+        world = World(count, lambda n, draw=draw: int(draw.random() * n), stored)
+        while world.operations < least / len(counts):
             world.step()
             if draw.random() < 0.002:
                 world.check_all()
@@ -167,8 +183,9 @@ def test_a_million_operations():
             world.end(text)
         world.pool.clear()
         assert sorted(world.pool._free) == list(range(count))
+        assert (world.restored > 1000) == bool(stored)
         done += world.operations
-    assert done >= 1_000_000
+    assert done >= least
     print(f"{done:,} operations in {perf_counter() - start:.1f} s")
 
 

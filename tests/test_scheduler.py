@@ -13,7 +13,7 @@ from dsv2_local.errors import ContextLengthError, QueueFullError
 from dsv2_local.runtime.scheduler import CANDIDATES, OVERTAKING
 from dsv2_local.runtime.sequence import Sequence
 from dsv2_local.runtime.waiting import State
-from tests.scheduling import SIZE, Stream, World
+from tests.scheduling import SIZE, Stream, World, add_store
 
 LONG = int(os.environ.get("DSV2_SCHEDULER_OPERATIONS", "0"))  # operations of the longest test; 0: a few seconds
 EXAMPLES = int(os.environ.get("DSV2_SCHEDULER_EXAMPLES", "150"))  # runs of the state machine
@@ -70,6 +70,45 @@ def test_what_can_never_fit_is_refused_at_once():
     with pytest.raises(ContextLengthError, match="9 tokens and the context holds 9"):
         world.scheduler.submit(Stream(Sequence(world.pool, 9, distinct(3, 9)), 9))
     assert len(world.scheduler) == 1
+
+
+def test_a_prompt_alone_may_fill_the_cache():
+    world = World(3)
+    item = world.new(distinct(1, 12), answer=0, prompt_only=True)
+    with pytest.raises(ContextLengthError):
+        world.new(distinct(2, 13), answer=0, prompt_only=True)
+    world.prefill()
+    world.scheduler.prefilled()
+    world.prefill()
+    assert world.scheduler.prefilled() == [item]
+    assert (item.state, item.sequence.length) == (State.DECODING, 12)
+    world.scheduler.finish(item)
+    assert world.pool.available == 3
+
+
+def test_what_is_needed_is_computed_although_it_is_cached():
+    world = World(12)
+
+    def chunks_of(item: Stream) -> list[int]:
+        return [tokens for other, tokens in world.prefill() if other is item]
+
+    cached = world.new(distinct(1, 10))
+    chunks(world)
+    chunks(world)
+    item = Stream(Sequence(world.pool, 48, distinct(1, 10)), 12)
+    item.sequence.needed = 0
+    world.scheduler.submit(item)
+    assert chunks_of(item) == [8]  # and it waits for no other prompt that begins like it
+    world.scheduler.prefilled()
+    item.sequence.needed = 6
+    world.scheduler.make_room(12)
+    assert item.state is cached.state is State.WAITING
+    assert chunks_of(item) == [2]  # of a chunk of 8 the rest
+    assert item.sequence.length == 6
+    world.scheduler.prefilled()
+    item.sequence.needed = None
+    world.scheduler.make_room(12)
+    assert item.sequence.foresee()[0] == 9
 
 
 def test_a_full_queue_refuses():
@@ -507,10 +546,18 @@ def test_a_long_queue_is_not_looked_at_in_every_step(monkeypatch: pytest.MonkeyP
 class Machine(RuleBasedStateMachine):
     """Anything in any order; see `World.check` for what must hold."""
 
-    @initialize(count=st.integers(4, 14), rows=st.integers(1, 5), chunk=st.integers(1, 9), seed=st.integers(0, 1 << 30))
-    def begin(self, count: int, rows: int, chunk: int, seed: int) -> None:
+    @initialize(
+        count=st.integers(4, 14),
+        rows=st.integers(1, 5),
+        chunk=st.integers(1, 9),
+        stored=st.integers(0, 20),
+        seed=st.integers(0, 1 << 30),
+    )
+    def begin(self, count: int, rows: int, chunk: int, stored: int, seed: int) -> None:
         draw = random.Random(seed)
         self.world = World(count, lambda n: int(draw.random() * n), rows=rows, chunk=chunk, queue=8)
+        if stored:
+            add_store(self.world.pool, self.world.memory, stored, loses=lambda: draw.random() < 0.1)
         self.draw = draw
 
     @rule(
@@ -631,7 +678,7 @@ TestAnything = pytest.mark.slow(Machine.TestCase)
 @pytest.mark.slow
 def test_many_operations():
     """Like the state machine, driven by a random number generator, which is faster and goes on for longer."""
-    start, done, preempted = perf_counter(), 0, 0
+    start, done, preempted, restored = perf_counter(), 0, 0, 0
     for seed in range(10 if not LONG else LONG // 2000):
         draw = random.Random(seed)
 
@@ -639,6 +686,9 @@ def test_many_operations():
             return int(draw.random() * n)
 
         world = World(4 + choose(12), choose, rows=1 + choose(6), chunk=1 + choose(12), queue=2 + choose(12))
+        store = None
+        if seed % 2:
+            store = add_store(world.pool, world.memory, choose(40), loses=lambda: choose(10) == 0)
         everything: list[Stream] = []
         for _ in range(2000):
             operation = choose(40)
@@ -670,5 +720,7 @@ def test_many_operations():
         world.run_to_the_end()
         done += world.operations
         preempted += sum(item.preemptions for item in everything)
+        restored += store.counts.restored_tokens if store else 0
     assert preempted > 50
+    assert restored > 200
     print(f"{done:,} operations, {preempted:,} preemptions in {perf_counter() - start:.1f} s")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dsv2_local.errors import CacheFullError, ContextLengthError
 from dsv2_local.runtime.block_pool import BlockPool
 from dsv2_local.runtime.sequence import Sequence
+from tests.scheduling import add_store
 
 SIZE = 4
 
@@ -181,11 +182,18 @@ def test_lacking_and_fits_say_what_reserve_does(count: int, seed: int):
 
 
 @settings(max_examples=200, deadline=None)
-@given(seed=st.integers(0, 1 << 30))
-def test_foresee_says_what_a_sequence_takes(seed: int):
+@given(seed=st.integers(0, 1 << 30), stored=st.booleans())
+def test_foresee_says_what_a_sequence_takes(seed: int, stored: bool):
     draw = random.Random(seed)
     pool = BlockPool(30, SIZE)
     held = []
+    if stored:
+        add_store(pool, [[0] * SIZE for _ in range(30)], 30)
+        for _ in range(draw.randrange(6)):
+            made = computed(pool, [1] * draw.randrange(20) + [draw.randrange(2) for _ in range(draw.randrange(1, 5))])
+            made.insert_prefix()
+            made.release()
+        pool.release([pool.allocate() for _ in range(draw.randrange(31))])  # evicts some
     for _ in range(draw.randrange(6)):
         made = computed(pool, [1] * draw.randrange(20) + [draw.randrange(2) for _ in range(draw.randrange(1, 5))])
         made.insert_prefix(whole_blocks=draw.random() < 0.3)

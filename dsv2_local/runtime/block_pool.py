@@ -2,16 +2,19 @@
 
 Pure Python, no torch. A block has room for the latents of `CACHE_BLOCK` tokens in every layer. Blocks are reference
 counted, and several sequences may share one; a shared block is never written (`Sequence` copies it on write). A
-cached block that no sequence holds stays in the prefix cache until it is evicted, the least recently used first.
+cached block that no sequence holds stays in the prefix cache until it is evicted, the least recently used first; then
+it goes to the block store, if there is one (`block_store.py`), from which a later prompt takes it back.
 """
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from dsv2_local.errors import CacheFullError
 from dsv2_local.kernels.format import CACHE_BLOCK
+from dsv2_local.runtime.block_store import BlockStore, StoredBlock
 
 
 @dataclass(eq=False, slots=True)
@@ -25,6 +28,8 @@ class _Node:
     """Children by their tokens. Only a full block has children."""
     order: list[tuple[int, ...]] = field(default_factory=list)
     """The tokens of the children, sorted: those that have most in common with a text stand beside its place."""
+    key: bytes = b""
+    """Its key in the block store, once it is known."""
 
     def beside(self, part: tuple[int, ...]) -> "list[_Node]":
         """The children before and after the place that `part` has, or would have, in their order."""
@@ -84,13 +89,41 @@ class PrefixTree:
         assert first.parent
         del first.parent.children[first.tokens]
         del first.parent.order[bisect_left(first.parent.order, first.tokens)]
-        removed, remaining = list[int](), [first]
-        while remaining:
-            node = remaining.pop()
-            remaining += node.children.values()
-            del self._nodes[node.block]
-            removed.append(node.block)
+        removed = [node.block for node in _subtree(first)]
+        for block in removed:
+            del self._nodes[block]
         return removed
+
+    @property
+    def blocks(self) -> Set[int]:
+        """All blocks."""
+        return self._nodes.keys()
+
+    def below(self, block: int) -> list[int]:
+        """A block and its descendants, children before their parents."""
+        return [node.block for node in reversed(_subtree(self._nodes[block]))]
+
+    def put(self, store: BlockStore, blocks: Iterable[int], *, wait: bool = False) -> None:
+        """Put some blocks into the block store."""
+        for block in blocks:
+            node = self._nodes[block]
+            assert node.parent
+            store.put(self._set_key(node.parent, store), node.tokens, block, wait=wait)
+
+    def key(self, block: int | None, store: BlockStore) -> bytes:
+        """The key of a block in the block store (None: the key before the first block)."""
+        return self._set_key(self._root if block is None else self._nodes[block], store)
+
+    def _set_key(self, node: _Node, store: BlockStore) -> bytes:
+        unknown = list[_Node]()
+        while node.parent and not node.key:
+            unknown.append(node)
+            node = node.parent
+        self._root.key = store.first
+        for each in reversed(unknown):
+            assert each.parent
+            each.key = store.next_key(each.parent.key, each.tokens)
+        return (unknown[0] if unknown else node).key
 
     def clear(self) -> list[int]:
         """Remove all blocks; returns them."""
@@ -113,12 +146,26 @@ class PrefixTree:
         return node
 
 
+def _subtree(first: _Node) -> list[_Node]:
+    """A node and its descendants, parents before their children."""
+    found, remaining = list[_Node](), [first]
+    while remaining:
+        node = remaining.pop()
+        remaining += node.children.values()
+        found.append(node)
+    return found
+
+
 def _no_copy(source: int, target: int) -> None:
     """The copy of blocks that have no contents."""
 
 
 class BlockPool:
-    """Block numbers 0 … `count` - 1: free, held by sequences (counted references), or cached for a later prompt."""
+    """Block numbers 0 … `count` - 1: free, held by sequences (counted references), or cached for a later prompt.
+
+    Attributes:
+        store: where blocks go that are evicted; None: nowhere.
+    """
 
     def __init__(
         self, count: int, block_size: int = CACHE_BLOCK, copy: Callable[[int, int], object] = _no_copy
@@ -126,6 +173,7 @@ class BlockPool:
         """A pool of free blocks; `copy` is called with the numbers of two blocks to copy the first to the second."""
         self.count, self.block_size, self._copy = count, block_size, copy
         self.prefixes = PrefixTree(block_size)
+        self.store: BlockStore | None = None
         self._free = list(range(count))[::-1]
         self._references = [0] * count  # for each block, the number of sequences that hold it
         self._evictable: OrderedDict[int, None] = OrderedDict()  # cached and not held, the least recently used first
@@ -134,6 +182,16 @@ class BlockPool:
     def available(self) -> int:
         """Number of blocks that `allocate` can return: free ones, and cached ones that it can evict."""
         return len(self._free) + len(self._evictable)
+
+    @property
+    def free(self) -> int:
+        """Number of blocks that hold nothing. Any thread may ask, as for `cached`."""
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Number of blocks that are cached for a later prompt and held by no sequence."""
+        return len(self._evictable)
 
     def allocate(self) -> int:
         """Allocate a block with a reference count of 1; evicts a cached block if none is free.
@@ -144,7 +202,7 @@ class BlockPool:
         if not self._free:
             if not self._evictable:
                 raise CacheFullError(self.count * self.block_size)
-            self._reclaim(self.prefixes.remove(next(iter(self._evictable))))
+            self._evict(next(iter(self._evictable)))
         block = self._free.pop()
         self._references[block] = 1
         return block
@@ -164,7 +222,7 @@ class BlockPool:
             if self._references[block] > 1:
                 raise
             if block in self.prefixes:
-                self._reclaim(self.prefixes.remove(block))
+                self._evict(block)
             return block
         self._copy(block, copy)
         self.release([block])
@@ -182,6 +240,55 @@ class BlockPool:
             self._evictable.pop(block, None)
         return blocks, matched
 
+    def find(self, tokens: Sequence[int]) -> tuple[list[int], int, int]:
+        """Find what `match` would, and what it would after `restore`; nothing is changed.
+
+        Returns:
+            The cached blocks, the number of tokens that they match, and the number after `restore`.
+        """
+        blocks, matched = self.prefixes.match(tokens)
+        _, stored = self._find_stored(tokens, blocks[: matched // self.block_size])
+        return blocks, matched, max(matched, matched // self.block_size * self.block_size + stored)
+
+    def restore(self, tokens: Sequence[int]) -> int:
+        """Bring blocks that continue the cached prefix of `tokens` back from the block store into the prefix cache.
+
+        Returns:
+            How many tokens more `match` finds now. Blocks may be fewer than `find` said if sequences hold all others,
+            or if a file is damaged.
+        """
+        if self.store is None:
+            return 0
+        blocks, matched = self.match(tokens)
+        whole = matched // self.block_size
+        self.release(blocks[whole:])
+        del blocks[whole:]
+        known, before = list(tokens[: whole * self.block_size]), matched
+        try:
+            stored, length = self._find_stored(tokens, blocks)
+            matched = len(known) + length
+            if matched > before:
+                self._take(stored, blocks, known)
+        finally:
+            used = -(-len(known) // self.block_size)
+            self.insert(known, blocks[:used])
+            self.release(blocks)
+        restored = max(0, min(matched, len(known)) - before)
+        self.store.count(restored)
+        return restored
+
+    def set_aside(self, *, wait: bool = True) -> None:
+        """Put all cached blocks into the block store too, if it outlives this process.
+
+        `wait`: wait for the disk when too much waits to be written; else leave the rest for another time.
+        """
+        if self.store is None:
+            return
+        for block in [*self._evictable, *(self.prefixes.blocks - self._evictable.keys())]:
+            if not (self.store.keeps if wait else self.store.has_room):
+                return
+            self.prefixes.put(self.store, [block], wait=wait)
+
     def insert(self, tokens: Sequence[int], blocks: Sequence[int]) -> None:
         """Put a sequence's blocks, which hold `tokens`, into the prefix cache; from now on they must not be written."""
         self._reclaim(self.prefixes.insert(tokens, blocks))
@@ -197,8 +304,33 @@ class BlockPool:
                     self._free.append(block)
 
     def clear(self) -> None:
-        """Empty the prefix cache; blocks that sequences hold stay allocated."""
+        """Empty the prefix cache and the block store; blocks that sequences hold stay allocated."""
         self._reclaim(self.prefixes.clear())
+        if self.store is not None:
+            self.store.clear()
+
+    def _find_stored(self, tokens: Sequence[int], blocks: Sequence[int]) -> tuple[list[StoredBlock], int]:
+        """The stored blocks that continue `tokens` after these cached ones, and how many tokens they match."""
+        if self.store is None or self.store.empty:
+            return [], 0
+        key = self.prefixes.key(blocks[-1] if blocks else None, self.store)
+        return self.store.match(key, tokens[len(blocks) * self.block_size :])
+
+    def _take(self, stored: list[StoredBlock], blocks: list[int], known: list[int]) -> None:
+        """Fill new blocks from the store; they are appended to `blocks`, and what they hold to `known`."""
+        assert self.store is not None
+        with closing(self.store.take(stored)) as contents:
+            while self.available and (found := next(contents, None)):
+                tokens, rows = found
+                blocks.append(self.allocate())
+                self.store.write(blocks[-1], rows)
+                known += tokens
+
+    def _evict(self, block: int) -> None:
+        """Let a block and its descendants leave the prefix cache for the block store."""
+        if self.store is not None:
+            self.prefixes.put(self.store, self.prefixes.below(block))
+        self._reclaim(self.prefixes.remove(block))
 
     def _reclaim(self, removed: list[int]) -> None:
         """Free the blocks that left the prefix cache, unless sequences still hold them."""

@@ -83,7 +83,7 @@ class Scheduler(Generic[Item]):
             QueueFullError: as many sequences wait as may wait.
         """
         room = min(item.sequence.context, self._pool.count * self._pool.block_size)
-        if max(item.most_tokens, item.sequence.prompt + 1) > room:
+        if max(item.most_tokens, item.sequence.prompt + (not item.prompt_only)) > room:
             raise ContextLengthError(max(item.most_tokens - 1, item.sequence.prompt), room)
         if len(self._waiting) >= self.queue:
             raise QueueFullError(len(self._waiting))
@@ -254,16 +254,19 @@ class Scheduler(Generic[Item]):
             if tokens > self._left or not self._running.preempt_paused(shortage):
                 return _Outcome.NO_ROOM
         if item.begun:
-            sequence.match_prefix(len(sequence.tokens) - 1)
+            found = sequence.resume()
         else:
-            sequence.begin()
+            found = sequence.begin()
             item.begun = True
         self._waiting.discard(item)
         self._running.add(item)
         item.state, item.served, item.idle = State.DECODING, self._turns, 0
-        if tokens:
+        if item.missing:
             item.state = State.PREFILLING
-            self._take(item, tokens)
+            if found >= matched:
+                self._take(item, tokens)
+            else:  # the block store has lost some
+                self._continue(item)
         return _Outcome.STARTED
 
     def _continue(self, item: Item) -> None:

@@ -21,12 +21,16 @@ class Sequence:
         context: the most tokens that it may have.
         length: how many of `tokens`, the first ones, are in the KV cache.
         anchor: where the first chunk of the prompt began, after what was reused of another sequence.
+        needed: the first token whose output is needed, so that it is computed although the prefix cache has it; None:
+            the last one.
+        restored: how many of the reused tokens were brought back from the block store.
     """
 
     def __init__(self, pool: BlockPool, context: int, tokens: Iterable[int] = ()) -> None:
         """A sequence that holds no blocks yet; `LatentCache.new_sequence` makes one for its own pool."""
         self.tokens, self.context, self.length, self.anchor = list(tokens), context, 0, 0
-        self.prompt = len(self.tokens)
+        self.prompt, self.restored = len(self.tokens), 0
+        self.needed: int | None = None
         self._pool, self._size = pool, pool.block_size
         self._blocks: list[int] = []
         self._shared = 0  # how many of the first blocks are also cached or held by others, and must not be written
@@ -46,33 +50,42 @@ class Sequence:
     def match_prefix(self, most: int | None = None) -> int:
         """Take over the longest cached prefix of the first `most` tokens (None: of all); returns its length.
 
-        Blocks that the sequence held are released first.
+        Blocks that the sequence held are released first. What the block store has of the tokens is cached before.
         """
         self.release()
+        self.restored = self._pool.restore(self.tokens[:most])
         self._blocks, self.length = self._pool.match(self.tokens[:most])
         self._shared = len(self._blocks)
         self._write_table(0)
         return self.length
 
-    def begin(self) -> int:
-        """Reuse what the prefix cache has of the prompt, before its first chunk; returns the number of tokens.
+    @property
+    def reusable(self) -> int:
+        """How many tokens, the first ones, may come from the prefix cache: those before `needed`."""
+        last = len(self.tokens) - 1
+        return last if self.needed is None else min(last, self.needed)
 
-        The last token of the prompt runs in any case, since its logits are needed.
-        """
-        self.anchor = self.match_prefix(self.prompt - 1)
+    def begin(self) -> int:
+        """Reuse what the prefix cache has of the prompt, before its first chunk; returns the number of tokens."""
+        self.anchor = self.match_prefix(min(self.prompt - 1, self.reusable))
         return self.anchor
 
+    def resume(self) -> int:
+        """Reuse what the prefix cache has of all tokens, after the blocks were lost; returns the number of tokens."""
+        return self.match_prefix(self.reusable)
+
     def foresee(self) -> tuple[int, int]:
-        """What `match_prefix` would find of all tokens but the last, and how many blocks all tokens would then take.
+        """What `resume` would find, and how many blocks all tokens would then take.
 
         Returns:
-            The number of cached tokens, and the number of blocks that the pool would have available no longer once
-            every token is computed. Blocks that other sequences hold anyway do not count. Nothing is changed.
+            The number of tokens that are cached or in the block store, and the number of blocks that the pool would
+            have available no longer once every token is computed. Blocks that other sequences hold anyway do not count.
+            Nothing is changed.
         """
-        blocks, matched = self._pool.prefixes.match(self.tokens[:-1])
+        blocks, matched, foreseen = self._pool.find(self.tokens[: self.reusable])
         whole = matched // self._size
         taken = sum(not self._pool.references(block) for block in blocks[:whole])
-        return matched, taken + -(-len(self.tokens) // self._size) - whole
+        return foreseen, taken + -(-len(self.tokens) // self._size) - whole
 
     def next_chunk(self, size: int, length: int | None = None) -> tuple[int, int]:
         """How many tokens to compute next, and how many the chunk has that they belong to.
