@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dsv2_local import llm
-from dsv2_local.generation import Chunk, Generation
+from dsv2_local.chunk import Chunk
+from dsv2_local.generation import Generation
 from dsv2_local.kernels import reference
 from dsv2_local.llm import LLM
 from dsv2_local.progress import Progress

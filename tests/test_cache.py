@@ -17,11 +17,12 @@ from dsv2_local.offload.resident_experts import ResidentExperts
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import random_weights
-from dsv2_local.runtime.answer import GeneratedToken, Request, Stats
+from dsv2_local.runtime.answer import GeneratedToken, Request
 from dsv2_local.runtime.cache import LatentCache
 from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.model import Transformer
 from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.stats import Stats
 from tests.conftest import kernels
 from tests.models import TINY, save_random, transformers_logits, yarn
 from tests.test_model import GROUPS

@@ -33,10 +33,12 @@ from dsv2_local.progress import no_progress
 from dsv2_local.quant.convert import convert
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import engine_core
-from dsv2_local.runtime.answer import Answer, GeneratedToken, Request, Stats
+from dsv2_local.runtime.answer import Answer, GeneratedToken, Request
+from dsv2_local.runtime.prompt_logprobs import PromptLogprobs, TokenLogprob
 from dsv2_local.runtime.prompt_lookup import PromptLookup
 from dsv2_local.runtime.sampler import Sampler
 from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.stats import Stats
 from dsv2_local.runtime.step import StepResult
 from dsv2_local.runtime.waiting import State
 from tests.conftest import kernels
@@ -91,6 +93,13 @@ class World:
             patch.setattr(PromptLookup, "propose", lambda self, most: [])
             return list(self.alone.generate(request, Stats()))
 
+    def expected_prompt(self, request: Request) -> list[TokenLogprob | None]:
+        """The log probabilities of the prompt."""
+        self.alone.clear()
+        answer = self.alone.submit(replace(request, max_tokens=0), Stats(), Reading())
+        self.alone.drive(lambda: answer.ended)
+        return entries(answer)
+
     def submit(self, request: Request, *, paced: bool = False) -> tuple[Answer, Reading]:
         reading = Reading()
         return self.shared.submit(request, Stats(), reading, paced=paced), reading
@@ -116,10 +125,17 @@ class World:
         assert not any(pool._references)
 
 
+def entries(answer: Answer) -> list[TokenLogprob | None]:
+    return answer.prompt_logprobs.entries if answer.prompt_logprobs else []
+
+
 def request(prompt: list[int], count: int = 8, **options: Any) -> Request:
-    logprobs, priority, timeout = (options.pop(name, None) for name in ("logprobs", "priority", "timeout"))
+    names = "logprobs", "priority", "timeout", "prompt_logprobs"
+    logprobs, priority, timeout, prompt_logprobs = (options.pop(name, None) for name in names)
     params = SamplingParams(**{"temperature": 0.0, **options})
-    return Request(prompt, params, count, frozenset({1}), logprobs, priority or 0, timeout)
+    return Request(
+        prompt, params, count, frozenset({1}), logprobs, priority or 0, timeout, prompt_logprobs=prompt_logprobs
+    )
 
 
 def prompts() -> st.SearchStrategy[list[int]]:
@@ -143,7 +159,7 @@ def samplers() -> st.SearchStrategy[dict[str, Any]]:
             "top_p": number([0.5, 0.9]), "top_k": number([2, 20]), "min_p": number([0.05]),
             "repetition_penalty": number([1.3]), "presence_penalty": number([0.7]), "frequency_penalty": number([0.4]),
             "logit_bias": number([{5: 3.0}, {1: -100.0}, {1: 4.0}]), "logprobs": st.integers(0, 3),
-            "priority": st.integers(-1, 1),
+            "priority": st.integers(-1, 1), "prompt_logprobs": st.integers(0, 2),
         },
     )  # fmt: skip
 
@@ -157,7 +173,7 @@ class Arrival:
 
 
 def arrivals() -> st.SearchStrategy[list[Arrival]]:
-    requests = st.builds(lambda p, n, o: request(p, n, **o), prompts(), st.integers(1, 70), samplers())
+    requests = st.builds(lambda p, n, o: request(p, n, **o), prompts(), st.integers(0, 70), samplers())
     cancelled = st.none() | st.none() | st.integers(0, 80)
     return st.lists(st.builds(Arrival, requests, st.integers(0, 30), st.booleans(), cancelled), min_size=2, max_size=9)
 
@@ -180,6 +196,7 @@ def partly_right(choose: random.Random, answers: dict[tuple[int, ...], list[int]
 
 def run(world: World, coming: list[Arrival], choose: random.Random, *, exact: bool = True, drafts: bool = True) -> None:
     expected = [world.expected(each.request) for each in coming]
+    of_prompts = [world.expected_prompt(each.request) for each in coming]
     right = {tuple(a.request.prompt): [t.token for t in e] for a, e in zip(coming, expected, strict=True)}
     answers: list[tuple[Answer, Reading] | None] = [None] * len(coming)
     world.shared.end_all(InputError("left by a test that failed"))
@@ -199,7 +216,7 @@ def run(world: World, coming: list[Arrival], choose: random.Random, *, exact: bo
             world.step()
             step += 1
             assert step < 3_000
-    for each, wanted, answer in zip(coming, expected, answers, strict=True):
+    for each, wanted, of_prompt, answer in zip(coming, expected, of_prompts, answers, strict=True):
         assert answer
         got, reading = answer
         world.preemptions += got.preemptions
@@ -207,9 +224,12 @@ def run(world: World, coming: list[Arrival], choose: random.Random, *, exact: bo
         if not got.stats.finish_reason:
             assert each.cancelled is not None
             wanted = wanted[: len(reading.tokens)]
+        complete = bool(got.stats.finish_reason or reading.tokens)
         if exact:
             assert reading.tokens == wanted
+            assert entries(got) == of_prompt[: None if complete else len(entries(got))]
         else:
+            assert [each and each.token_id for each in entries(got)] == [each and each.token_id for each in of_prompt]
             for token, other in zip(reading.tokens, wanted, strict=True):
                 assert token.token == other.token
                 if token.logprob is not None and other.logprob is not None:
@@ -302,7 +322,7 @@ def test_the_reference_chooses_the_same_tokens(directory):
         run(World(shared, alone), coming, some, exact=False)
 
 
-WHERE = ["attend", "feed_forward", "launch", "logits", "choose", "receive", "progress"]
+WHERE = ["attend", "feed_forward", "launch", "logits", "choose", "receive", "progress", "prompt_logprobs"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DeviceError, MemoryError])
@@ -315,12 +335,17 @@ def test_an_error_anywhere_harms_nobody_else(invariant, where, error, monkeypatc
     place = {
         "attend": (layer, "attend"), "feed_forward": (layer, "feed_forward"), "launch": (engine.decode_step, "launch"),
         "logits": (engine.model, "logits"), "choose": (Sampler, "choose"), "receive": (Reading, "receive"),
+        "prompt_logprobs": (PromptLogprobs, "_compute"),
     }.get(where)  # fmt: skip
     requests = [
-        request([choose.randrange(2, 199) for _ in range(choose.randrange(1, 90))], 12, temperature=1.0, seed=seed)
+        request(
+            [choose.randrange(2, 199) for _ in range(choose.randrange(1, 90))], 12, temperature=1.0, seed=seed,
+            prompt_logprobs=1,
+        )
         for seed in range(5)
-    ]
+    ]  # fmt: skip
     expected = [invariant.expected(each) for each in requests]
+    of_prompts = [invariant.expected_prompt(each) for each in requests]
     harmed = raised = 0
     for countdown in [*range(8), *(choose.randrange(8, 60) for _ in range(4))]:
         left = countdown
@@ -335,7 +360,12 @@ def test_an_error_anywhere_harms_nobody_else(invariant, where, error, monkeypatc
             if place:
                 owner, name = place
                 original = getattr(owner, name)
-                patch.setattr(owner, name, lambda *args, original=original: (fail(), original(*args))[1])
+
+                def failing(*args: Any, original: Any = original, **options: Any) -> Any:
+                    fail()
+                    return original(*args, **options)
+
+                patch.setattr(owner, name, failing)
                 if where in ("attend", "feed_forward"):
                     patch.setattr(engine.decode_step, "_steps", {})  # recorded steps do not call it
             answers = []
@@ -352,8 +382,9 @@ def test_an_error_anywhere_harms_nobody_else(invariant, where, error, monkeypatc
         harmed += len(ended_early)
         if error is KeyboardInterrupt or where in ("choose", "receive", "progress"):
             assert len(ended_early) <= 1
-        for (_, reading), wanted in zip(answers, expected, strict=True):
+        for (answer, reading), wanted, of_prompt in zip(answers, expected, of_prompts, strict=True):
             assert len(reading.ends) == 1
+            assert entries(answer) == of_prompt[: None if reading.tokens else len(entries(answer))]
             assert reading.tokens == wanted[: len(reading.tokens)]
             assert len(reading.tokens) == len(wanted) or isinstance(reading.ends[0], (error, DeviceError))
         invariant.check_empty()
@@ -441,6 +472,17 @@ def test_what_a_garbage_collection_cancels_in_the_middle_of_a_step_waits_until_i
         invariant.step()
     assert kept[1].tokens == expected
     monkeypatch.undo()
+    invariant.check_empty()
+
+
+def test_an_idle_engine_gives_back_the_blocks_of_a_prefill_that_was_cancelled(invariant, monkeypatch):
+    monkeypatch.setattr(engine_core, "PREFILL_SECONDS", 0.0)  # half a layer in a step
+    engine, pool = invariant.shared, invariant.shared.cache.pool
+    answer, _ = invariant.submit(request([7] * 30, 10))
+    invariant.step()
+    assert answer.in_pass
+    engine.cancel(answer)  # and no further step
+    assert pool.available == pool.count
     invariant.check_empty()
 
 

@@ -16,7 +16,7 @@ from dsv2_local.errors import ConfigError, InputError
 from dsv2_local.kernels import reference
 from dsv2_local.kernels.format import MAX_CANDIDATES
 from dsv2_local.runtime import sampler
-from dsv2_local.runtime.sampler import Sampler
+from dsv2_local.runtime.sampler import Sampler, check_bias
 from dsv2_local.runtime.sampling_params import GenerationConfig, SamplingParams
 from dsv2_local.runtime.step import StepResult, TopCandidates, candidate_limits
 
@@ -101,7 +101,7 @@ def test_bias_can_force_and_forbid_a_token():
     best = int(values.argmax())
     assert Sampler(SamplingParams(temperature=0, logit_bias={best: -100.0}), []).choose(known(values)) != best
     with pytest.raises(InputError, match="token 50"):
-        Sampler(SamplingParams(logit_bias={50: 1.0}), []).choose(known(values))
+        check_bias(SamplingParams(logit_bias={49: 1.0, 50: 1.0}), 50)
 
 
 def test_greedy_is_the_maximum_and_leaves_the_logits_alone():

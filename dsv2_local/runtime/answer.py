@@ -1,14 +1,19 @@
 """One answer that the engine generates: what is asked, how tokens are chosen, where they go, and its statistics."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Protocol
 
+from dsv2_local.errors import Dsv2Error
 from dsv2_local.progress import Progress, no_progress
-from dsv2_local.runtime.prompt_lookup import NGRAM, PromptLookup
+from dsv2_local.runtime.constraint import Constraint
+from dsv2_local.runtime.prompt_logprobs import PromptLogprobs
+from dsv2_local.runtime.prompt_lookup import NGRAM, Payoff, PromptLookup
 from dsv2_local.runtime.sampler import Sampler
 from dsv2_local.runtime.sampling_params import SamplingParams
 from dsv2_local.runtime.sequence import Sequence
+from dsv2_local.runtime.stats import Stats
 from dsv2_local.runtime.step import StepResult
 from dsv2_local.runtime.waiting import Scheduled, State
 
@@ -20,12 +25,15 @@ class Request:
     Attributes:
         prompt: token ids.
         params: how to sample.
-        max_tokens: the most tokens to generate; None: until an end token or a full context.
+        max_tokens: the most tokens to generate; 0: the prompt alone is computed; None: until an end token or a
+            full context.
         end_tokens: token ids that end the answer.
         logprobs: how many of the most likely tokens to return with each generated one (0: only its own log
             probability); None: no log probabilities.
         priority: requests with a higher one start first.
         timeout: seconds after which the request ends with a `DeadlineError`; None: never.
+        constraint: what the answer must look like, in its first state, which it stays in; None: anything.
+        prompt_logprobs: as `logprobs`, for the tokens of the prompt, all of which are computed then.
     """
 
     prompt: list[int]
@@ -35,46 +43,8 @@ class Request:
     logprobs: int | None = None
     priority: int = 0
     timeout: float | None = None
-
-
-@dataclass
-class Stats:
-    """Statistics of one generation, updated while it runs.
-
-    Attributes:
-        prompt_tokens: tokens of the prompt.
-        reused_tokens: tokens of the prompt that were found in the prefix cache.
-        prefill_seconds: time from the first chunk to the logits after the prompt.
-        completion_tokens: generated tokens.
-        decode_seconds: time of the model and the sampler for all generated tokens but the first; a step of several
-            sequences counts for each of them.
-        draft_tokens: draft tokens that were verified (speculative decoding).
-        accepted_tokens: draft tokens that the sampler chose.
-        context_used: tokens in the KV cache.
-        context: maximum tokens of a sequence.
-        finish_reason: "stop" (end token or stop string) or "length" (max_tokens or a full context); None while the
-            generation runs, or if it was interrupted.
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prefill_seconds: float = 0.0
-    completion_tokens: int = 0
-    decode_seconds: float = 0.0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    context_used: int = 0
-    context: int = 0
-    finish_reason: str | None = None
-
-    @property
-    def prefill_tok_s(self) -> float:
-        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Tokens per second after the first token, whose time is part of the prefill."""
-        return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+    constraint: Constraint | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +78,7 @@ class Answer(Scheduled):
         reader: receives the tokens.
         paced: whether it is computed no further than it is asked for (`asked`).
         asked: whether its reader has read all tokens.
+        prompt_logprobs: those of the prompt; None if they are not asked for.
         result: the logits of its latest step; None if it needs another step.
         drawn: whether the newest token was drawn from the result; the next one of a draft may still be in it.
         error: why it ended, if that was an error.
@@ -126,14 +97,23 @@ class Answer(Scheduled):
         """An answer that is not computed yet, to `request` and for a sequence of its prompt."""
         most = sequence.context if request.max_tokens is None else sequence.prompt + request.max_tokens
         deadline = None if request.timeout is None else monotonic() + request.timeout
-        super().__init__(sequence, min(most, sequence.context), priority=request.priority, deadline=deadline)
+        super().__init__(
+            sequence, min(most, sequence.context), priority=request.priority, deadline=deadline,
+            prompt_only=request.max_tokens == 0,
+        )  # fmt: skip
         self.request, self.stats, self.reader, self.progress = request, stats, reader, progress
         self.paced, self.asked = paced, True
+        self.prompt_logprobs: PromptLogprobs | None = None
+        if request.prompt_logprobs is not None:
+            self.prompt_logprobs = PromptLogprobs(request.prompt, request.prompt_logprobs)
+            sequence.needed = 0
         self.result: StepResult | None = None
         self.drawn = False
         self.error: BaseException | None = None
-        self._sampler = Sampler(request.params, request.prompt)
+        self._constraint = request.constraint.copy() if request.constraint else None
+        self._sampler = Sampler(request.params, request.prompt, self._constraint)
         self._lookup = PromptLookup(request.prompt)
+        self._forced, self._payoff = False, Payoff()  # whether the draft is what the constraint forces; if that pays
         self._began = 0.0
         stats.prompt_tokens, stats.context = sequence.prompt, sequence.context
 
@@ -146,6 +126,16 @@ class Answer(Scheduled):
     def needs_step(self) -> bool:
         """Whether there are no logits to draw its next token from; see `Scheduled`."""
         return self.result is None
+
+    @property
+    def needs_draw(self) -> bool:
+        """Whether its next token can be drawn, at the latest when the step ends."""
+        return self.result is not None and not self.drawn
+
+    @property
+    def candidate_params(self) -> SamplingParams:
+        """See `Sampler`."""
+        return self._sampler.candidate_params
 
     @property
     def is_next(self) -> bool:
@@ -170,20 +160,56 @@ class Answer(Scheduled):
         self.reader.end(error)
 
     def propose(self, most: int) -> None:
-        """Look up a draft of at most `most` tokens for the next step."""
-        room = min(most, self.most_tokens - self.sequence.length - 1)
-        self.draft = self._lookup.propose(room) if room >= NGRAM else []
+        """Find a draft of at most `most` tokens for the next step: what the constraint forces, or a lookup's."""
+        room, forced = min(most, self.most_tokens - self.sequence.length - 1), []
+        self.draft, self._forced = [], False
+        if room < NGRAM:
+            return
+        if self._constraint:
+            forced = self._constraint.forced()[:room]
+            if len(forced) >= NGRAM:
+                if self._payoff.expected(len(forced)):
+                    self.draft, self._forced = forced, True
+                return
+        draft = self._lookup.propose(room)
+        if self._constraint and draft:
+            draft = draft[: self._constraint.accepts(draft)]
+        if len(draft) >= NGRAM and draft[: len(forced)] == forced:
+            self.draft = draft
+
+    def look_ahead(self) -> None:
+        """Compute which tokens the constraint allows next, while the step runs that computes their logits."""
+        if self._constraint and self.needs_draw:
+            with suppress(Dsv2Error):  # raised again when the token is drawn
+                if not self._constraint.forced():
+                    self._constraint.mask()
 
     def begin_prefill(self) -> None:
         """Note that its first chunk begins."""
         if not self._began:
             self._began = perf_counter()
             self.stats.reused_tokens = self.stats.context_used = self.sequence.length
+            self.stats.restored_tokens = self.sequence.restored
+
+    def take_prompt_logprobs(self) -> None:
+        """Keep the log probabilities that a pass has computed; the hidden states before are not needed any more."""
+        if found := self.prompt_logprobs:
+            found.take()
+            self.sequence.needed = None if found.complete else found.read
+
+    @property
+    def finite(self) -> bool:
+        """Whether the logits of the prompt from which no token is drawn had no NaN and no infinity."""
+        if self.prompt_logprobs and not self.prompt_logprobs.finite:
+            return False
+        return not (self.prompt_only and self.result) or bool(self.result.logits().isfinite().all())
 
     def end_prefill(self, result: StepResult) -> None:
         """Take the logits after the prompt."""
         self.result, self.drawn = result, False
         self.stats.prefill_seconds = perf_counter() - self._began
+        if self.prompt_only:
+            self.stats.finish_reason = "length"
 
     def take(self, result: StepResult) -> None:
         """Take the logits of a step of its newest token and its draft."""
@@ -197,7 +223,7 @@ class Answer(Scheduled):
 
         Raises:
             NonFiniteError: a logit is NaN or infinite.
-            InputError: the logit bias names a token outside the vocabulary.
+            InputError: the logit bias names a token outside the vocabulary, or the constraint cannot go on.
             DeviceError: the step failed on the GPU.
         """
         result, stats, start = self.result, self.stats, perf_counter()
@@ -225,12 +251,17 @@ class Answer(Scheduled):
             self.drawn = False
             return
         if self.stats.completion_tokens > 1 or result.draft:
-            self._lookup.observe(result.seconds, len(result.draft), result.accepted)
-            self.stats.draft_tokens, self.stats.accepted_tokens = self._lookup.drafted, self._lookup.accepted
+            drafted, accepted = len(result.draft), result.accepted
+            if not self._forced or not drafted:
+                self._lookup.observe(result.seconds, drafted, accepted)
+            if self._forced or not drafted:
+                self._payoff.observe(result.seconds, drafted, accepted)
+            self.stats.draft_tokens += drafted
+            self.stats.accepted_tokens += accepted
         self.result = None
 
     def _finish_reason(self, token: int) -> str | None:
-        if token in self.request.end_tokens:
+        if token in self.request.end_tokens or (self._constraint and self._constraint.ended):
             return "stop"
         full, most = self.sequence.length >= self.sequence.context, self.request.max_tokens
         return "length" if full or (most is not None and self.stats.completion_tokens >= most) else None

@@ -26,11 +26,14 @@ from dsv2_local.offload.device import typed_errors
 from dsv2_local.offload.plan import CPU_CHUNK
 from dsv2_local.offload.plan_request import DEFAULT_PARALLEL
 from dsv2_local.progress import Progress, no_progress
-from dsv2_local.runtime.answer import Answer, GeneratedToken, Reader, Request, Stats
+from dsv2_local.runtime.answer import Answer, GeneratedToken, Reader, Request
+from dsv2_local.runtime.block_store import StoreCounts
 from dsv2_local.runtime.engine_core import EngineCore
 from dsv2_local.runtime.interrupts import DeferredInterrupts
 from dsv2_local.runtime.model import Transformer
+from dsv2_local.runtime.sampler import check_bias
 from dsv2_local.runtime.sequence import Sequence
+from dsv2_local.runtime.stats import Stats
 
 STALLED_SECONDS = 10
 IDLE_SECONDS = 0.001  # between two looks of a thread that waits for what another one does
@@ -109,11 +112,40 @@ class Engine(EngineCore):
             )
 
     def close(self) -> None:
-        """End all answers, and refuse all further use. Raises what `opened` does."""
+        """End all answers, write what the prefix cache has to its files if there are any, and refuse all further use.
+
+        Raises what `opened` does.
+        """
         if not self._closed:
             with self.opened():
                 self._closed = True
                 self.end_all(InputError("the model is closed and cannot be used again; load it once more"))
+                if (store := self.cache.pool.store) is not None:
+                    try:
+                        with typed_errors():
+                            self.cache.pool.set_aside()
+                    finally:
+                        store.close()
+
+    def set_aside(self, *, wait: bool = True) -> None:
+        """Write what the prefix cache has to its files, if there are any.
+
+        Closing does it too. In between it is for pauses, so that a process that is killed loses little. What the files
+        have already costs next to nothing.
+
+        Args:
+            wait: wait until all is written; else at most 256 MiB is queued, and the rest left for another call.
+        """
+        with self.opened(), typed_errors():
+            self.cache.pool.set_aside(wait=wait)
+        if wait and (store := self.cache.pool.store) is not None:
+            store.flush()
+
+    @property
+    def stored(self) -> StoreCounts:
+        """What left the block pool and is in RAM or in files; zeros without a block store. Any thread may ask."""
+        store = self.cache.pool.store
+        return StoreCounts() if store is None else store.counts
 
     def end_all(self, error: BaseException) -> None:
         """End all answers with an error."""
@@ -137,7 +169,7 @@ class Engine(EngineCore):
                 self._pressing.add(answer)
 
     def clear(self) -> None:
-        """Forget the latest sequence and the prefix cache."""
+        """Forget the latest sequence and the prefix cache, what of it is in the block store included."""
         with self.opened():
             self._follow(self.cache.new_sequence(), held=True)
             self.cache.pool.clear()
@@ -195,12 +227,14 @@ class Engine(EngineCore):
             paced: compute a token only when `Answer.asked` is set, which each token clears.
 
         Raises:
-            ContextLengthError: the prompt and one more token do not fit in the context.
-            InputError: the prompt is empty, a token id is outside the vocabulary, or the engine is closed.
+            ContextLengthError: the prompt and one more token, if any is asked for, do not fit in the context.
+            InputError: the prompt is empty, a token id in it or in the logit bias is outside the vocabulary, or the
+                engine is closed.
             QueueFullError: as many answers wait as may wait.
         """
         self._check(request.prompt)
-        if len(request.prompt) >= self.context:
+        check_bias(request.params, self.model.config.vocab_size)
+        if len(request.prompt) + (request.max_tokens != 0) > self.context:
             raise ContextLengthError(len(request.prompt), self.context)
         self.check_usable()
         if (waiting := self.scheduler.waiting + len(self._submitted)) >= self.scheduler.queue:
@@ -306,6 +340,8 @@ class Engine(EngineCore):
             self._end(self._cancelled.popleft())
         while overdue := self.scheduler.overdue(time.monotonic()):
             self._end(overdue, DeadlineError(overdue.request.timeout or 0.0))
+        if self.scheduler.pass_is_useless:  # it holds blocks, and there may be no further step
+            self._drop_pass()
 
     def _release(self, answer: Answer, *, reusable: bool) -> None:
         with self._pressed:

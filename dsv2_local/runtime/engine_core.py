@@ -38,6 +38,7 @@ class EngineCore:
         cache: the KV cache.
         decode_step: computes the next tokens of sequences.
         scheduler: the answers that have not ended.
+        generated: tokens that were generated since loading.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class EngineCore:
         self._open: list[Answer] = []  # the answers with the result of a step
         self._drawn = deque[tuple[Answer, GeneratedToken]]()  # tokens that are not delivered yet
         self._pass: PrefillPass | None = None
+        self.generated = self._prefilled = 0
         self._latest, self._held = self.cache.new_sequence(), True  # whether no answer holds its blocks
 
     @property
@@ -105,6 +107,26 @@ class EngineCore:
         """The tokens of `sequence` that are in the KV cache."""
         return self.sequence.tokens[: self.sequence.length]
 
+    @property
+    def prefilled(self) -> int:
+        """Tokens of prompts that were computed since loading, those of the pass in flight in part.
+
+        Any thread may ask, while another computes.
+        """
+        part, chosen = self._pass, self.scheduler.pass_in_flight
+        return self._prefilled + (int(part.done * sum(tokens for _, tokens in chosen)) if part else 0)
+
+    def prefilled_of(self, answer: Answer) -> int:
+        """How many tokens of an answer's prompt are computed or reused, those of the pass in flight in part.
+
+        Any thread may ask, while another computes.
+        """
+        if answer.stats.completion_tokens:
+            return answer.sequence.prompt
+        part, chosen = self._pass, self.scheduler.pass_in_flight
+        computing = sum(tokens for item, tokens in chosen if item is answer)
+        return min(answer.sequence.prompt, answer.sequence.length + (int(part.done * computing) if part else 0))
+
     def step(self) -> bool:
         """Compute one piece of work; returns whether there was any.
 
@@ -130,6 +152,9 @@ class EngineCore:
             if all(answer.drawn or not answer.wants for answer in self._open):
                 self._launch()
         self._deliver_all()
+        if self.decode_step.asynchronous:
+            for answer in self._open:
+                answer.look_ahead()
         # Decode steps and pieces of prefill take turns; tokens that need no step do not count.
         return drawn if ready else self._prefill() or bool(launched)
 
@@ -156,7 +181,7 @@ class EngineCore:
             return []
         parts = [(answer.sequence, [answer.sequence.tokens[-1], *answer.draft]) for answer in answers]
         try:
-            results = self.decode_step.launch(parts, [answer.request.params for answer in answers])
+            results = self.decode_step.launch(parts, [answer.candidate_params for answer in answers])
         except Exception as error:
             self._fail(answers, typed(error))
             return []
@@ -170,13 +195,9 @@ class EngineCore:
         for answer in answers:
             try:
                 self._drawn.append((answer, answer.draw()))
+                self.generated += 1
             except NonFiniteError as error:
-                ids = answer.sequence.tokens[: answer.sequence.length]
-                self._release(answer, reusable=False)
-                try:
-                    error = self._located(error, ids)
-                finally:
-                    answer.end(error)
+                self._end_non_finite(answer, error)
             except BaseException as error:
                 self._end(answer, error)
                 if not isinstance(error, Exception):
@@ -232,6 +253,9 @@ class EngineCore:
                 current.progress(sequence.length, sequence.prompt)
             with torch.inference_mode(), typed_errors():
                 self._pass = PrefillPass(self.model, self.cache, parts, sizes)
+                for (answer, _), rows in zip(self.scheduler.pass_in_flight, self._pass.rows, strict=True):
+                    if answer.prompt_logprobs:
+                        self._pass.add(answer.prompt_logprobs.pieces(self.model.head, answer.sequence.length, rows))
         except BaseException as error:
             self._drop_pass()
             if current is None or not isinstance(error, Exception):
@@ -244,6 +268,7 @@ class EngineCore:
         """Count the tokens of the pass, whose output is `hidden` [T, D]; prompts that are complete get their logits."""
         assert self._pass
         answers = [answer for answer, _ in self.scheduler.pass_in_flight]
+        self._prefilled += sum(tokens for _, tokens in self.scheduler.pass_in_flight)
         # Those that were preempted go on with the token that they have.
         last = {
             answer: rows.stop - 1
@@ -252,6 +277,8 @@ class EngineCore:
         }
         # First of all: an interrupt must not leave tokens that count without their logits.
         logits = self.model.logits(hidden[[*last.values()]]) if last else hidden[:0]
+        for answer in answers:
+            answer.take_prompt_logprobs()
         self._pass = None
         self.scheduler.prefilled()
         for answer in answers:
@@ -264,6 +291,12 @@ class EngineCore:
                 answer.progress(answer.sequence.prompt, answer.sequence.prompt)
             except Exception as error:
                 self._end(answer, error)
+        for answer in answers:
+            if not answer.ended and not answer.finite:
+                self._end_non_finite(answer, NonFiniteError("the logits"))
+        for answer in last:
+            if answer.prompt_only:
+                self._end(answer)
 
     def _drop_pass(self) -> None:
         self._pass = None
@@ -277,6 +310,15 @@ class EngineCore:
         """End an answer, unless it has ended."""
         if not answer.ended:
             self._release(answer, reusable=True)
+            answer.end(error)
+
+    def _end_non_finite(self, answer: Answer, error: NonFiniteError) -> None:
+        """End an answer for which NaN or infinity was computed, with an error that names the part of the model."""
+        ids = answer.sequence.tokens[: answer.sequence.length]
+        self._release(answer, reusable=False)
+        try:
+            error = self._located(error, ids)
+        finally:
             answer.end(error)
 
     def _release(self, answer: Answer, *, reusable: bool) -> None:

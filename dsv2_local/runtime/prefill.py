@@ -6,7 +6,7 @@ goes on after the next decode step (layered prefill, arXiv 2510.08055). The chun
 results have the same bits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
 
 import torch
@@ -25,13 +25,23 @@ class PrefillPass:
 
     def __init__(self, model: Transformer, cache: LatentCache, parts: Sequence[Part], chunks: Sequence[int]) -> None:
         """Prepare the tokens of `parts`, whose blocks are reserved; `chunks` are the sizes of their chunks."""
+        self._last: list[Callable[[Tensor], object]] = []
         batch = model.new_batch(cache, [len(tokens) for _, tokens in parts], chunks)
         batch.fill(parts)
         self.rows = batch.rows
         self._pieces: Iterator[Tensor] = model.in_pieces(batch)
-        self._pieces_left = 2 * len(model.layers)
+        self._count = self._pieces_left = 2 * len(model.layers)
         self._output = torch.empty(0)
         self._wait: Callable[[], object] = _nothing  # waits for the piece that was queued last
+
+    def add(self, pieces: Iterable[Callable[[Tensor], object]]) -> None:
+        """Add pieces of work, of about the time of half a layer, that get the hidden states [T, D] in the end."""
+        self._last += pieces
+
+    @property
+    def done(self) -> float:
+        """How much of it is computed, 0 to 1. Any thread may ask."""
+        return 1 - self._pieces_left / self._count
 
     def advance(self, seconds: float) -> Tensor | None:
         """Compute pieces for about `seconds`, at least one -> the hidden states [T, D] if the pass is complete.
@@ -40,14 +50,17 @@ class PrefillPass:
         once, and a decode step after it would wait for all of it.
         """
         end = perf_counter() + seconds
-        while self._pieces_left:
-            self._output = next(self._pieces)
-            self._pieces_left -= 1
+        while self._pieces_left or self._last:
+            if self._pieces_left:
+                self._output = next(self._pieces)
+                self._pieces_left -= 1
+            else:
+                self._last.pop(0)(self._output)
             before, self._wait = self._wait, waiter(self._output)
             before()
             if perf_counter() >= end:
                 break
-        return None if self._pieces_left else self._output
+        return None if self._pieces_left or self._last else self._output
 
 
 def waiter(x: Tensor) -> Callable[[], object]:

@@ -33,7 +33,7 @@ class PromptLookup:
         self._ends: dict[tuple[int, ...], int] = {}  # for each n-gram, the position after its last occurrence
         self._next: int | None = None  # position of the next token, if the text goes on repeating an earlier passage
         self._matched = 0  # number of tokens before `_next` that equal the latest tokens of the text
-        self._times = defaultdict[int, _StepTimes](_StepTimes)  # by the bit length of the draft's length: 0, 4 to 7, …
+        self._payoff = Payoff()
         for token in tokens:
             self.append(token)
 
@@ -57,7 +57,7 @@ class PromptLookup:
         if self._next is None:
             return []
         count = 1 << (min(max_tokens, self._matched).bit_length() - 1)
-        if not self._pays(count):
+        if not self._payoff.expected(count):
             return []
         period = len(self._tokens) - self._next  # shorter than the draft if the text repeats its own end
         return [self._tokens[self._next + i % period] for i in range(count)]
@@ -65,9 +65,21 @@ class PromptLookup:
     def observe(self, seconds: float, drafted: int, accepted: int) -> None:
         """Record a step that took `seconds` and verified `drafted` draft tokens, of which `accepted` were chosen."""
         self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+        self._payoff.observe(seconds, drafted, accepted)
+
+
+class Payoff:
+    """Which lengths of drafts have made tokens faster, as far as it was observed."""
+
+    def __init__(self) -> None:
+        self._times = defaultdict[int, _StepTimes](_StepTimes)  # by the bit length of the draft's length: 0, 4 to 7, …
+
+    def observe(self, seconds: float, drafted: int, accepted: int) -> None:
+        """See `PromptLookup.observe`."""
         self._times[drafted.bit_length()].add(seconds, 1 + accepted)
 
-    def _pays(self, count: int) -> bool:
+    def expected(self, count: int) -> bool:
+        """Whether a draft of `count` tokens makes tokens faster, or may, or is to be tried again."""
         plain, drafted = self._times[0].seconds_per_token, self._times[count.bit_length()]
         if plain is None or drafted.seconds_per_token is None or drafted.seconds_per_token < plain:
             return True

@@ -50,7 +50,7 @@ class Running(Generic[Item]):
         """Whether a prompt in progress begins like `item`, for a whole block more than the `matched` cached tokens."""
         size, tokens = self._pool.block_size, item.sequence.tokens
         end = (matched // size + 1) * size
-        return end < len(tokens) and any(
+        return end <= item.sequence.reusable and any(
             other.priority >= item.priority
             and end <= other.target
             and tokens[:size] == other.sequence.tokens[:size]

@@ -26,15 +26,17 @@ class TopCandidates:
     Attributes:
         ids: token ids, int64 [n], ascending.
         values: logits of these tokens, fp32 [n].
-        mass: Σ exp((logit - largest logit) / temperature) over the whole vocabulary; None if `ids` is the whole
-            vocabulary.
+        mass: Σ exp((logit - largest logit) / temperature) over all tokens that may be chosen; None if `ids` has all of
+            them.
         floor: every token with at least this fraction of the largest probability is included.
+        doubt: by how much `mass` may be too large.
     """
 
     ids: NDArray[np.int64]
     values: NDArray[np.float32]
     mass: float | None = None
     floor: float = 0.0
+    doubt: float = 0.0
 
     @classmethod
     def unpack(cls, packed: NDArray[np.int32]) -> "TopCandidates | None":

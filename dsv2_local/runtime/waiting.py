@@ -36,6 +36,7 @@ class Scheduled:
         most_tokens: how many tokens it may have in the end, the prompt included.
         priority: those of a higher priority come first.
         deadline: when it ends if it has not finished, in seconds of the caller's clock; None: never.
+        prompt_only: whether no token follows the prompt; it is to be finished when its prompt is computed.
         draft: draft tokens to verify in its next decode step; the scheduler empties it if there is no room for them.
         state: changed by the scheduler alone.
         arrival: how many were submitted before it.
@@ -48,6 +49,7 @@ class Scheduled:
     most_tokens: int
     priority: int = field(default=0, kw_only=True)
     deadline: float | None = field(default=None, kw_only=True)
+    prompt_only: bool = field(default=False, kw_only=True)
     draft: list[int] = field(default_factory=list, kw_only=True)
     state: State = field(default=State.WAITING, init=False)
     arrival: int = field(default=-1, init=False)

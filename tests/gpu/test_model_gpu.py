@@ -160,6 +160,20 @@ def test_logits_with_experts_placed_by_native_code_are_those_of_the_gpu(mode, sl
     assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
 
 
+@pytest.mark.parametrize(("mode", "slots"), [(Mode.GPU, 0), (Mode.HYBRID, 9), (Mode.STREAM, 9)])
+def test_log_probabilities_of_a_prompt_are_those_of_its_logits(mode, slots):
+    with loaded(mode, slots) as model:
+        ids = model.tokenizer.encode(PROMPT * 3)
+        rows = model.logits(ids).log_softmax(-1)
+        generation = model.generate(ids, prompt_logprobs=1, max_tokens=3, temperature=0)
+        list(generation)
+    assert len(generation.prompt_logprobs) == len(ids)
+    for at, entry in enumerate(generation.prompt_logprobs[1:], 1):
+        assert entry
+        assert entry.logprob == pytest.approx(float(rows[at - 1, ids[at]]), abs=1e-3)
+        assert entry.top_logprobs[0][1] == pytest.approx(float(rows[at - 1].max()), abs=1e-3)
+
+
 def test_streamed_experts_change_no_bit():
     logits = []
     for mode, slots in ((Mode.GPU, 0), (Mode.STREAM, 0), (Mode.STREAM, 20)):
