@@ -4,37 +4,23 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import RLock
 
+from dsv2_local.chunk import CallDelta, Chunk, ToolCall
 from dsv2_local.errors import Dsv2Error
 from dsv2_local.progress import Progress
 from dsv2_local.read_ahead import ReadAhead
-from dsv2_local.runtime.answer import Answer, GeneratedToken, Request, Stats
+from dsv2_local.runtime.answer import Answer, GeneratedToken, Request
 from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.engine_thread import EngineThread
 from dsv2_local.runtime.interrupts import DeferredInterrupts
+from dsv2_local.runtime.prompt_logprobs import TokenLogprob
+from dsv2_local.runtime.stats import Stats
+from dsv2_local.runtime.waiting import State
 from dsv2_local.text.stream import TextStream
+from dsv2_local.text.tools.calls import joined
 
 WINDOW = 4  # answers that `complete` submits at a time, for each row of a decode step
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of the answer: one token, and the text that is final with it (often a word, sometimes nothing).
-
-    Attributes:
-        text: the text; empty while the token ends inside a character, or may begin a stop string.
-        token_id: the token; None for a last chunk, with the text that was held back until the end.
-        logprob: natural logarithm of the token's probability, before temperature and truncation; None unless requested.
-        top_logprobs: the most likely tokens of this step as (token id, log probability), the most likely first; empty
-            unless requested.
-    """
-
-    text: str
-    token_id: int | None = None
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class _Inbox:
@@ -44,24 +30,26 @@ class _Inbox:
     def __init__(self, stream: TextStream, stats: Stats) -> None:
         self.ready, self.ended = deque[Chunk](), False
         self.error: BaseException | None = None
-        self._stream, self._stats = stream, stats
+        self.stream, self._stats = stream, stats
         self._awaiting = deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]()
 
     def receive(self, token: GeneratedToken) -> bool:
         """See `answer.Reader`."""
         if self.ended:  # it was closed while this token was computed
             return False
-        text = self._stream.push(token.token)
-        self.ready.append(Chunk(text, token.token, token.logprob, token.top_logprobs))
+        text, calls = self.stream.push(token.token)
+        self.ready.append(Chunk(text, token.token, token.logprob, token.top_logprobs, calls))
         self._tell()
-        return self._stream.stopped
+        return self.stream.stopped
 
     def end(self, error: BaseException | None) -> None:
         """See `answer.Reader`."""
         if self.ended:
             return
-        if error is None and self._stats.finish_reason and not self._stream.stopped and (rest := self._stream.flush()):
-            self.ready.append(Chunk(rest))
+        if error is None and self._stats.finish_reason:
+            text, calls = self.stream.flush()
+            if text or calls:
+                self.ready.append(Chunk(text, calls=calls))
         self.error, self.ended = error, True
         self._tell()
 
@@ -117,6 +105,26 @@ class Generation(Iterator[Chunk], AsyncIterator[Chunk]):
         self._inbox, self._lock = _Inbox(stream, self.stats), RLock()
         self._answer: Answer | None = None
         self._raised = False
+        self._calls = list[CallDelta]()
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls yielded so far; the last one may be incomplete."""
+        return joined(self._calls)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the answer; None if none has."""
+        return self._inbox.stream.stop_string
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None]:
+        """One entry for each token of the prompt, None for the first; empty unless requested.
+
+        They are complete with the first chunk, or at the end of an answer of no tokens.
+        """
+        found = self._answer.prompt_logprobs if self._answer else None
+        return found.entries if found else []
 
     @property
     def ended(self) -> bool:
@@ -124,9 +132,31 @@ class Generation(Iterator[Chunk], AsyncIterator[Chunk]):
         return self._inbox.ended
 
     @property
+    def ready(self) -> bool:
+        """Whether the next chunk need not be waited for."""
+        return bool(self._inbox.ready)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it was submitted, and its prompt is not being read yet."""
+        return self._answer is not None and self._answer.state is State.WAITING
+
+    @property
     def error(self) -> BaseException | None:
         """Why the answer ended too early; None if it did not. Iterating raises it."""
         return self._inbox.error
+
+    @property
+    def state(self) -> State:
+        """Whether it waits, its prompt is read, it is decoded, or it has ended."""
+        if self.ended:
+            return State.FINISHED
+        return self._answer.state if self._answer else State.WAITING
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens of the prompt that are computed or reused so far."""
+        return self._engine.prefilled_of(self._answer) if self._answer else 0
 
     def submit(self) -> "Generation":
         """Have the answer computed to its end in the background, whether it is read or not; returns the generation.
@@ -212,6 +242,7 @@ class Generation(Iterator[Chunk], AsyncIterator[Chunk]):
                 raise self.error from None
             return None
         self.text += chunk.text
+        self._calls += chunk.calls
         if self._answer and not self._inbox.ready:
             self._answer.asked = True
         return chunk

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from rich.console import Console, ConsoleDimensions
 
 from dsv2_local import cli
+from dsv2_local.chunk import Chunk
 from dsv2_local.commands.chat import Chat
 from dsv2_local.commands.console import prompt_progress
 from dsv2_local.commands.markdown import Markdown, MarkdownStream, finished_block
@@ -33,10 +34,9 @@ from dsv2_local.commands.messages import as_message, as_typed, is_command
 from dsv2_local.commands.prompt import Prompt
 from dsv2_local.commands.terminal import Terminal
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
-from dsv2_local.generation import Chunk
-from dsv2_local.runtime.answer import Stats
 from dsv2_local.runtime.sampling_params import SamplingParams
 from dsv2_local.runtime.saved_cache import read_header
+from dsv2_local.runtime.stats import Stats
 from tests.models import heed_signals
 from tests.screen import Screen
 

@@ -256,7 +256,7 @@ def test_answers_of_a_batch_come_in_order_or_as_they_end(llm):
         assert ordered or found[-1] == 200
 
 
-@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_threads_do_what_they_like(llm, expected, seconds):
     """Eight threads read, submit, close and drop answers; those that are read are right, and nothing is left."""
     end, done = time.monotonic() + seconds, list[int]()
@@ -366,7 +366,7 @@ print(interrupts, wrong, unharmed.count(False), left, pool.available - pool.coun
 """
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_interrupts_at_any_moment(directory, seconds):
     """Ctrl-C in a program whose other threads read answers: these are right to the last bit, and nothing is left."""
     result = subprocess.run(

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from dsv2_local.errors import CheckpointError, InputError, TemplateError
+from dsv2_local.llm import bundled_model
 from dsv2_local.text import plain_text
 from dsv2_local.text.detokenizer import Detokenizer, StopFilter
 from dsv2_local.text.plain_text import PlainText
-from dsv2_local.text.tokenizer import Tokenizer
+from dsv2_local.text.tokenizer import INFILL, Tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER = [{"role": "user", "content": "hi"}]
@@ -79,6 +81,41 @@ def test_special_tokens_in_a_message_stay_text(tokenizer):
     assert [id for id in ids if id >= 100000] == [100000]
     assert evil in tokenizer.decode(ids)
     assert 100001 in tokenizer.encode(f"a{EOS}b")  # in a raw prompt, special tokens are parsed
+
+
+def with_infill(directory: Path, target: Path) -> Path:
+    """A copy of a tokenizer with the tokens of DeepSeek-Coder for filling in text."""
+    shutil.copytree(directory, target, dirs_exist_ok=True)
+    data = json.loads((directory / "tokenizer.json").read_text())
+    for id, content in enumerate(INFILL, 100002):
+        data["added_tokens"].append(data["added_tokens"][0] | {"id": id, "content": content})
+    (target / "tokenizer.json").write_text(json.dumps(data))
+    return target
+
+
+def test_a_hole_is_filled_between_two_texts(tokenizer, directory, tmp_path):
+    infill = Tokenizer(with_infill(directory, tmp_path))
+    before, after = "def f(x):\n    ", f"\n    return y  # {EOS} {INFILL[1]}"
+    ids = infill.encode_infill(before, after)
+    begin, hole, end = 100002, 100003, 100004
+    assert ids[:2] == [100000, begin]
+    assert ids[-1] == end
+    assert [ids.count(token) for token in (begin, hole, end, 100001)] == [1, 1, 1, 0]
+    middle = ids.index(hole)
+    assert ids[2:middle] == infill.encode(before)[1:]
+    assert infill.decode(ids[middle + 1 : -1]) == after  # special tokens in it stay text
+    assert infill.encode(f"{INFILL[0]}a{INFILL[1]}b{INFILL[2]}") == infill.encode_infill("a", "b")
+    with pytest.raises(InputError, match="no token <｜fim▁begin｜>"):
+        tokenizer.encode_infill(before, after)
+
+
+def test_bos_and_special_tokens_are_shown_if_asked_for(tokenizer):
+    assert tokenizer.encode("Hello", bos=False) == tokenizer.encode("Hello")[1:]
+    assert tokenizer.encode(BOS + "Hello", bos=False) == tokenizer.encode("Hello")
+    ids = tokenizer.encode(f"Hello{EOS}")
+    assert tokenizer.decode(ids) == "Hello"
+    assert tokenizer.decode(ids, special=True) == f"{BOS}Hello{EOS}"
+    assert tokenizer.chat_template == TEMPLATE
 
 
 def test_quoting_changes_nothing_else(tokenizer):
@@ -204,10 +241,10 @@ def test_long_texts_are_sliced_and_remembered_within_a_bound(monkeypatch):
     monkeypatch.setattr(plain_text, "REMEMBERED", 5000)
     plain = PlainText(plain_tokenizers()[0])
     lengths: list[int] = []
-    encode = plain._tokenizer.encode
+    encode = plain._tokenizer.encode_batch_fast
     monkeypatch.setattr(plain, "_tokenizer", SimpleNamespace(
         pre_tokenizer=plain._tokenizer.pre_tokenizer,
-        encode=lambda text, **options: lengths.append(len(text)) or encode(text, **options),
+        encode_batch_fast=lambda texts, **options: lengths.append(len(texts[0])) or encode(texts, **options),
     ))  # fmt: skip
     text = " ".join(str(number) for number in range(1000))
     ids = list(plain.encode(text))
@@ -217,3 +254,22 @@ def test_long_texts_are_sliced_and_remembered_within_a_bound(monkeypatch):
     assert sum(lengths) == len(text)  # remembered
     list(plain.encode(text.replace("1", "7")))
     assert sum(map(len, plain._known)) == plain._size <= 5000
+
+
+def test_threads_go_on_while_a_long_word_is_encoded() -> None:
+    turns, stop = [0], threading.Event()
+
+    def turn() -> None:
+        while not stop.wait(0.0001):
+            turns[0] += 1
+
+    other = threading.Thread(target=turn)
+    plain = PlainText(FastTokenizer.from_file(str(bundled_model() / "tokenizer.json")))
+    other.start()
+    try:
+        before = turns[0]
+        assert len(list(plain.encode("xy" * 200_000))) > 100_000
+        assert turns[0] - before > 20
+    finally:
+        stop.set()
+        other.join()

@@ -6,10 +6,11 @@ Templates find what transformers gives them: the same variables, filters, functi
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -30,6 +31,11 @@ class ChatTemplates:
         self._sources = dict(sources)
         self._compiled: dict[str, Any] = {}
 
+    @property
+    def default(self) -> str | None:
+        """The source of the default template; None if there is none."""
+        return self._sources.get("default")
+
     def require(self) -> None:
         """Check that there is a template.
 
@@ -40,6 +46,16 @@ class ChatTemplates:
             raise TemplateError(
                 "this checkpoint has no chat template; `dsv2 run --raw` and LLM.generate() continue text without one"
             )
+
+    @cached_property
+    def know_tools(self) -> bool:
+        """Whether the templates write the definitions of tools: one is for them, or reads them."""
+        if "tool_use" in self._sources:
+            return True
+        try:
+            return "tools" in meta.find_undeclared_variables(_environment().parse(self._sources.get("default", "")))
+        except (JinjaError, TooMuchError, RecursionError):  # whoever renders it is told
+            return False
 
     def render(self, quoter: Quoter, *, tools: list[Any] | None, **variables: Any) -> str:
         """Render a conversation, as text in which what was quoted still is.

@@ -40,24 +40,31 @@ class StopFilter:
     """Cuts a stream of text at the first stop string; holds back text that may be the beginning of one.
 
     Attributes:
-        stopped: whether a stop string has appeared.
+        found: the stop string that has appeared, if one has.
+        dropped: that and what came after it, as far as it was pushed.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
             raise InputError("a stop string must not be empty")
         self._stops = stops
-        self._held = ""
-        self.stopped = False
+        self._held = self.dropped = ""
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """Add text; returns what cannot be part of a stop string. Nothing follows once one has appeared."""
         self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._take(min(found), drop_rest=True)
-        return self._take(len(self._held) - self._possible_beginning())
+            first, self.found = min(found)
+            self.dropped = self._held[first:]
+            return self._take(first, drop_rest=True)
+        return self._take(len(self._held) - possible_beginning(self._held, self._stops))
 
     def flush(self) -> str:
         """Return the text that is still held back, at the end of the stream."""
@@ -67,8 +74,9 @@ class StopFilter:
         taken, self._held = self._held[:length], "" if drop_rest else self._held[length:]
         return taken
 
-    def _possible_beginning(self) -> int:
-        """Length of the longest suffix of the held text that is a prefix of a stop string."""
-        longest = max(map(len, self._stops), default=0) - 1
-        sizes = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in sizes if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)
+
+def possible_beginning(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest suffix of a text that one of these strings begins with, and is longer than."""
+    longest = max(map(len, strings), default=0) - 1
+    sizes = range(min(longest, len(text)), 0, -1)
+    return next((n for n in sizes if any(string.startswith(text[-n:]) for string in strings)), 0)

@@ -35,7 +35,9 @@ class PlainText:
         with self._lock:
             ids = self._known.get(text)
         if ids is None:
-            ids = array("I", self._tokenizer.encode(text, add_special_tokens=False).ids)
+            # Other threads go on meanwhile, as with `encode` they would not.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            ids = array("I", encoding.ids)
             self._remember(text, ids)
         return ids
 

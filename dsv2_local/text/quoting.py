@@ -18,6 +18,14 @@ from dsv2_local.errors import InputError
 from dsv2_local.values import shown
 
 
+class Own(str):
+    """A part of a composed text that the program itself has written: special tokens in it are meant."""
+
+
+class Composed(tuple[str, ...]):
+    """A text in parts, which are joined; special tokens are quoted in those that are not `Own`."""
+
+
 class Quoter:
     """Quotes the special tokens of one tokenizer, with a mark of its own.
 
@@ -52,6 +60,8 @@ class Quoter:
             value = inlet.text(value, "a message")
             self.size += len(value)
             return self.text(value)
+        if isinstance(value, Composed):
+            return self.seen("".join(part if isinstance(part, Own) else self.data(part) for part in value))
         if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, Mapping):
