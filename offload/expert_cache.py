@@ -32,17 +32,26 @@ class Policy(StrEnum):
 
 
 HALF_LIFE = 24.0  # tokens
-HITS, MISSES, FETCHES = range(3)
+HITS, MISSES, FETCHES, COPIES, ON_HOST = range(5)  # columns of `ExpertCache.counts`; the same in placing.cpp
 NOBODY = -1  # in place of a slot or of an expert
 
 
 @dataclass(frozen=True)
 class Counter:
-    """Counts of one layer."""
+    """Counts of one layer.
+
+    Attributes:
+        hits, misses: experts that steps of few tokens found in a slot, and those that they did not.
+        fetches: experts that were given a slot.
+        copies: experts that were copied to the device, into slots and staging buffers.
+        on_host: experts that the CPU computed.
+    """
 
     hits: int = 0
     misses: int = 0
     fetches: int = 0
+    copies: int = 0
+    on_host: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class ExpertCache:
         worth_of: fp64 [layers, experts], comparable only within one policy; -inf: never used.
         used: int64 [layers, experts], the time of the last use, counted in uses.
         steps: int64 [layers], the steps that used each layer.
-        counts: int64 [layers, 3], hits, misses and fetches.
+        counts: int64 [layers, 5], the fields of `Counter`; whoever copies and computes counts the last two.
         owner: int32 [slots], the number of the expert in a slot, counted over all layers, or `NOBODY`.
         slot_worth: fp64 [slots], the worth of that expert; inf: the slot is free.
         pinned: uint8 [slots], whether the step in progress uses the slot.
@@ -82,7 +91,7 @@ class ExpertCache:
         self.worth_of = np.full((layers, experts), -inf)
         self.used = np.zeros((layers, experts), dtype=np.int64)
         self.steps = np.zeros(layers, dtype=np.int64)
-        self.counts = np.zeros((layers, 3), dtype=np.int64)
+        self.counts = np.zeros((layers, 5), dtype=np.int64)
         self.owner = np.full(slots, NOBODY, dtype=np.int32)
         self.slot_worth = np.full(slots, inf)
         self.pinned = np.zeros(slots, dtype=np.uint8)
@@ -113,6 +122,10 @@ class ExpertCache:
         """The slot of an expert, or None; does not count as a use."""
         slot = int(self.slot[key])
         return None if slot == NOBODY else slot
+
+    def residents(self, layer: int) -> list[int]:
+        """The experts of a layer that have slots, ascending. Any thread may ask."""
+        return np.flatnonzero(self.slot[layer] != NOBODY).tolist()
 
     def holder(self, slot: int) -> Key | None:
         """The expert in a slot, or None."""

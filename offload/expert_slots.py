@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv2_local.errors import DeviceError
 from dsv2_local.kernels.format import ExpertLayout
 from dsv2_local.offload.device import Device, Event
-from dsv2_local.offload.expert_cache import ExpertCache, Key
+from dsv2_local.offload.expert_cache import COPIES, ExpertCache, Key
 from dsv2_local.offload.sizes import STAGING_BUFFERS
 
 
@@ -72,6 +72,7 @@ class ExpertSlots:
             self._next_buffer = (self._next_buffer + 1) % STAGING_BUFFERS
         if indices:
             self._copy(indices, source)
+            self.cache.counts[layer, COPIES] += len(indices)
         return indices
 
     def fill(self, records: dict[int, Tensor], keys: Iterable[Key]) -> None:

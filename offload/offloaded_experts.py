@@ -24,6 +24,7 @@ from dsv2_local.offload import native_placing
 from dsv2_local.offload.balance import Costs, Watch, divide, streaming_pays
 from dsv2_local.offload.device import Event
 from dsv2_local.offload.dispatch import Dispatch, Ints
+from dsv2_local.offload.expert_cache import ON_HOST
 from dsv2_local.offload.expert_slots import ExpertSlots
 from dsv2_local.offload.graph_experts import GraphBuffers, GraphExperts
 from dsv2_local.offload.layer_stream import LayerStream
@@ -69,6 +70,29 @@ class ExpertStats:
 
     def __sub__(self, other: "ExpertStats") -> "ExpertStats":
         return ExpertStats(**{name: value - getattr(other, name) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """What happened to the routed experts of one layer, since loading.
+
+    An expert counts once for every step that uses it.
+
+    Attributes:
+        layer: index of the layer in the model.
+        experts: how many the layer has.
+        resident: those that are in GPU memory now, ascending.
+        hits: experts that had a slot when a step of few tokens used them.
+        fetched: experts that were copied to the GPU; all that have no slot, if the layer was streamed.
+        cpu: experts that the CPU computed.
+    """
+
+    layer: int
+    experts: int
+    resident: list[int]
+    hits: int
+    fetched: int
+    cpu: int
 
 
 @dataclass(frozen=True)
@@ -204,7 +228,7 @@ class DeviceExperts:
         chosen = ids.cpu()
         start = perf_counter()
         y = ops.experts(x.cpu(), self.records[layer], self.layout, chosen, weights.cpu())
-        self._count(len(torch.unique(chosen)), perf_counter() - start)
+        self._count_host(layer, len(torch.unique(chosen)), perf_counter() - start)
         return y.to(x.device)
 
     def _start_split(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Result:
@@ -271,7 +295,7 @@ class DeviceExperts:
             self.slots.count_fetched(done.fetched, done.fetch_seconds)
             self._fetch_watch.observe(done.fetch_expected, done.fetch_seconds)
         if done and done.on_host:
-            self._count(done.on_host, done.host_seconds)
+            self._count(done.on_host, done.host_seconds)  # by layers it has counted them itself
             self._host_watch.observe(done.host_expected, done.host_seconds)
 
     def place(self, layer: int, counts: Mapping[int, int]) -> tuple[dict[int, int], dict[int, int], list[int]]:
@@ -292,7 +316,7 @@ class DeviceExperts:
         ops.expert_outputs(x, self.records[layer], self.layout, tokens, experts, out)
         seconds = perf_counter() - start
         counts = Counter(experts.tolist()).values()
-        self._count(len(counts), seconds)
+        self._count_host(layer, len(counts), seconds)
         self._host_watch.observe(self.costs.start + sum(map(self.costs.host, counts)), seconds)
 
     def _divide(
@@ -329,6 +353,20 @@ class DeviceExperts:
         self.compute_on_host(layer, x, tokens, experts, out)
         return out
 
+    def by_layer(self) -> list[LayerExperts]:
+        """What happened to the experts of each layer, ascending. Any thread may ask, while steps are computed too."""
+        cache, found = self.slots.cache, []
+        for layer, records in self.records.items():
+            counts = cache.counter(layer)
+            found.append(
+                LayerExperts(layer, len(records), cache.residents(layer), counts.hits, counts.copies, counts.on_host)
+            )
+        return found
+
+    def _count_host(self, layer: int, experts: int, seconds: float) -> None:
+        self.slots.cache.counts[layer, ON_HOST] += experts
+        self._count(experts, seconds)
+
     def _count(self, experts: int, seconds: float) -> None:
         self._stats.host_experts += experts
         self._stats.host_seconds += seconds
@@ -362,6 +400,10 @@ class OffloadedExperts:
     def stats(self) -> ExpertStats:
         """The counters of all devices since loading."""
         return sum((device.stats for device in self.devices), ExpertStats())
+
+    def by_layer(self) -> list[LayerExperts]:
+        """What happened to the experts of each layer, ascending. Any thread may ask, while steps are computed too."""
+        return [layer for device in self.devices for layer in device.by_layer()]
 
     def start(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, capture: PiecewiseGraph | None = None

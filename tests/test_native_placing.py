@@ -152,6 +152,13 @@ def test_native_code_decides_as_python_does(records, on_reference, monkeypatch, 
     assert native.stats.hits == python.stats.hits
     assert native.stats.fetched_bytes == python.stats.fetched_bytes
     assert native.stats.host_experts == python.stats.host_experts
+    layers = native.by_layer()
+    assert layers == python.by_layer()
+    assert [layer.layer for layer in layers] == list(records)
+    assert sum(layer.hits for layer in layers) == native.stats.hits
+    assert sum(layer.fetched for layer in layers) * LAYOUT.nbytes == native.stats.fetched_bytes
+    assert sum(layer.cpu for layer in layers) == native.stats.host_experts
+    assert sum(len(layer.resident) for layer in layers) == len(native.slots.cache)
     assert sum(expected["native"]) == pytest.approx(sum(expected["python"]))
 
 

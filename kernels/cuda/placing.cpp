@@ -16,6 +16,7 @@ namespace dsv2 {
 constexpr int32_t NOBODY = -1;
 constexpr int MAX_PAIRS = 1024;  // token-expert pairs of a step
 enum Policy : int32_t { LRU, LFU, LFU_AGEING, LRFU };
+enum Count { HITS, MISSES, FETCHES, COPIES, ON_HOST, COUNTS };  // columns of `ExpertCache.counts`
 
 // The arrays of `ExpertCache`. A key is the number of an expert, counted over all layers.
 struct Cache {
@@ -87,7 +88,7 @@ struct Cache {
         slot[key] = at;
         owner[at] = int32_t(key);
         hold(key, at);
-        counts[3 * layer + 2]++;
+        counts[COUNTS * layer + FETCHES]++;
         return at;
     }
 };
@@ -242,8 +243,9 @@ API int32_t dsv2_place(void* argument, void* stream) {
         for (int64_t at = i; at < next; at++) hit[pairs[at]] = cache.slot[key];
         cache.hold(key, cache.slot[key]);
     }
-    cache.counts[3 * layer.number] += hits;
-    cache.counts[3 * layer.number + 1] += misses;
+    int64_t* const counts = cache.counts + COUNTS * layer.number;
+    counts[HITS] += hits;
+    counts[MISSES] += misses;
 
     e.fetched = misses;
     if (!e.stream_all || misses > e.staged) {
@@ -272,7 +274,10 @@ API int32_t dsv2_place(void* argument, void* stream) {
         e.done.fetch_expected += double(e.fetched) * e.costs.fetch;
     }
 
+    counts[COPIES] += e.fetched;
+
     e.on_host = misses - e.fetched;
+    counts[ON_HOST] += e.on_host;
     e.host_cost = e.costs.start;
     e.host_pairs = 0;
     int64_t on_host[MAX_PAIRS];
