@@ -176,11 +176,12 @@ def dsv2(tiny: bool) -> Iterator[tuple[Generate, dict[str, list[str]]]]:
     from dsv2_local.offload.plan_request import Machine, Mode, PlanRequest
     from dsv2_local.offload.simulated_device import SimulatedDevice
     from dsv2_local.quant.schema import Recipe
-    from dsv2_local.runtime.answer import Answer, Request, Stats
+    from dsv2_local.runtime.answer import Answer, Request
     from dsv2_local.runtime.engine import Engine
     from dsv2_local.runtime.placement import ModelWeights, place_on_devices
     from dsv2_local.runtime.random_weights import build
     from dsv2_local.runtime.sampling_params import SamplingParams
+    from dsv2_local.runtime.stats import Stats
 
     gpu = torch.cuda.is_available()
     config = parse_config(TINY if tiny else LITE)

@@ -34,12 +34,13 @@ from dsv2_local.kernels.format import CacheDtype
 from dsv2_local.progress import no_progress
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.runtime import placement
-from dsv2_local.runtime.answer import Answer, GeneratedToken, Request, Stats
+from dsv2_local.runtime.answer import Answer, GeneratedToken, Request
 from dsv2_local.runtime.batch import Part
 from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.model import Transformer
 from dsv2_local.runtime.random_weights import build, first_layers
 from dsv2_local.runtime.sampling_params import SamplingParams
+from dsv2_local.runtime.stats import Stats
 from dsv2_local.runtime.step import StepResult
 
 WORDS = """

@@ -197,14 +197,14 @@ class Run:
         self, shape: str, cases: list[Wanted], device: "Device"
     ) -> tuple["ModelConfig", "ModelConfig", "Machine"]:
         """The whole architecture, its layers to measure, and the machine with what is free now."""
-        from dsv2_local import llm
+        from dsv2_local import workstation
         from dsv2_local.architectures import released
         from dsv2_local.architectures.families import parse_config
         from dsv2_local.commands.bench import gpu_case
         from dsv2_local.runtime.random_weights import first_layers
 
         whole = parse_config(TINY) if self._args.tiny else released.read_config(shape)
-        machine = llm.this_machine([device], None)
+        machine = workstation.this_machine([device], None)
         machine = replace(machine, ram=machine.ram - (0 if self._args.tiny else SPARE), lockable=None)
         largest = shape == "deepseek-v2" and not self._args.tiny
         layers = self._args.layers if largest else None

@@ -16,6 +16,7 @@ Dsv2Error                    exit code 1
 │   └── DeviceMemoryError        the GPU has less free memory than the plan assumed
 ├── OutputError              standard output cannot be written
 ├── BatchError               the output of `dsv2 run --batch` cannot be written or continued
+├── ServerError              a server that is to answer is not there, or fails
 ├── HubError                 a hub repository cannot be reached, found or read
 ├── TemplateError            the chat template is missing or rejects the messages
 └── InputError               exit code 2: the request itself is wrong
@@ -169,6 +170,10 @@ class BatchError(Dsv2Error):
     """The output of a batch cannot be written, belongs to other lines, or is written by another process."""
 
 
+class ServerError(Dsv2Error):
+    """A server that is to answer is not there, is no such server, refuses the key, or fails."""
+
+
 class HubError(Dsv2Error):
     """A hub repository cannot be reached, found or read."""
 
@@ -187,14 +192,15 @@ class ContextLengthError(InputError):
     """The prompt and one new token do not fit in the context.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: tokens of the prompt, or the fewest that it can have.
         context: tokens that the context holds.
     """
 
-    def __init__(self, prompt_tokens: int, context: int) -> None:
+    def __init__(self, prompt_tokens: int, context: int, *, at_least: bool = False) -> None:
         self.prompt_tokens = prompt_tokens
         self.context = context
+        count = f"{'at least ' if at_least else ''}{prompt_tokens:,}"
         super().__init__(
-            f"the prompt has {prompt_tokens:,} tokens and the context holds {context:,} "
+            f"the prompt has {count} tokens and the context holds {context:,} "
             "(one more is needed for the answer); shorten it or raise --context"
         )

@@ -48,3 +48,27 @@ def size(option: str, text: str) -> int:
         if found and unit:
             return int(float(found[1]) * unit)
     raise InputError(f"{option} {shown(text)} is not a size; write it like 24GiB, 24GB or 24G")
+
+
+def tokens(option: str, text: str) -> int:
+    """Parse a number of tokens: 8192, or 128K for 131,072.
+
+    Raises:
+        InputError: `text` is no such number.
+    """
+    found = re.fullmatch(r"(\d{1,12})\s*([kK]?)", text.strip())
+    if not found:
+        raise InputError(f"{option} {shown(text)} is no number of tokens; write it like 8192 or 128K")
+    return int(found[1]) << (10 if found[2] else 0)
+
+
+def duration(option: str, text: str) -> float:
+    """Parse a duration in seconds: "90s", "10m", "2h", "1d" or a plain number of seconds.
+
+    Raises:
+        InputError: `text` is no duration.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if not found or len(found[1]) > 12:
+        raise InputError(f"{option} {shown(text)} is not a duration; write it like 90s, 10m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_local import cli, llm
+from dsv2_local import cli, workstation
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import parse_config
@@ -91,7 +91,7 @@ def bench(small, monkeypatch, capsys) -> Callable[..., dict[str, Any]]:
     """Run the command on a simulated device in this process; returns the JSON object that it prints."""
 
     def run(on: SimulatedDevice, *arguments: object) -> dict[str, Any]:
-        monkeypatch.setattr(llm, "find_devices", lambda names: [] if names == "cpu" else [on])
+        monkeypatch.setattr(workstation, "find_devices", lambda names: [] if names == "cpu" else [on])
         cli.app(["bench", "--json", *map(str, arguments)], standalone_mode=False)
         printed = capsys.readouterr()
         result: dict[str, Any] = json.loads(printed.out)
@@ -183,7 +183,7 @@ def test_layers_are_cut_and_the_whole_is_extrapolated(bench, tmp_path, monkeypat
     assert (result["layers"], result["total_layers"], result["model"]["layers"]) == (3, 5, 3)
     assert 0 < result["extrapolated"]["decode_tok_s"] < result["decode"][0]["tok_s"]
     assert result["plan"]["experts"] == 2 * EXPERTS
-    monkeypatch.setattr(llm, "find_devices", lambda names: [device(7, 3)])
+    monkeypatch.setattr(workstation, "find_devices", lambda names: [device(7, 3)])
     arguments = options(tmp_path, "--experts", "hybrid", "--layers", 3)
     cli.app(["bench", *map(str, arguments)], standalone_mode=False)
     text = capsys.readouterr().out

@@ -23,6 +23,7 @@ from tests.models import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import against_transformers
+import agent_reuse
 import batching
 import cache_error
 import cache_perplexity
@@ -221,3 +222,14 @@ def test_the_gpu_benchmark_measures_the_cases_that_are_asked_for_and_skips_late_
     done, _ = run("--only", "huge")
     assert done.returncode == 1
     assert "'huge' is none of 236b-24g-hybrid" in done.stderr
+
+
+@pytest.mark.slow
+def test_agents_compute_no_more_than_the_least_where_the_store_has_room():
+    found = {reuse.trace: reuse for reuse in agent_reuse.measure(1536, 3)}
+    assert len(found) == 8
+    for name, reuse in found.items():
+        assert reuse.computed == reuse.least or name == "two"
+        assert (reuse.restored > 0) == (name in ("restart", "two, RAM", "two, files"))
+    assert found["header"].computed == found["header"].tokens
+    assert found["two"].computed > found["two, RAM"].computed == found["two, files"].computed

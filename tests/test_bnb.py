@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dsv2_local
-from dsv2_local import llm
+from dsv2_local import llm, workstation
 from dsv2_local.kernels import bnb, cpu, ops, reference
 from dsv2_local.kernels.format import ExpertLayout, Format
 from dsv2_local.kernels.layout import Matrix, pack_nf4
@@ -161,7 +161,7 @@ def test_a_notice_names_the_kernels_that_replace_triton(without):
 
 
 def test_a_model_on_gpus_has_the_notice_once(monkeypatch):
-    monkeypatch.setattr(llm, "find_devices", lambda names: [SimulatedDevice(capacity=2 << 30)])
+    monkeypatch.setattr(workstation, "find_devices", lambda names: [SimulatedDevice(capacity=2 << 30)])
     monkeypatch.setattr(ops, "gpu_notice", lambda device: f"slow on {device}")
     with dsv2_local.load(device="cuda") as model:
         assert model.notes.count("slow on cpu") == 1
@@ -179,12 +179,12 @@ def test_auto_skips_gpus_that_triton_cannot_use_with_a_notice(monkeypatch, witho
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
     without(*missing)
-    assert (llm._passed_over() or "").startswith(reason or "")
+    assert (workstation.passed_over() or "").startswith(reason or "")
     if reason:
         (note,) = llm.load().notes
         assert note.startswith(f"the GPU is not used: {reason}")
     else:
-        assert llm._passed_over() is None
+        assert workstation.passed_over() is None
 
 
 @pytest.mark.slow

@@ -182,7 +182,8 @@ class Foreign:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_tokens": 0}, {"logprobs": -1}, {"temperature": -1}, {"stop": ""}, {"top_p": 7}, {"max_tokens": "5"},
+        {"prompt_logprobs": 2.5}, {"prompt_logprobs": -1},
+        {"logprobs": -1}, {"temperature": -1}, {"stop": ""}, {"top_p": 7}, {"max_tokens": "5"},
         {"max_tokens": 2.5}, {"logprobs": True}, {"stop": 5}, {"stop": [None]}, {"stop": object()}, {"temprature": 1},
         {"max_tokens": torch.tensor([1, 2])}, {"max_tokens": Decimal("sNaN")}, {"max_tokens": -2}, {"progress": 5},
         {"temperature": Foreign()}, {"max_tokens": Foreign()},
@@ -431,3 +432,12 @@ def test_a_closed_model_says_so(directory, tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match="closed"):
             use()
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_encoded(llm, monkeypatch):
+    """16 MB of one letter would take half a minute."""
+    monkeypatch.setattr(type(llm.tokenizer._plain), "encode", lambda *_: pytest.fail("it is encoded"))
+    for ask in (lambda: llm.generate("a" * 10**6), lambda: llm.chat([{"role": "user", "content": "a" * 10**6}])):
+        with pytest.raises(ContextLengthError, match="has at least") as caught:
+            ask()
+        assert llm.context < caught.value.prompt_tokens <= 10**6

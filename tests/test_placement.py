@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv2_local import llm
+from dsv2_local import llm, workstation
 from dsv2_local.commands.console import describe_experts
 from dsv2_local.errors import DeviceError, DeviceMemoryError, InputError, PlanError
 from dsv2_local.llm import LLM, bundled_model
@@ -103,7 +103,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated():
 
 
 def test_a_gpu_that_is_too_small_is_not_used_unless_it_was_requested(expected, monkeypatch):
-    monkeypatch.setattr(llm, "find_devices", lambda names: [SimulatedDevice(capacity=1000)])
+    monkeypatch.setattr(workstation, "find_devices", lambda names: [SimulatedDevice(capacity=1000)])
     model = llm.load(context=512)
     assert model._placed.devices == []
     assert model.notes[-1].startswith("the GPU is not used: the model does not fit")
@@ -150,7 +150,7 @@ def locked_bytes() -> int:
 
 
 def test_page_locked_memory_is_released(monkeypatch):
-    monkeypatch.setattr(llm, "lockable_memory", lambda: None)
+    monkeypatch.setattr(workstation, "lockable_memory", lambda: None)
     before = locked_bytes()
     try:
         with loaded(on=devices(7)) as model:
@@ -162,7 +162,7 @@ def test_page_locked_memory_is_released(monkeypatch):
 
 
 def test_a_refusal_to_lock_memory_is_reported_and_changes_no_token(expected, monkeypatch):
-    monkeypatch.setattr(llm, "lockable_memory", lambda: None)
+    monkeypatch.setattr(workstation, "lockable_memory", lambda: None)
     monkeypatch.setattr(SimulatedDevice, "lock", lambda self, memory: False)
     with loaded(on=devices(7)) as model:
         assert answer(model) == expected

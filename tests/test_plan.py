@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dsv2_local
-from dsv2_local import llm
+from dsv2_local import workstation
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import parse_config
@@ -128,7 +128,7 @@ def test_loading_refuses_what_does_not_fit_and_reports_experts_on_disk(monkeypat
     limit = request.config.max_position_embeddings
     half = make_plan(replace(request, context=limit // 2), Machine((), 10**12, available=True)).ram
     needed = half.used - half.parts["system"] - half.parts["experts (mapped)"]
-    monkeypatch.setattr(llm, "memory_available", lambda: int(needed * 1.022))
+    monkeypatch.setattr(workstation, "memory_available", lambda: int(needed * 1.022))
     with pytest.raises(PlanError, match="RAM lacks") as error:
         dsv2_local.load(context=limit)
     (remedy,) = error.value.remedies

@@ -33,7 +33,7 @@ from dsv2_local.offload.plan_request import (
     default_context,
 )
 from dsv2_local.offload.sizes import GIB, STAGING_BUFFERS
-from dsv2_local.options import one_of, size
+from dsv2_local.options import one_of, size, tokens
 from dsv2_local.quant.schema import Recipe
 from dsv2_local.values import Number, checked
 
@@ -108,7 +108,7 @@ def _located(model: str) -> str:
 
 def _context(text: str | None, config: ModelConfig) -> int:
     limit = config.max_position_embeddings
-    context = default_context(config) if text is None else size("--context", text)
+    context = default_context(config) if text is None else tokens("--context", text)
     if not 1 <= context <= limit:
         raise InputError(f"--context must be between 1 and the model's {limit:,} tokens, not {context:,}")
     return context

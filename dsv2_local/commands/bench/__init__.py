@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsv2_local import llm
+from dsv2_local import workstation
 from dsv2_local.commands.bench import gpu, gpu_report, parallel, report, timing, tracing
 from dsv2_local.commands.bench.hardware import Reader, forget_peak, last_level_cache_bytes, matmul_rate, peak_bytes
 from dsv2_local.commands.bench.settings import BenchOptions, BenchPlan, settle, use_threads
@@ -47,7 +47,7 @@ def run(options: BenchOptions, as_json: bool) -> None:
 
 def _measured(options: BenchOptions, status: StatusLine) -> tuple[dict[str, Any], bool]:
     """The results, and whether they are those of GPUs; like `llm.load`, a GPU that is too small is not used."""
-    if devices := llm.find_devices(options.device):
+    if devices := workstation.find_devices(options.device):
         try:
             return gpu.run(options, devices, status), True
         except PlanError as error:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from dsv2_local import llm
+from dsv2_local import llm, workstation
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.tensors import Kind
 from dsv2_local.commands.bench.settings import (
@@ -83,11 +83,11 @@ def settle(options: BenchOptions, devices: Sequence[Device]) -> tuple[Case, Chec
     lengths = settle_lengths(options, config.max_position_embeddings, GPU_PROMPTS, GPU_DECODE, MOST_PARALLEL["GPU"])
     cache_dtype = cache_dtype_on(devices[0], recipe, DTYPE, options.cache_dtype)
     request = PlanRequest(config, recipe, lengths.cache, cache_dtype, options.experts)
-    machine = llm.this_machine(devices, options.vram, options.experts)
+    machine = workstation.this_machine(devices, options.vram, options.experts)
     if checkpoint is None:
         plan, name = plan_of_random_weights(request, machine), random_name(options.random_weights or "")
     else:
-        plan = llm.plan_for(request, machine)
+        plan = workstation.plan_for(request, machine)
         name = "dsv2-nano" if directory == llm.bundled_model() else checkpoint.directory.resolve().name
     trace = None if options.trace is None else matching_trace(Trace.load(options.trace), whole, plan)
     return Case(name, whole, plan, lengths, DTYPE, trace), checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dsv2_local import llm
+from dsv2_local import llm, workstation
 from dsv2_local.architectures import released
 from dsv2_local.architectures.config import ModelConfig
 from dsv2_local.architectures.families import load_config
@@ -146,7 +146,7 @@ def settle(options: BenchOptions) -> BenchPlan:
     Raises:
         InputError: an option exceeds the model's context, or the model does not fit in memory.
     """
-    llm.this_machine([], options.vram, options.experts)  # raises if an option needs a GPU
+    workstation.this_machine([], options.vram, options.experts)  # raises if an option needs a GPU
     if options.trace is not None:
         raise InputError(
             "--trace needs offloaded experts; the CPU has all of them in its memory (--record-trace writes)"

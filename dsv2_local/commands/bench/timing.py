@@ -21,7 +21,7 @@ from dsv2_local.commands.bench import hardware
 from dsv2_local.commands.bench.hardware import Reader
 from dsv2_local.kernels import ops
 from dsv2_local.kernels.latents import write_rows
-from dsv2_local.runtime.answer import Request, Stats
+from dsv2_local.runtime.answer import Request
 from dsv2_local.runtime.batch import Part
 from dsv2_local.runtime.cache import LatentCache
 from dsv2_local.runtime.cpu_step import CpuStep
@@ -29,6 +29,7 @@ from dsv2_local.runtime.engine import Engine
 from dsv2_local.runtime.model import MoE, Transformer
 from dsv2_local.runtime.sampling_params import SamplingParams
 from dsv2_local.runtime.sequence import Sequence
+from dsv2_local.runtime.stats import Stats
 
 WARM_UP_STEPS = 2  # at the start of each burst of decoding; not measured
 BURST = 8  # decode steps between two measurements of memory bandwidth
