@@ -1,5 +1,7 @@
 """Loads a model for a command, with progress bars and notices about its speed on stderr."""
 
+from pathlib import Path
+
 from dsv2_local import llm
 from dsv2_local.commands import process
 from dsv2_local.commands.console import ProgressBar, notice
@@ -20,6 +22,9 @@ def load(
     threads: int | None,
     parallel: int | None = None,
     batch_invariant: bool = False,
+    cache_ram: int | None = 0,
+    cache_dir: Path | None = None,
+    cache_disk: int | None = None,
 ) -> LLM:
     """Load a model as `llm.load` does; `vram` is a size such as "8GiB", or one per GPU, separated by commas."""
     process.explain_lost_files()
@@ -31,7 +36,8 @@ def load(
         loaded = llm.load(
             model, context=context, dtype=dtype, device=device, experts=experts, vram=limits, cache_dtype=cache_type,
             threads=threads, parallel=parallel, batch_invariant=batch_invariant, progress=progress,
-            preparing=preparing, verifying=verifying,
+            preparing=preparing, verifying=verifying, cache_ram=cache_ram,
+            cache_dir=cache_dir, cache_disk=cache_disk, cache_notice=notice,
         )  # fmt: skip
     for warning in (ops.slow_notice(), loaded.threads.warning, *loaded.notes):
         if warning:

@@ -1,0 +1,1 @@
+"""The server: OpenAI, Anthropic and Ollama APIs over HTTP."""
