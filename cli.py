@@ -14,10 +14,11 @@ import typer
 
 from dsv2_local import __version__, inlet
 from dsv2_local.errors import InputError
-from dsv2_local.options import DRAW, drawn_seed, one_of
+from dsv2_local.options import DRAW, drawn_seed, duration, one_of, size, tokens
 
 if TYPE_CHECKING:
     from dsv2_local.commands.batch_options import BatchOptions
+    from dsv2_local.commands.remote import RemoteLLM
     from dsv2_local.commands.run_options import RunOptions
     from dsv2_local.llm import LLM
 
@@ -59,6 +60,15 @@ CacheType = Annotated[
     str, typer.Option("--cache-type", help="Type of the KV cache: bf16, or int8 in 57 % of the bytes.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: one per physical core.")]
+Host = Annotated[
+    str | None,
+    typer.Option(
+        "--host",
+        metavar="URL",
+        envvar="DSV2_HOST",
+        help="Ask the model of a running `dsv2 serve` there, such as http://127.0.0.1:8000, and load none.",
+    ),
+]
 System = Annotated[str | None, typer.Option(help="System message.", callback=_unicode)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -72,7 +82,12 @@ class LoadOptions:
 
     model: Model = None
     context: Annotated[
-        int | None, typer.Option(help="Maximum tokens of prompt and answer. Default: 8192 or the model's limit.")
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            parser=lambda text: tokens("--context", str(text)),
+            help="Maximum tokens of prompt and answer: 8192, or 128K. Default: 8192 or the model's limit.",
+        ),
     ] = None
     dtype: Annotated[
         str, typer.Option(help="Activations: float32, bfloat16, or auto: float32 on the CPU, bfloat16 on GPUs.")
@@ -192,8 +207,11 @@ def chat(
         str | None, typer.Option(help="Continue this session, or start it; the chat is saved to it.")
     ] = None,
     system: System = None,
+    host: Host = None,
 ) -> None:
     """Chat with a model in the terminal."""
+    if host and session is not None:
+        raise InputError("--session keeps the KV cache, which is the server's; `dsv2 serve --cache-dir` keeps it there")
     if session is not None:
         from dsv2_local.commands import sessions
 
@@ -206,13 +224,13 @@ def chat(
 
         notice("standard input is not a terminal; answering it like `dsv2 run`")
         options = RunOptions(gather_prompt(None, [], sys.stdin), generation.given(), system)
-        with _load(load, parallel=1) as llm:
+        with _model(load, host) as llm:
             _run(llm, options)
         return
     from dsv2_local.commands.terminal import Terminal
 
     given = generation.given()
-    with Terminal() as terminal, _load(load, terminal.collect, parallel=1) as llm:
+    with Terminal() as terminal, _model(load, host, terminal.collect) as llm:
         from dsv2_local.commands.chat import COMMANDS, Chat
         from dsv2_local.commands.prompt import Prompt
 
@@ -236,6 +254,7 @@ def run(
         typer.Option(help="Whether to read standard input. Default: unless it is a terminal, or read elsewhere too."),
     ] = None,
     system: System = None,
+    host: Host = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the chat template.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: the answer and its statistics.")
@@ -248,6 +267,10 @@ def run(
     logprobs: Annotated[
         int | None,
         typer.Option(help="With --json or --batch: log probabilities of this many most likely tokens per step."),
+    ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Answer in JSON that this JSON schema describes. Needs llguidance."),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -289,10 +312,16 @@ def run(
 ) -> None:
     """Answer one prompt from arguments, files and standard input, or a file of requests; for scripts."""
     from dsv2_local.commands import batch_options
-    from dsv2_local.commands.run_options import RunOptions, gather_prompt
+    from dsv2_local.commands.run_options import RunOptions, gather_prompt, read_schema
     from dsv2_local.machine.homes import expanded
 
+    given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
+    if json_schema is not None:
+        given |= read_schema(json_schema)
     if batch is not None:
+        batch_options.refuse(
+            {"--host": bool(host)}, "is not for --batch, which loads a model itself; leave it out, and unset DSV2_HOST"
+        )
         batch_options.refuse(
             {
                 "a PROMPT": prompt is not None, "--file": bool(file), "--stdin": stdin is True,
@@ -301,7 +330,6 @@ def run(
             },
             "has no meaning with --batch: the lines of its file are the prompts, and those of its output the answers",
         )  # fmt: skip
-        given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
         _run_batch(
             load,
             batch_options.BatchOptions(
@@ -317,12 +345,93 @@ def run(
         {"--output": output is not None, "--order": order is not None, "--parallel": parallel is not None},
         "needs --batch FILE; the answer to one prompt goes to standard output",
     )
-    given = generation.given() | ({} if logprobs is None else {"logprobs": logprobs})
+    batch_options.refuse(
+        {"--cache": bool(host) and cache is not None},
+        "keeps the KV cache, which is the server's; `dsv2 serve --cache-dir` keeps it there",
+    )
     text = gather_prompt(prompt, file or [], sys.stdin, raw, read_stdin=stdin)
     newline = not no_newline
     options = RunOptions(text, given, system, raw, as_json, stream, stats, cache and expanded(cache), newline)
-    with _load(load, parallel=1) as llm:
+    with _model(load, host) as llm:
         _run(llm, options)
+
+
+@app.command()
+@grouped
+def serve(
+    load: LoadOptions,
+    host: Annotated[str, typer.Option(help="Address to listen on.", callback=_unicode)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)] = 8000,
+    parallel: Annotated[int | None, typer.Option(help="How many answers to compute at once. Default: 16.")] = None,
+    cache_ram: Annotated[
+        str | None,
+        typer.Option(
+            help="RAM for conversations that the KV cache has no room for, such as 8GiB. Default: four times the KV "
+            "cache, at most an eighth of the free RAM; 0 with --cache-dir."
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory for conversations: what was read is not read again, after a restart either."),
+    ] = None,
+    cache_disk: Annotated[
+        str | None, typer.Option(help="Most bytes in --cache-dir. Default: 16GiB, or half of the free space.")
+    ] = None,
+    idle_unload: Annotated[
+        str | None,
+        typer.Option(help="Unload the model after this time without a request, such as 10m; the next one loads it."),
+    ] = None,
+    drain_timeout: Annotated[
+        str, typer.Option(help="How long answers may go on after SIGTERM or Ctrl-C; a second one ends at once.")
+    ] = "30s",
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with keys, one a line; clients send one of them. $DSV2_API_KEY is a further one."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name that the server answers to; can be repeated.", callback=_unicode),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A page of another server that may use this one, such as http://localhost:3000; can be repeated.",
+            callback=_unicode,
+        ),
+    ] = None,
+) -> None:
+    """Answer over HTTP as OpenAI's, Anthropic's and Ollama's APIs do, and show a page at /."""
+    from dsv2_local.commands.console import notice
+    from dsv2_local.commands.process import held_signals
+
+    if load.model is None:
+        notice("using the bundled dsv2-nano; choose another model with -m or $DSV2_MODEL")
+    with held_signals():
+        try:
+            import fastapi  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError as error:
+            raise InputError(f"{error.name} is not installed; pip install 'dsv2-local[serve]'") from None
+        from dsv2_local.commands import loading
+        from dsv2_local.commands import serve as server
+
+    unload = None if idle_unload is None else duration("--idle-unload", idle_unload)
+    options = server.ServeOptions(
+        host,
+        port,
+        unload,
+        duration("--drain-timeout", drain_timeout),
+        api_key_file,
+        allowed_host or (),
+        cors_origin or (),
+    )
+    ram = None if cache_ram is None else size("--cache-ram", cache_ram)
+    disk = None if cache_disk is None else size("--cache-disk", cache_disk)
+
+    def load_model() -> "LLM":
+        return loading.load(**asdict(load), parallel=parallel, cache_ram=ram, cache_dir=cache_dir, cache_disk=disk)
+
+    server.run(options, load.model or "dsv2-nano", load_model)
 
 
 @session_commands.callback(invoke_without_command=True)
@@ -511,7 +620,21 @@ def _load(options: LoadOptions, begun: Callable[[], None] = lambda: None, **more
         return load(**asdict(options), **more)
 
 
-def _run(llm: "LLM", options: "RunOptions") -> None:
+def _model(options: LoadOptions, host: str | None, begun: Callable[[], None] = lambda: None) -> "LLM | RemoteLLM":
+    """The model of a server, or one that is loaded for a single answer at a time; `begun` as for `_load`."""
+    if not host:
+        return _load(options, begun, parallel=1)
+    from dsv2_local.commands.remote import RemoteLLM
+
+    usual = LoadOptions(model=options.model)  # another name is no harm: the server has one model
+    if given := [field.name for field in fields(options) if getattr(options, field.name) != getattr(usual, field.name)]:
+        name = given[0].replace("_", "-")
+        raise InputError(f"--{name} is for loading a model, and the server (--host, $DSV2_HOST) has loaded its own")
+    begun()
+    return RemoteLLM(host)
+
+
+def _run(llm: "LLM | RemoteLLM", options: "RunOptions") -> None:
     from dsv2_local.commands import run
 
     run.run(llm, options, sys.stdout)

@@ -29,12 +29,13 @@ from dsv2_local.commands.batch_output import FileOutput
 from dsv2_local.commands.batch_progress import BatchProgress
 from dsv2_local.errors import BatchError, DeviceError, InputError
 from dsv2_local.llm import LLM
-from dsv2_local.runtime.answer import Stats
+from dsv2_local.runtime.stats import Stats
 from tests.models import heed_signals
 from tests.test_cli import DSV2, dsv2, environment
 
 ASK = {"role": "user", "content": "What is a dog?"}
 CHAT = {"url": "/v1/chat/completions", "method": "POST"}
+TWO = {"type": "json_schema", "json_schema": {"schema": {"enum": [2]}}}
 COMPLETION = {"url": "/v1/completions", "method": "POST"}
 
 
@@ -175,6 +176,24 @@ def test_logprobs_have_the_shape_of_their_format(llm, tmp_path):
     assert bare["response"]["body"]["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+def test_a_completion_may_repeat_its_prompt(llm, tmp_path):
+    asked = [
+        openai("a", COMPLETION, prompt="A dog is", echo=True),
+        openai("b", COMPLETION, prompt="A dog is", echo=True, logprobs=1, max_tokens=2),
+        openai("c", COMPLETION, prompt=[5, 6], echo=True, max_tokens=1),
+    ]
+    assert run(llm, options(written(tmp_path / "in", asked), tmp_path / "out")) == 0
+    alone, scored, ids = (each["response"]["body"] for each in results(tmp_path / "out"))
+    assert alone["choices"][0] == {"index": 0, "text": "A dog is", "logprobs": None, "finish_reason": "length"}
+    assert alone["usage"]["completion_tokens"] == 0
+    found, prompt = scored["choices"][0]["logprobs"], llm.tokenizer.encode("A dog is")
+    wanted = llm.logits(prompt).log_softmax(-1)
+    assert found["token_logprobs"][0] is None
+    assert found["token_logprobs"][1:-2] == [float(wanted[at - 1, prompt[at]]) for at in range(1, len(prompt))]
+    assert "".join(found["tokens"]) == scored["choices"][0]["text"]
+    assert ids["choices"][0]["text"].startswith(llm.tokenizer.decode([5, 6]))
+
+
 def test_a_seed_is_counted_on_by_line(llm, tmp_path):
     asked = [{"prompt": "A dog is", "max_tokens": 6}, {"prompt": "A dog is", "max_tokens": 6}]
     asked += [{"prompt": "A dog is", "max_tokens": 6, "seed": 40}]
@@ -212,7 +231,9 @@ def test_messages_become_those_of_templates():
         ASK,
     ]
     request = parsed(openai("a", messages=asked, store=True, user="me"), system="not used")
-    assert [each["content"] for each in request.messages or []] == ["first\n\nsecond", "one\ntwo", "", ASK["content"]]
+    assert [(each["role"], each["content"]) for each in request.messages or []] == [
+        ("system", "first"), ("user", "one\ntwo"), ("assistant", ""), ("system", "second"), ("user", ASK["content"]),
+    ]  # fmt: skip
     assert parsed({"messages": [ASK]}, system="be kind").messages == [{"role": "system", "content": "be kind"}, ASK]
     assert parsed(openai("a", messages=[ASK]), system="be kind").messages == [
         {"role": "system", "content": "be kind"},
@@ -227,7 +248,7 @@ def test_messages_become_those_of_templates():
         (b'{"prompt": "a\0"}', "byte 13 is NUL"),
         (b"{", "not JSON: Expecting property name"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "not JSON: a number has 5,000 digits"),
         (b"  \t", "the line is empty"),
         (b"[1]", "the line must be an object"),
         ({}, "needs a prompt or messages"),
@@ -251,22 +272,64 @@ def test_messages_become_those_of_templates():
         (openai("a", messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "of type image_url"),
         (openai("a", messages=[ASK], n=2), "n must be 1"),
         (openai("a", messages=[ASK], n="2"), "n must be a whole number"),
-        (openai("a", messages=[ASK], tools=[{}]), "tools is not supported"),
-        (openai("a", messages=[ASK], response_format={"type": "json_object"}), "response_format"),
+        (openai("a", messages=[ASK], tools=[{}]), "a function must be an object"),
+        (openai("a", messages=[ASK], response_format={"type": "xml"}), "type of response_format must be text"),
+        (openai("a", messages=[ASK], response_format="json"), "response_format must be an object"),
+        (openai("a", messages=[ASK], response_format={"type": "json_schema"}), "json_schema of response_format"),
+        (
+            openai("a", COMPLETION, prompt="a", response_format=TWO | {"json_schema": {"schema": 3}}),
+            "schema of response_format's",
+        ),
         (openai("a", messages=[ASK], top_logprobs=2), "top_logprobs needs logprobs: true"),
         (openai("a", messages=[ASK], logprobs=True, top_logprobs=21), "between 0 and 20"),
         (openai("a", COMPLETION, prompt=["a", "b"]), "there are 2 prompts"),
-        (openai("a", COMPLETION, prompt="a", echo=True), "echo is not supported"),
+        (openai("a", COMPLETION, prompt="a", suffix="b"), "suffix is not supported"),
+        (openai("a", COMPLETION, prompt="a", echo=1), "echo must be true or false"),
+        (openai("a", messages=[ASK], echo=True), "echo is not supported"),
+        (openai("a", messages=[ASK], max_tokens=0), "max_tokens must be at least 1"),
     ],
 )
 def test_a_bad_line_is_named(line, wrong):
     assert wrong in str(parsed(line).error)
 
 
+def test_a_line_has_its_own_structure_or_that_of_all_lines():
+    every = {"schema": {"type": "object"}, "strict": True}
+    wanted = [
+        ({"prompt": "a"}, every),
+        ({"prompt": "a", "regex": "b"}, {"regex": "b", "strict": True}),
+        ({"prompt": "a", "schema": {"enum": [1]}, "strict": False}, {"schema": {"enum": [1]}, "strict": False}),
+        ({"prompt": "a", "response_format": {"type": "text"}}, {"schema": None, "strict": True}),
+        (openai("a", messages=[ASK], response_format=TWO), {"schema": {"enum": [2]}, "strict": False}),
+        (openai("a", messages=[ASK], response_format={"type": "json_object"}), every),
+        (openai("a", messages=[ASK]), every),
+    ]
+    for line, options in wanted:
+        found = parsed(line, **every)
+        assert found.error is None
+        assert {
+            name: found.options[name] for name in ("schema", "grammar", "regex", "strict") if name in found.options
+        } == options
+
+
+def test_answers_have_the_structure_of_their_lines(llm, tmp_path):
+    asked = [
+        {"prompt": "A violin", "regex": "[0-9]{4}"},
+        openai("a", messages=[ASK], response_format=TWO),
+        openai("b", messages=[ASK], response_format=TWO | {"json_schema": {"schema": {"not": {}}, "strict": True}}),
+    ]
+    run(llm, options(written(tmp_path / "in", asked), tmp_path / "out"))
+    first, second, third = results(tmp_path / "out")
+    assert len(first["text"]) == 4
+    assert first["text"].isdecimal()
+    assert second["response"]["body"]["choices"][0]["message"]["content"] == "2"
+    assert third["response"]["status_code"] == 400
+    assert "uses not" in third["error"]["message"]
+
+
 def test_what_is_switched_off_is_no_fault():
     body = {"n": 1, "tools": [], "response_format": {"type": "text"}, "echo": False, "stop": None, "logprobs": None}
     assert parsed(openai("a", messages=[ASK], **body)).error is None
-    assert parsed(openai("a", messages=[ASK], tools=[{}], tool_choice="none")).error is None
 
 
 def test_options_that_the_model_refuses_are_errors_of_their_line(llm, tmp_path):

@@ -280,3 +280,21 @@ def test_version_and_completion():
     assert dsv2("--version").stdout.startswith(b"dsv2-local 0.")
     shown = dsv2("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1", SHELL="/bin/bash")
     assert b"complete" in shown.stdout
+
+
+def test_an_answer_is_json_that_a_schema_describes(tmp_path):
+    schema, bad, missing = tmp_path / "schema.json", tmp_path / "bad.json", tmp_path / "missing.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"dog": {"enum": ["big"]}}, "required": ["dog"], '
+        '"additionalProperties": false}'
+    )
+    bad.write_text('{"uniqueItems": true}')
+    done = dsv2("run", QUESTION, "--json-schema", schema)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"dog": "big"}
+    for path, named in ((bad, "uses uniqueItems"), (missing, "cannot be read"), (tmp_path, "cannot be read")):
+        done = dsv2("run", QUESTION, "--json-schema", path)
+        assert done.returncode == 2
+        assert named in done.stderr.decode().splitlines()[-1]
+        assert str(path) in done.stderr.decode()
+        assert len(done.stderr.splitlines()) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from dsv2_local.commands import openai_format, streams
+from dsv2_local.commands import streams
 from dsv2_local.commands.batch_lines import Line, Parser, Request, Style, read_lines
 from dsv2_local.commands.batch_options import BatchOptions, Order
 from dsv2_local.commands.batch_output import (
@@ -27,6 +27,8 @@ from dsv2_local.commands.batch_output import (
 from dsv2_local.commands.batch_progress import BatchProgress
 from dsv2_local.commands.console import clock, describe_experts, json_logprob, notice
 from dsv2_local.errors import BatchError, CacheFullError, Dsv2Error, InputError, NonFiniteError, TemplateError
+from dsv2_local.server import openai_format
+from dsv2_local.server.completion_format import Prompt, text_completion
 
 if TYPE_CHECKING:
     from dsv2_local.generation import Generation
@@ -240,7 +242,9 @@ class _Run:
         if request.style is Style.CHAT:
             return answer(request, openai_format.chat_completion(self._llm, generation, id, logprobs))
         if request.style is Style.COMPLETION:
-            return answer(request, openai_format.text_completion(self._llm, generation, id, logprobs))
+            echo = Prompt.of(self._llm, request.prompt) if request.echo and request.prompt is not None else None
+            completion = text_completion(self._llm, generation, id, logprobs=logprobs, echo=echo)
+            return answer(request, completion)
         body: dict[str, Any] = {"text": generation.text, "finish_reason": generation.stats.finish_reason}
         body["usage"] = openai_format.usage(generation)
         if request.options.get("seed") is not None:

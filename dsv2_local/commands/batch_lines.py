@@ -4,7 +4,6 @@ A line that is no request is one with an error; nothing here ends a batch but a 
 """
 
 import codecs
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,16 +12,21 @@ from hashlib import blake2b
 from typing import Any, BinaryIO
 
 from dsv2_local import inlet
-from dsv2_local.commands import openai_format
 from dsv2_local.errors import Dsv2Error, InputError
+from dsv2_local.json_object import read_object
 from dsv2_local.runtime.sampling_params import VALUES
+from dsv2_local.server import completion_format, openai_format, openai_tools
 from dsv2_local.values import Number, Object, Text, checked, shown
 
 LONGEST = 1 << 24
 """Bytes of the longest line that is read: 128K tokens as text have about half a million, as escapes three."""
 SEEDS = 2**64
 IDS = ("id", "custom_id")
-OPTIONS = (*VALUES, "logit_bias", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs")
+STRUCTURES = "schema", "grammar", "regex"
+OPTIONS = (
+    *VALUES, "logit_bias", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", *STRUCTURES,
+    "strict", "response_format",
+)  # fmt: skip
 _DIGEST = 8  # bytes
 _PIECE = 1 << 20
 _MARGIN = 8  # bytes: a byte order mark and a line end
@@ -63,6 +67,7 @@ class Request:
         prompt: text or token ids to continue; None if there are `messages`.
         messages: a conversation to answer.
         options: those of `LLM.generate`.
+        echo: whether the answer repeats the prompt.
         error: why there is no answer.
         result: what is written for it, once it is known.
     """
@@ -74,6 +79,7 @@ class Request:
     prompt: str | list[int] | None = None
     messages: list[Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    echo: bool = False
     error: Dsv2Error | None = None
     result: dict[str, Any] | None = None
 
@@ -176,24 +182,35 @@ class Parser:
             request.prompt = openai_format.prompt_of(prompt)
         else:
             request.messages = self._with_system(openai_format.list_of("messages", messages))
-        request.options = self._options(request.number, openai_format.sampling(fields) | _logprobs(fields))
+        given = openai_format.sampling(fields) | _logprobs(fields) | openai_tools.answer_form(fields)
+        given |= {name: fields[name] for name in (*STRUCTURES, "strict") if fields.get(name) is not None}
+        request.options = self._options(request.number, given)
 
     def _read_openai(self, request: Request, fields: Mapping[str, Any]) -> None:
         body = checked("body", fields.get("body"), Object(), InputError)
-        openai_format.refuse_unsupported(body)
-        given = openai_format.sampling(body)
         if request.style is Style.CHAT:
+            openai_format.refuse_unsupported(body)
+            tools = openai_tools.chat_tools(body)
+            given = openai_format.sampling(body) | openai_tools.answer_form(body)
+            given |= tools.options | openai_tools.template_options(body)
             request.messages = self._with_system(openai_format.messages(body.get("messages")))
             given |= openai_format.chat_logprobs(body)
+            request.options = self._options(request.number, given)
         else:
-            request.prompt = openai_format.only_prompt(body.get("prompt"))
-            given |= openai_format.completion_logprobs(body)
-        request.options = self._options(request.number, given)
-        if request.style is Style.COMPLETION:
-            request.options.setdefault("max_tokens", openai_format.COMPLETION_TOKENS)
+            openai_format.refuse_unsupported(body, but=["echo"])
+            given = openai_format.sampling(body, empty=True) | openai_tools.answer_form(body)
+            given |= completion_format.completion_logprobs(body)
+            request.prompt = completion_format.only_prompt(body.get("prompt"))
+            request.echo = openai_format.flag(body, "echo")
+            options = request.options = self._options(request.number, given)
+            options.setdefault("max_tokens", completion_format.default_tokens(request.echo))
+            if request.echo and options.get("logprobs") is not None:
+                options["prompt_logprobs"] = options["logprobs"]
 
     def _options(self, number: int, given: dict[str, Any]) -> dict[str, Any]:
         options = self._defaults | given
+        if not given.keys().isdisjoint(STRUCTURES):  # they exclude each other
+            options = {name: value for name, value in options.items() if name in given or name not in STRUCTURES}
         if "seed" in self._defaults and "seed" not in given:
             options["seed"] = (self._defaults["seed"] + number - 1) % SEEDS
         return options
@@ -209,18 +226,7 @@ def _fields(line: Line) -> dict[str, Any]:
     """The object of JSON that a line is."""
     if line.data is None:
         raise InputError(f"the line has more than {LONGEST >> 20} MiB")
-    if not line.data.strip():
-        raise InputError("the line is empty")
-    text = inlet.decoded(line.data, "the line")
-    try:
-        fields = json.loads(text)
-    except RecursionError:
-        raise InputError("the line is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"the line is not JSON: {error.msg} at character {error.pos:,}") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise InputError(f"the line is not JSON: {error}") from None
-    return checked("the line", fields, Object(), InputError)  # type: ignore[no-any-return]
+    return read_object(line.data, "the line")
 
 
 def _endpoint(fields: Mapping[str, Any]) -> Style:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from dsv2_local import locks
-from dsv2_local.commands import openai_format
 from dsv2_local.commands.batch_lines import Request, Style
 from dsv2_local.commands.console import json_line
 from dsv2_local.commands.streams import is_unicode
 from dsv2_local.errors import BatchError, Dsv2Error, InputError
+from dsv2_local.server import openai_format
 
 BEGINNINGS = (rb'{"line": (\d{1,15}), "key": "([0-9a-f]{16})', rb'{"id": "batch_req_(\d{1,15})_([0-9a-f]{16})')
 _BEGIN = tuple(map(re.compile, BEGINNINGS))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -34,8 +34,9 @@ from dsv2_local.commands.messages import as_message, is_command
 from dsv2_local.commands.shortening import drop_oldest, summarise_oldest
 from dsv2_local.commands.terminal import Terminal
 from dsv2_local.errors import ContextLengthError, Dsv2Error, InputError
-from dsv2_local.generation import Generation
-from dsv2_local.llm import LLM
+
+if TYPE_CHECKING:
+    from dsv2_local.commands.remote import AnyGeneration, AnyLLM
 
 PATIENCE = 20
 """A session is saved after a turn if this many times the duration of the last save has passed: 5 % of the time."""
@@ -67,7 +68,7 @@ class Chat:
 
     def __init__(
         self,
-        llm: LLM,
+        llm: "AnyLLM",
         system: str | None,
         options: dict[str, Any],
         console: Console | None = None,
@@ -94,13 +95,13 @@ class Chat:
         self.conversation = Conversation(system, options)
         self.console = console or Console(highlight=False)
         self._read, self._ask, self._terminal = read, ask, terminal
-        self._last: Generation | None = None
+        self._last: AnyGeneration | None = None
         self._interrupted, self._waited = False, 0.0  # seconds that the last answer took after its first token
         self._progress = prompt_progress(self.console)
         self._requested = session
         self._name: str | None = None  # of the session that this chat is
         self._claim: IO[bytes] | None = None  # the lock on the session
-        self._saved: tuple[str, Generation | None] = ("", None)  # conversation and last answer when it was last saved
+        self._saved: tuple[str, AnyGeneration | None] = ("", None)  # conversation and last answer of the last save
         self._saved_at = self._saving_took = 0.0  # time of that save, and its duration in seconds
         self.commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, f"_{name}")
@@ -212,7 +213,7 @@ class Chat:
         else:
             self._stats("")
 
-    def _show(self, generation: Generation) -> bool:
+    def _show(self, generation: "AnyGeneration") -> bool:
         """Print the answer while it is generated; returns whether Ctrl-C stopped it."""
         watch = Stopwatch()
         try:

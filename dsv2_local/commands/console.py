@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from dsv2_local.generation import Chunk
-    from dsv2_local.llm import LLM
-    from dsv2_local.runtime.answer import Stats
+    from dsv2_local.chunk import Chunk
+    from dsv2_local.commands.remote import AnyLLM
+    from dsv2_local.runtime.stats import Stats
 
 Item = TypeVar("Item")
 
@@ -265,8 +265,12 @@ def describe_stop(stats: "Stats") -> str:
     return f"read {stats.context_used:,} of {stats.prompt_tokens:,} tokens"
 
 
-def describe_experts(llm: "LLM") -> list[str]:
+def describe_experts(llm: "AnyLLM") -> list[str]:
     """Where the routed experts are stored, and statistics of their use since loading; one string per line."""
+    from dsv2_local.commands.remote import RemoteLLM
+
+    if isinstance(llm, RemoteLLM):
+        return [f"the experts are the server's; {llm.recipe}/ shows their use"]
     from dsv2_local.offload.offloaded_experts import OffloadedExperts
 
     expert, total = llm.plan.expert_bytes, llm.plan.experts

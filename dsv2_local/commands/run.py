@@ -2,8 +2,9 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from dsv2_local.chunk import Chunk
 from dsv2_local.commands.console import (
     ProgressBar,
     Stopwatch,
@@ -19,13 +20,13 @@ from dsv2_local.commands.console import (
 from dsv2_local.commands.run_options import RunOptions
 from dsv2_local.commands.streams import is_unicode
 from dsv2_local.errors import InputError, OutputError
-from dsv2_local.generation import Chunk, Generation
-from dsv2_local.llm import LLM
-from dsv2_local.runtime import saved_cache
-from dsv2_local.runtime.answer import Stats
+from dsv2_local.runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from dsv2_local.commands.remote import AnyGeneration, AnyLLM
 
 
-def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
+def run(llm: "AnyLLM", options: RunOptions, out: TextIO) -> None:
     """Answer the prompt of `options` on `out`.
 
     The cache file, if there is one, is loaded first and saved afterwards (if `_is_worth_saving`). Ctrl-C stops the
@@ -60,13 +61,15 @@ def run(llm: LLM, options: RunOptions, out: TextIO) -> None:
         raise stopped
 
 
-def _load_cache(llm: LLM, path: Path) -> int:
+def _load_cache(llm: "AnyLLM", path: Path) -> int:
     """Load a cache file if there is one; returns its number of tokens.
 
     Raises:
         InputError: the file is a session of a chat, which saving would overwrite.
         SavedCacheError: the file cannot be read, is damaged, or belongs to another model.
     """
+    from dsv2_local.runtime import saved_cache  # with torch, which a server's client does without
+
     saved_cache.remove_abandoned(path)
     if not saved_cache.holds_something(path):
         return 0
@@ -75,7 +78,7 @@ def _load_cache(llm: LLM, path: Path) -> int:
     return llm.load_cache(path)
 
 
-def _save_cache(llm: LLM, path: Path, stats: Stats, loaded: int) -> bool:
+def _save_cache(llm: "AnyLLM", path: Path, stats: Stats, loaded: int) -> bool:
     """Save the KV cache if it is worth it, also beside what another run may have saved meanwhile."""
     return _is_worth_saving(stats, loaded) and llm.save_cache(path, wanted=partial(_is_worth_saving, stats))
 
@@ -90,14 +93,14 @@ def _is_worth_saving(stats: Stats, saved: int) -> bool:
     return (2 * reused < read and read > saved) or (reused >= saved and 10 * (read - reused) > saved)
 
 
-def _start(llm: LLM, options: RunOptions, progress: ProgressBar) -> Generation:
+def _start(llm: "AnyLLM", options: RunOptions, progress: ProgressBar) -> "AnyGeneration":
     if options.raw:
         return llm.generate(options.text, **options.generation, progress=progress)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     return llm.chat([*messages, {"role": "user", "content": options.text}], **options.generation, progress=progress)
 
 
-def _finish(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk], out: TextIO) -> None:
+def _finish(llm: "AnyLLM", options: RunOptions, generation: "AnyGeneration", chunks: list[Chunk], out: TextIO) -> None:
     if options.json:
         _write(out, json_line(_as_json(llm, options, generation, chunks), ascii=not is_unicode(out)))
     elif not options.stream:
@@ -116,7 +119,7 @@ def _write(out: TextIO, text: str) -> None:
     out.flush()
 
 
-def _as_json(llm: LLM, options: RunOptions, generation: Generation, chunks: list[Chunk]) -> dict[str, Any]:
+def _as_json(llm: "AnyLLM", options: RunOptions, generation: "AnyGeneration", chunks: list[Chunk]) -> dict[str, Any]:
     stats = generation.stats
     result: dict[str, Any] = {"text": generation.text, "model": llm.name, "finish_reason": stats.finish_reason}
     if "seed" in options.generation:

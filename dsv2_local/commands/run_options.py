@@ -101,6 +101,24 @@ def gather_prompt(
     return text
 
 
+def read_schema(path: Path) -> dict[str, Any]:
+    """The options of `LLM.generate` for answers to the JSON schema in a file.
+
+    Raises:
+        InputError: the file cannot be read, is no JSON schema, or has what a grammar cannot express; or llguidance is
+            not installed.
+    """
+    from dsv2_local.json_object import read_object
+    from dsv2_local.text import grammar
+
+    schema = read_object(_read(path), str(path))
+    try:
+        grammar.check(grammar.json_schema(schema, strict=True))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return {"schema": schema, "strict": True}
+
+
 def _wants_stdin(stdin: TextIO, asked: bool | None, needed: bool) -> bool:
     if asked is not None:
         return asked

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,9 +17,11 @@ from dsv2_local import locks
 from dsv2_local.commands.console import format_bytes, notice, report_console
 from dsv2_local.commands.conversation import Conversation
 from dsv2_local.errors import DamagedCacheError, Dsv2Error, InputError, SavedCacheError
-from dsv2_local.llm import LLM
 from dsv2_local.machine import homes
-from dsv2_local.runtime import saved_cache
+
+if TYPE_CHECKING:
+    from dsv2_local.commands.remote import AnyLLM
+    from dsv2_local.runtime import saved_cache
 
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200
@@ -47,6 +49,8 @@ def claim(name: str) -> IO[bytes]:
         InputError: another chat has the session open, or the name is not valid.
         SavedCacheError: the session's directory cannot be written.
     """
+    from dsv2_local.runtime import saved_cache  # with torch, which a chat with a server does without
+
     path = file(name)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name.removesuffix(SUFFIX)}.lock")
 
 
-def save(name: str, llm: LLM, conversation: Conversation) -> None:
+def save(name: str, llm: "AnyLLM", conversation: Conversation) -> None:
     """Write a session, which must be claimed. Its file is replaced atomically, and only the user can read it.
 
     Raises:
@@ -73,7 +77,7 @@ def save(name: str, llm: LLM, conversation: Conversation) -> None:
     llm.save_cache(file(name), conversation.to_text(llm.name))
 
 
-def load(name: str, llm: LLM) -> Conversation:
+def load(name: str, llm: "AnyLLM") -> Conversation:
     """Load a session: fill the model's KV cache from it, and return its conversation.
 
     Raises:
@@ -175,8 +179,10 @@ def _known() -> str:
     return f"the sessions are {', '.join(names)}" if names else "there are no sessions yet"
 
 
-def _read(path: Path) -> tuple[saved_cache.SavedHeader, str, Conversation]:
+def _read(path: Path) -> "tuple[saved_cache.SavedHeader, str, Conversation]":
     """Read a session's header, model and conversation, without checking the rows."""
+    from dsv2_local.runtime import saved_cache
+
     header = saved_cache.read_header(path)
     if not header.conversation:
         raise SavedCacheError(f"{path} is not a session: it has no conversation (`dsv2 run --cache` can read it)")

@@ -2,12 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv2_local.commands.conversation import Conversation, Message
 from dsv2_local.errors import InputError
-from dsv2_local.llm import LLM
 from dsv2_local.progress import Progress
+
+if TYPE_CHECKING:
+    from dsv2_local.commands.remote import AnyLLM
 
 SHARE = 8
 """One such part of the context is left free for the answer, and a summary has at most as many tokens."""
@@ -19,7 +21,7 @@ GOES_ON = "(goes on)"
 """What stands in for the missing half of a turn that is summarised in pieces."""
 
 
-def drop_oldest(conversation: Conversation, llm: LLM) -> int:
+def drop_oldest(conversation: Conversation, llm: "AnyLLM") -> int:
     """Drop whole turns, the oldest first, until the prompt leaves room for an answer; returns how many were dropped.
 
     The last question must fit alone. If even that leaves less room, the answer gets what there is.
@@ -34,7 +36,7 @@ def drop_oldest(conversation: Conversation, llm: LLM) -> int:
     return dropped
 
 
-def summarise_oldest(conversation: Conversation, llm: LLM, writing: Progress, **options: Any) -> int:
+def summarise_oldest(conversation: Conversation, llm: "AnyLLM", writing: Progress, **options: Any) -> int:
     """Replace the oldest turns with a summary by the model: as many turns as it takes to have room for an answer.
 
     The summary becomes a turn of its own, marked as a summary. If the turns are too long for one request, they are
@@ -73,7 +75,7 @@ def summarise_oldest(conversation: Conversation, llm: LLM, writing: Progress, **
 def _summarise(
     conversation: Conversation,
     turns: list[list[Message]],
-    llm: LLM,
+    llm: "AnyLLM",
     longest: int,
     writing: Progress,
     options: dict[str, Any],
@@ -126,7 +128,7 @@ def _least(fits: Callable[[int], bool], most: int) -> int:
     return bisect_left(range(1, most), True, key=fits) + 1
 
 
-def _room(conversation: Conversation, llm: LLM) -> int:
+def _room(conversation: Conversation, llm: "AnyLLM") -> int:
     """Tokens to leave free for an answer."""
     share = llm.context // SHARE
     return min(share, int(conversation.settings.get("max_tokens", share)))
