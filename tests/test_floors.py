@@ -103,7 +103,7 @@ def defined(path: Path) -> set[str]:
 
     def names(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
         for node in body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 yield prefix + node.name
             if isinstance(node, ast.ClassDef):
                 yield from names(node.body, f"{node.name}.")

@@ -20,6 +20,7 @@ from rich.console import Console
 import dsv2_local
 from dsv2_local.commands.chat import Chat
 from tests.models import save_random
+from tests.serving import serving_nano
 from tests.test_cli import environment
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,9 @@ RUN = [
     ),
     pytest.param('cat notes.txt | dsv2 run "Summarise this."', r".+", id="pipe", marks=slow),
     pytest.param('dsv2 run --json "Hello" | jq .decode_tok_s', r"\d+(\.\d+)?\n", id="json", marks=slow),
+    pytest.param(
+        'dsv2 run --json-schema person.json "Who made it?"', r'\{.*"name".*\}\n', id="json-schema", marks=slow
+    ),
     pytest.param('dsv2 run --raw "Once upon a time"', r".+", id="raw", marks=slow),
     pytest.param('dsv2 run --cache book.cache -f book.txt "Who dies?"', r".+", id="cache", marks=slow),
     pytest.param("dsv2 run --batch questions.jsonl -o answers.jsonl", r"", id="batch", marks=slow),
@@ -53,6 +57,9 @@ SKIPPED = {
     "dsv2 chat -m v2-lite": "interactive",
     "dsv2 inspect --verify v2-lite": "has no v2-lite; tests/test_llm.py, tests/test_cli.py",
     "dsv2 bench --random-weights deepseek-v2": "takes the memory of a 236B model; tests/test_bench.py",
+    "pip install '.[serve]'": "installs",
+    "dsv2 serve -m v2-lite --context 32K": "does not end; tests/test_server_end.py",
+    "export DSV2_HOST=http://127.0.0.1:8000": "tests/test_remote.py",
     "dsv2 quantize deepseek-ai/DeepSeek-V2-Lite-Chat v2-lite": "downloads; tests/test_hub.py",
 }
 
@@ -74,12 +81,29 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "notes.txt").write_text("A hammer is a hand tool. A river is a stream of water.\n")
     (tmp_path / "book.txt").write_text("The doctor went down to the river, and nobody saw him again.\n")
     (tmp_path / "questions.jsonl").write_text('{"prompt": "A dog is", "max_tokens": 4}\n')
+    person = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}, "required": ["name"]}
+    (tmp_path / "person.json").write_text(json.dumps(person | {"additionalProperties": False}))
     return tmp_path
 
 
 def test_every_command_is_run_or_skipped_for_a_reason():
     run = [str(case.values[0]) for case in RUN]
-    assert sorted(commands()) == sorted([*run, *SKIPPED])
+    assert sorted(each for each in commands() if not each.startswith("curl ")) == sorted([*run, *SKIPPED])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_server_answers_curl():
+    lines = [each for each in commands() if each.startswith("curl ")]
+    with serving_nano() as (url, _):
+        for line in lines:
+            there = line.replace("http://127.0.0.1:8000", url)
+            done = subprocess.run(["bash", "-c", there], capture_output=True, text=True, timeout=60)
+            found = json.loads(done.stdout)
+            assert not done.returncode, line
+            assert "error" not in found, line
+            assert any(found.get(name) for name in ("choices", "content", "message", "status")), line
+    assert len(lines) == 4
 
 
 @pytest.mark.slow
@@ -110,6 +134,7 @@ def test_the_python_runs():
             exec(compile(code, "README.md", "exec"), names)
     assert "A violin is a bowed stringed instrument" in out.getvalue()
     assert names["answer"].text, "of the last question of the batch"
+    assert json.loads(names["call"].arguments)["city"] in ("Oslo", "Rome")
     assert tuple(names["logits"].shape) == (len(names["llm"].tokenizer.encode("Once upon")), 8192)
 
 
