@@ -26,6 +26,7 @@ class Model:
 
     def __init__(self) -> None:
         self.closed = threading.Event()
+        self.engine = SimpleNamespace(scheduler=SimpleNamespace(queue=0))
 
     def close(self) -> None:
         self.closed.set()
@@ -179,3 +180,14 @@ def test_the_end_waits_for_a_model_that_is_being_unloaded() -> None:
         assert model.closed.is_set()
 
     asyncio.run(run())
+
+
+def test_more_answers_than_may_wait_are_refused_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "QUEUE", 2)
+    with serving_nano(parallel=1) as (url, found):
+        few, many = ({"prompt": ["A dog is"] * count, "max_tokens": 2} for count in (2, 50))
+        refused = httpx.post(f"{url}/v1/completions", json=many, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) > 0
+        assert not found.jobs
+        assert httpx.post(f"{url}/v1/completions", json=few, timeout=60).status_code == 200

@@ -20,8 +20,8 @@ log = logging.getLogger("dsv2_local.server")
 
 GATHER_SECONDS = 0.005
 """Chunks that follow each other faster are read some at a time: to be woken for each would slow the engine down."""
-
-
+QUEUE = 4096
+"""Answers that may wait; a request of completions has at most half as many. The next ones are refused with 429."""
 PAUSE_SECONDS = 5.0
 """Without a request for so long, what the prefix cache has is written to the files of `--cache-dir`."""
 
@@ -252,6 +252,7 @@ class Service:
     async def _run_load(self) -> LLM | None:
         try:
             self._llm = await asyncio.to_thread(self._load)
+            self._llm.engine.scheduler.queue = QUEUE
             self.name, self.context, self._failure = self._llm.name, self._llm.context, None
             self._failed = None
             log.info("%s is loaded", self.name)
