@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +21,11 @@ if not torch.cuda.is_available():
 
 from dsv2_local.kernels import cpu
 from dsv2_local.runtime import random_weights
+
+if TYPE_CHECKING:
+    import openai
+
+    from dsv2_local.server.service import Service
 
 
 def pytest_xdist_auto_num_workers() -> int | None:
@@ -64,3 +70,21 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator["tuple[str, Service]"]:
+    """dsv2-nano behind the server: its address, and the service."""
+    from tests.serving import serving_nano
+
+    with serving_nano() as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: "tuple[str, Service]") -> Iterator["openai.OpenAI"]:
+    """OpenAI's client of that server; modules about other clients have their own."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
+        yield client

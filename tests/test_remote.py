@@ -15,16 +15,10 @@ from starlette.types import Receive, Scope, Send
 from dsv2_local.commands.remote import RemoteLLM
 from dsv2_local.errors import InputError, ServerError
 from dsv2_local.server.service import Service
-from tests.serving import serving, serving_nano
+from tests.serving import serving
 
 TEXT = "A piano is"
 QUESTION = [{"role": "user", "content": "What is a violin?"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Service]]:
-    with serving_nano() as found:
-        yield found
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from dsv2_local.server.anthropic_messages import BILLING
 from dsv2_local.server.service import Job, Service
 from dsv2_local.server.written_arguments import WrittenArguments
 from dsv2_local.text.tools.calls import ToolCall
-from tests.serving import WrittenAnswer, WrittenLLM, call, serving_nano, serving_written
+from tests.serving import WrittenAnswer, WrittenLLM, call, serving_written
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a violin?"}]
 GREEDY = {"temperature": 0}
@@ -45,12 +45,6 @@ MIXED = [
     Chunk("Let", 1), Chunk(" me", 2), *call(0, "weather", '{"city"', ': "Rome"}'), Chunk("\n", 3),
     *call(1, "time", "{", "}"), Chunk("\n", 4), Chunk("Done", 5),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Service]]:
-    with serving_nano() as found:
-        yield found
 
 
 @pytest.fixture

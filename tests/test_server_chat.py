@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
 
 import httpx
 import openai
@@ -12,21 +11,8 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from dsv2_local.server import body as bodies
 from dsv2_local.server.service import Service
-from tests.serving import serving_nano
 
 QUESTION = [{"role": "user", "content": "What is a violin?"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Service]]:
-    with serving_nano() as found:
-        yield found
-
-
-@pytest.fixture
-def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def expected(server: tuple[str, Service], **options: object) -> str:

@@ -36,12 +36,6 @@ def server() -> Iterator[tuple[str, Service]]:
 
 
 @pytest.fixture
-def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
 def llm(server: tuple[str, Service]) -> LLM:
     assert server[1].loaded
     return server[1].loaded

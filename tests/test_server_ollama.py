@@ -13,7 +13,7 @@ from dsv2_local.chunk import Chunk
 from dsv2_local.errors import CacheFullError, Dsv2Error, QueueFullError
 from dsv2_local.server import streaming
 from dsv2_local.server.service import Service
-from tests.serving import WrittenAnswer, call, serving_nano, serving_written
+from tests.serving import WrittenAnswer, call, serving_written
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a violin?"}]
 GREEDY = {"temperature": 0}
@@ -28,12 +28,6 @@ MIXED = [
     Chunk("Let", 1), Chunk("", 2), *call(0, "weather", '{"city"', ': "Rome"}'), *call(1, "time", "{", "}"),
     Chunk("Done", 5), *call(2, "cut", '{"off'),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Service]]:
-    with serving_nano() as found:
-        yield found
 
 
 @pytest.fixture

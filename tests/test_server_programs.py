@@ -10,14 +10,13 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dsv2_local.generation import Chunk
 from dsv2_local.server.service import Service
-from tests.serving import WrittenAnswer, call, serving_nano, serving_written
+from tests.serving import WrittenAnswer, call, serving_written
 
 CLIENTS = Path(os.environ.get("DSV2_CLIENTS", "clients-are-not-installed")).absolute()
 LLM = CLIENTS / "bin" / "llm"
@@ -28,12 +27,6 @@ QUESTION = "What is a violin?"
 pytestmark = pytest.mark.slow
 needs_llm = pytest.mark.skipif(not LLM.exists(), reason="no `llm` in $DSV2_CLIENTS")
 needs_node = pytest.mark.skipif(not (NODE and NODE_MODULES.exists()), reason="no Node, or no packages in $DSV2_CLIENTS")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Service]]:
-    with serving_nano() as found:
-        yield found
 
 
 def expected(service: Service, **options: object) -> str:

@@ -18,7 +18,7 @@ from dsv2_local.server import responses_format
 from dsv2_local.server.service import Service
 from dsv2_local.server.written_arguments import WrittenArguments
 from tests.every_value import with_every_value
-from tests.serving import WrittenAnswer, WrittenLLM, call, serving_nano, serving_written
+from tests.serving import WrittenAnswer, WrittenLLM, call, serving_written
 
 WEATHER = {
     "type": "function", "name": "weather", "description": "The weather of a city.",
@@ -348,18 +348,6 @@ def test_responses_are_not_kept() -> None:
                 action("resp_1")
         with pytest.raises(openai.BadRequestError, match="keeps no responses"):
             client.responses.create(model="any", input="a", previous_response_id="resp_1")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Service]]:
-    with serving_nano() as found:
-        yield found
-
-
-@pytest.fixture
-def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.slow

@@ -14,9 +14,8 @@ from openai.types.chat import ChatCompletionChunk
 from dsv2_local.chunk import CallDelta, Chunk
 from dsv2_local.errors import Dsv2Error, InputError
 from dsv2_local.server import openai_format, openai_tools
-from dsv2_local.server.service import Service
 from tests.every_value import with_every_value
-from tests.serving import WrittenAnswer, WrittenLLM, call, serving_nano, serving_written
+from tests.serving import WrittenAnswer, WrittenLLM, call, serving_written
 
 WEATHER = {
     "type": "function",
@@ -307,18 +306,6 @@ def test_any_value_in_any_field_is_taken_or_refused() -> None:
                 refused += 1
     assert taken > 100
     assert refused > 100
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Service]]:
-    with serving_nano() as found:
-        yield found
-
-
-@pytest.fixture
-def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv2_local.errors import InputError
-from dsv2_local.server import openai_format
+from dsv2_local.server import openai_format, openai_tools
 from dsv2_local.values import Number, Object, Text, checked, shown
 
 Arguments = Callable[[str, dict[str, Any]], str]
@@ -198,10 +198,8 @@ def _text(block: Any, where: str) -> str:
 
 
 def _tool_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    tools, choice = body.get("tools"), body.get("tool_choice")
-    if tools is not None and not isinstance(tools, list):
-        raise InputError(f"tools must be a list, not {shown(tools)}")
-    given = [checked("a tool", tool, Object(), InputError) for tool in tools or []]
+    tools, choice = openai_tools.listed("tools", body.get("tools")), body.get("tool_choice")
+    given = [checked("a tool", tool, Object(), InputError) for tool in tools]
     functions = [_function(tool) for tool in given if tool.get("type") in _OUR_TOOLS]
     found: dict[str, Any] = {"tools": functions} if functions else {}
     if choice is None:

@@ -99,6 +99,15 @@ class Problematic(Exception):  # noqa: N818 (it carries a problem, and is raised
         super().__init__(message)
 
 
+def places(error: BaseException) -> str:
+    """Where an error was raised, the innermost place first: for the log, without its text, which may hold a prompt."""
+    found, trace = [], error.__traceback__
+    while trace:
+        found.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " < ".join(reversed(found[-5:]))
+
+
 def install(app: FastAPI) -> None:
     """Let an app answer with errors of the right shape, whatever a route raises."""
 

@@ -7,12 +7,11 @@ import asyncio
 import logging
 import re
 from collections.abc import Collection
-from types import TracebackType
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsv2_local.server.access import Access, Host, same_origin
-from dsv2_local.server.errors import Problem, Problematic
+from dsv2_local.server.errors import Problem, Problematic, places
 from dsv2_local.server.limits import USUAL, Limits
 
 log = logging.getLogger("dsv2_local.server")
@@ -96,7 +95,7 @@ class Guard:
             pass
         except Exception as error:  # as an error of Python it would be logged with its text, which may be a prompt's
             if not isinstance(error, Problematic):
-                log.error("%s at %s", type(error).__name__, _places(error.__traceback__))
+                log.error("%s at %s", type(error).__name__, places(error))
             if not answer.started:
                 await Problem.of(error).response(scope)(scope, receive, answer)
 
@@ -262,11 +261,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return replay
-
-
-def _places(trace: TracebackType | None) -> str:
-    found = []
-    while trace:
-        found.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return " < ".join(reversed(found[-5:]))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv2_local.errors import InputError
-from dsv2_local.server import openai_format
+from dsv2_local.server import openai_format, openai_tools
 from dsv2_local.values import Flag, Number, Object, Text, checked, shown
 
 Arguments = Callable[[str, dict[str, Any]], str]
@@ -107,10 +107,7 @@ def messages(body: Mapping[str, Any], arguments: Arguments) -> list[dict[str, An
 def chat_options(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The options of `LLM.chat` for these messages. Raises InputError if one is impossible."""
     found = options(body)
-    tools = body.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise InputError(f"tools must be a list, not {shown(tools)}")
-    if tools:
+    if tools := openai_tools.listed("tools", body.get("tools")):
         found["tools"] = tools
     if messages and messages[-1]["role"] == "assistant":
         found["continue_final"] = True

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from dsv2_local.chunk import Chunk
 from dsv2_local.server.body import json_bytes
-from dsv2_local.server.errors import Problem
+from dsv2_local.server.errors import Problem, places
 from dsv2_local.server.service import Job, Service
 
 log = logging.getLogger("dsv2_local.server")
@@ -209,11 +209,6 @@ async def _nothing() -> Any:
 
 
 def _log(error: Exception) -> None:
-    """Note a fault, without its text: that may hold a prompt."""
-    problem = Problem.of(error)
-    if problem.status == 500:
-        places, trace = [], error.__traceback__
-        while trace:
-            places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
-            trace = trace.tb_next
-        log.error("%s at %s", type(error).__name__, " < ".join(reversed(places[-5:])))
+    """Note a fault."""
+    if Problem.of(error).status == 500:
+        log.error("%s at %s", type(error).__name__, places(error))
