@@ -234,7 +234,7 @@ class Tokenizer:
     ) -> list[int]:
         """Encode special tokens as their ids, and the text between them as plain text, with quotes removed."""
         ids: list[int] = []
-        if context is not None and self._longest:
+        if context is not None and len(text) > context and self._longest:  # reads the whole vocabulary, once
             least = len(quoter.remove(text) if quoter else text) // self._longest
             if least > context:
                 raise ContextLengthError(least, context, at_least=True)
